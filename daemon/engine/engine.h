@@ -1,0 +1,58 @@
+/*
+ * The engine: one thread that owns the scheduler, the sequences, the page pool and the gateway's
+ * end of control. Requests come in through a bounded queue and an eventfd; answers leave through
+ * each request's stream.
+ */
+#ifndef INTERNVLD_ENGINE_ENGINE_H
+#define INTERNVLD_ENGINE_ENGINE_H
+
+#include <stdint.h>
+
+#include "daemon/engine/request.h"
+#include "daemon/engine/stream.h"
+#include "kernels/error.h"
+#include "parallel/control.h"
+#include "parallel/topology.h"
+
+struct engine;
+
+struct engine_config {
+    int32_t page_size;              // tokens
+    int32_t n_pages;                // of the pool, the same on every language rank
+    int32_t max_model_len;          // tokens of prompt and answer together
+    int32_t max_num_seqs;           // sequences in one batch
+    int32_t max_num_batched_tokens; // token budget of one batch
+    int32_t max_queued_requests;    // waiting, not running
+    int32_t n_batches_in_flight;    // pipeline stages
+    int32_t max_vision_tiles;       // tiles of one message to a vision rank
+    int32_t feature_dim;            // hidden size of the language model
+    int32_t n_features_per_tile;
+    const int32_t *eos_ids; // borrowed for the engine's life
+    int32_t n_eos;
+};
+
+struct engine_stats { // a snapshot, taken under a lock
+    int32_t n_running, n_waiting, n_pages_used, n_pages;
+    uint64_t n_steps, n_finished, n_preempted, n_generated_tokens, n_prompt_tokens, n_tiles;
+};
+
+/* Starts the thread. `on_lost` is called once, from it, when a rank is gone, after every stream has
+ * ended with UNAVAILABLE (the gateway then lets replies leave and ends the job). */
+struct engine *engine_open(const struct engine_config *c, const struct topology *t,
+                           struct control *control, void (*on_lost)(void *arg, int rank),
+                           void *arg);
+/* Hands the request over. RESOURCE_EXHAUSTED at once when the queue is full or the prompt can never
+ * fit, UNAVAILABLE while draining: then the request still belongs to the caller. Any thread. */
+int engine_submit(struct engine *e, struct request *r, struct error *err);
+/* Sets the flag and wakes the engine: the slot is free within one step. Any thread; `r` must not
+ * have been freed: call it only between submit and the stream's end (the stream keeps the request
+ * alive until then). */
+void engine_cancel(struct engine *e, struct stream *s);
+void engine_stats(struct engine *e, struct engine_stats *out);
+/* No new requests; returns 1 when all have finished within timeout_ms, else cancels the rest and
+ * returns 0. */
+int engine_drain(struct engine *e, int timeout_ms);
+/* Sends CONTROL_STOP to every worker, ends the thread, frees. */
+void engine_close(struct engine *e);
+
+#endif

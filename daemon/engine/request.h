@@ -1,0 +1,71 @@
+/*
+ * What a client asked: immutable from the moment it is submitted. Owner: the rpc side until
+ * engine_submit(), then the engine; freed by the engine's last reference. The one thing others may
+ * touch is `cancelled`.
+ */
+#ifndef INTERNVLD_ENGINE_REQUEST_H
+#define INTERNVLD_ENGINE_REQUEST_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "kernels/arena.h"
+#include "kernels/tensor.h"
+#include "parallel/batch.h"
+
+struct stream;
+
+enum finish_reason {
+    FINISH_NONE,
+    FINISH_STOP,      // an end token, a stop token id, or a stop string
+    FINISH_LENGTH,    // max_tokens, or the context is full
+    FINISH_CANCELLED, // the client went away or cancelled
+    FINISH_ERROR,     // see the stream's error (deadline, not finite, rank lost)
+};
+
+struct stop_string {
+    const char *bytes;
+    int n_bytes;
+};
+
+struct request {
+    struct arena arena; // everything below points into it
+    char id[65];
+    int32_t *ids; // [n_ids] prompt
+    int32_t n_ids;
+    int32_t image_token_id; // the k-th such id of the prompt takes feature row k
+    int32_t n_image_tokens;
+    enum dtype pixel_dtype; // U8 tiles, or F32 already normalised (Forward)
+    const void *pixels;     // [n_tiles, channels, height, width]
+    int32_t n_tiles, channels, height, width;
+
+    struct sampling sampling;
+    int32_t n; // candidates
+    int32_t max_tokens, min_tokens;
+    int ignore_eos;
+    const int32_t *stop_token_ids;
+    int32_t n_stop_token_ids;
+    const struct stop_string *stop_strings;
+    int32_t n_stop_strings;
+    int include_stop_str;
+    int skip_special_tokens;
+    const int32_t *bias_ids; // logit_bias
+    const float *bias_values;
+    int32_t n_bias;
+
+    /* Forward: nothing is generated (max_tokens 0); tensors are taken on the way */
+    uint32_t captures, vision_captures;
+    const int32_t *targets;     // [n_ids] as batch.targets, or NULL
+    const uint8_t *want_logits; // [n_ids], or NULL
+
+    int32_t priority;              // smaller first, then arrival
+    uint64_t deadline_ns;          // CLOCK_MONOTONIC, 0: none
+    uint64_t arrival_ns, media_ns; // when the RPC began; spent decoding media
+    struct stream *stream;         // one reference
+    atomic_int cancelled;
+};
+
+struct request *request_new(size_t arena_budget_bytes);
+void request_free(struct request *r); // drops the stream reference too
+
+#endif

@@ -1,0 +1,225 @@
+/*
+ * The op table: everything a model computes, as operations on tensors. The page to read first.
+ *
+ * One forward is written over these functions; the CPU and CUDA back ends each fill one `struct
+ * backend_ops`. The op_*() front doors check shapes and types once and then call the table; models
+ * call the front doors only. An op runs on the back end's memory and, for CUDA, on its stream:
+ * results are visible to the host after op_sync() or op_download().
+ *
+ * Numerics every back end keeps (design: batch invariance, layout invariance)
+ *   - Nothing about the order of a sum depends on how many rows, sequences or tiles share the call.
+ *   - matmul: y[m, n] sums over k in one fixed order inside each lane, in float32; lanes are
+ * combined by a fixed binary tree ((l0+l1)+(l2+l3))+((l4+l5)+(l6+l7)); a shard that owns a
+ * power-of-two run of lanes therefore yields an inner node of the same tree, and comm's all-reduce
+ * adds the upper part.
+ *   - paged_attention: each (query token, head) walks its keys in position order, in fixed steps of
+ * one page.
+ *
+ * Activations are float32 on the CPU in both --dtype modes; with bfloat16 weights the input of a
+ * matmul is first rounded to bfloat16 and products accumulate in float32. (CUDA will hold bfloat16
+ * activations; ops take the type from their tensors.)
+ *
+ * Letters in shapes: n_tokens rows of a step, dim the hidden size, n_heads/n_kv_heads the shard's
+ * own heads.
+ */
+#ifndef INTERNVLD_KERNELS_BACKEND_H
+#define INTERNVLD_KERNELS_BACKEND_H
+
+#include "kernels/tensor.h"
+
+#define LANES_MAX 8
+
+enum activation {
+    ACTIVATION_NONE,
+    ACTIVATION_GELU,       // erf form: "gelu"
+    ACTIVATION_GELU_TANH,  // "gelu_new", "gelu_pytorch_tanh", "gelu_fast"
+    ACTIVATION_QUICK_GELU, // x * sigmoid(1.702 x)
+    ACTIVATION_RELU,
+    ACTIVATION_SILU, // "silu", "swish"
+};
+
+/*
+ * A weight in the back end's own packed layout. y = x W^T + bias, W [out_dim, in_dim].
+ * The reduced dimension is cut into n_lanes (a power of two, 1 for all but row-parallel products)
+ * at lane_start[0..n_lanes]. Owned by the model; memory by the back end.
+ */
+struct linear {
+    int64_t out_dim, in_dim;
+    enum dtype dtype; // type of the stored weight: F32 or BF16
+    int n_lanes;
+    int64_t lane_start[LANES_MAX + 1]; // lane_start[0] = 0, lane_start[n_lanes] = in_dim
+    void *packed;                      // opaque to all but the back end
+    size_t packed_bytes;
+    float *bias; // [out_dim] float32 in back-end memory, or NULL
+};
+
+/* What happens to a matmul's result before it is stored: y = residual + scale * act(x W^T + bias).
+ */
+struct epilogue {
+    enum activation act;
+    const float *scale;            // [out_dim] (layer scale) in back-end memory, or NULL
+    const struct tensor *residual; // same shape as y, may be y itself, or NULL
+};
+
+/* One layer's keys and values of one shard. Page p, kv head h: keys [head_dim, page_size]
+ * (transposed, so that one vector holds one dimension of a page's keys), values [page_size,
+ * head_dim]. */
+struct kv_pages {
+    void *k;          // [n_pages, n_kv_heads, head_dim, page_size]
+    void *v;          // [n_pages, n_kv_heads, page_size, head_dim]
+    enum dtype dtype; // F32 or BF16
+    int32_t n_pages, page_size /* tokens, a multiple of 16 */, n_kv_heads, head_dim;
+};
+
+/* Who attends to what in one step; the arrays are in back-end memory. CSR as in FlashInfer's
+ * page.cuh. */
+struct paged_layout {
+    int32_t n_sequences, n_tokens, max_context_len; // max_context_len in tokens
+    const int32_t *query_start; // [n_sequences + 1] first row of each sequence's new tokens
+    const int32_t *context_len; // [n_sequences] tokens in the cache after this step's are written
+    const int32_t *page_start;  // [n_sequences + 1] into `pages`
+    const int32_t *pages;       // [page_start[n_sequences]] page numbers, in position order
+};
+
+struct backend;
+
+struct backend_ops {
+    const char *name; // "cpu", "cuda"
+    const char *(*describe)(
+        const struct backend *b); // "AVX-512 BF16, 2 threads": for logs and GetModel
+
+    void *(*alloc)(struct backend *b,
+                   size_t n_bytes); // zeroed, aligned to 64, dies when out of memory
+    void (*free)(struct backend *b, void *p);
+    void (*upload)(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
+    void (*download)(struct backend *b, void *host_dst, const void *src,
+                     size_t n_bytes); // synchronises
+    void (*sync)(struct backend *b);
+
+    /* Packs host weight `w` [out_dim, in_dim] (F32, BF16 or F16; F16 is widened to F32 unless
+     * l->dtype is BF16) into l->packed. l's dims, dtype and lanes are set by the caller. `bias`
+     * [out_dim] host tensor or NULL. */
+    void (*linear_pack)(struct backend *b, struct linear *l, const struct tensor *w,
+                        const struct tensor *bias);
+    void (*linear_free)(struct backend *b, struct linear *l);
+
+    /* y [n_tokens, out_dim] <- epilogue(x [n_tokens, in_dim]); y may not overlap x. */
+    void (*matmul)(struct backend *b, struct tensor *y, const struct tensor *x,
+                   const struct linear *l, const struct epilogue *e);
+    /* y [n_tokens, dim] <- table [n_rows, dim] (F32 or BF16) row ids[i] - first_row; rows outside
+     * the table give 0 (another shard owns them). ids [n_tokens] in back-end memory. */
+    void (*embed)(struct backend *b, struct tensor *y, const struct tensor *table,
+                  const int32_t *ids, int32_t first_row);
+    /* y[rows[i]] <- x[i] for each i with rows[i] >= 0; x [n, dim], y [n_tokens, dim], rows [n]. */
+    void (*scatter_rows)(struct backend *b, struct tensor *y, const struct tensor *x,
+                         const int32_t *rows);
+    /* y[i] <- x[rows[i]]; y [n, dim]. */
+    void (*gather_rows)(struct backend *b, struct tensor *y, const struct tensor *x,
+                        const int32_t *rows);
+    /* y <- x / rms(x) * weight [n_cols]; mean of squares in float32 (Transformers: LlamaRMSNorm
+     * order). y may be x. Seen as [n_rows, n_cols]: per-head norms pass a reshaped view. */
+    void (*rms_norm)(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const float *weight, float eps);
+    void (*layer_norm)(struct backend *b, struct tensor *y, const struct tensor *x,
+                       const float *weight, const float *bias, float eps);
+    void (*add)(struct backend *b, struct tensor *y, const struct tensor *x); // y += x
+    void (*add_bias)(struct backend *b, struct tensor *y,
+                     const float *bias); // y += bias, broadcast over rows
+    /* y [n, d] <- act(x[:, :d]) * x[:, d:2d]; x [n, 2d] is gate then up. */
+    void (*gated_activation)(struct backend *b, struct tensor *y, const struct tensor *x,
+                             enum activation act);
+    /* Rotates q [n_tokens, n_heads * head_dim] and k [n_tokens, n_kv_heads * head_dim] in place,
+     * half-split form (rotate_half); cos and sin [n_tokens, head_dim / 2]. */
+    void (*rope)(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
+                 const float *sin, int32_t head_dim);
+    /* Stores k, v [n_tokens, n_kv_heads * head_dim] into the pages of their sequences. */
+    void (*kv_write)(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
+                     const struct tensor *k, const struct tensor *v);
+    /* out, q [n_tokens, n_heads * head_dim]; causal; softmax in float32; query head h reads the kv
+     * head kv_of_head[h] (host array [n_heads]). window > 0: a query sees itself and the window - 1
+     * keys before. */
+    void (*paged_attention)(struct backend *b, struct tensor *out, const struct tensor *q,
+                            const struct kv_pages *kv, const struct paged_layout *layout,
+                            const int32_t *kv_of_head, int32_t n_heads, float scale,
+                            int32_t window);
+    /* Full (not causal) attention inside each of n_tiles groups of n_tokens_per_tile rows. q, k, v
+     * and out [n_tiles * n_tokens_per_tile, n_heads * head_dim]. probs: [n_tiles, n_heads, T, T]
+     * float32 to fill, or NULL. */
+    void (*attention)(struct backend *b, struct tensor *out, const struct tensor *q,
+                      const struct tensor *k, const struct tensor *v, int64_t n_tiles,
+                      int32_t n_heads, float scale, float *probs);
+    /* Pixels [n_tiles, channels, height, width] (U8 or F32) -> patches
+     * [n_tiles * (height / ph) * (width / pw), channels * ph * pw]; U8 is normalised as
+     * (float(u8) - mean[c]) / std[c]. Ragged remainders are dropped. */
+    void (*patchify)(struct backend *b, struct tensor *patches, const struct tensor *pixels,
+                     int32_t ph, int32_t pw, const float *mean, const float *std);
+    /* x [n_tiles, side * side, dim] -> y [n_tiles, (side / k)^2, k * k * dim]: output token (i, j),
+     * channel block a * k + b comes from (row k*i + a, column k*j + b).
+     * (InternVLModel.pixel_shuffle, ps_version v2) */
+    void (*pixel_shuffle)(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,
+                          int32_t k);
+    /* y <- x with a type change (F32 <-> BF16), or a plain copy; shapes equal; row strides may
+     * differ. */
+    void (*copy)(struct backend *b, struct tensor *y, const struct tensor *x);
+    void (*copy_pages)(struct backend *b, struct kv_pages *kv, const int32_t *src,
+                       const int32_t *dst, int32_t n);
+};
+
+struct backend {
+    const struct backend_ops *ops;
+    enum dtype activation_dtype; // F32 on the CPU
+    int n_threads;
+    void *state; // the back end's own
+};
+
+/* isa: NULL or "auto" (CPUID), "avx512bf16", "avx512", "avx2", "scalar" (INTERNVLD_ISA): a name
+ * this processor lacks dies. n_threads >= 1. The caller closes it. */
+struct backend *backend_cpu_open(int n_threads, const char *isa);
+void backend_close(struct backend *b);
+/* 1 when this processor has the instruction-set path `isa`. */
+int backend_cpu_has(const char *isa);
+
+/* ---- front doors: same contracts as the table above; a wrong shape or type is a BUG ---- */
+void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
+               const struct epilogue *e /* NULL: none */);
+void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+                    const struct tensor *bias);
+void op_linear_free(struct backend *b, struct linear *l);
+void op_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
+              int32_t first_row);
+void op_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const int32_t *rows);
+void op_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                    const int32_t *rows);
+void op_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
+                 float eps);
+void op_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
+                   const float *bias, float eps);
+void op_add(struct backend *b, struct tensor *y, const struct tensor *x);
+void op_add_bias(struct backend *b, struct tensor *y, const float *bias);
+void op_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
+                         enum activation act);
+void op_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
+             const float *sin, int32_t head_dim);
+void op_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
+                 const struct tensor *k, const struct tensor *v);
+void op_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                        const struct kv_pages *kv, const struct paged_layout *layout,
+                        const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);
+void op_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                  const struct tensor *k, const struct tensor *v, int64_t n_tiles, int32_t n_heads,
+                  float scale, float *probs);
+void op_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels, int32_t ph,
+                 int32_t pw, const float *mean, const float *std);
+void op_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,
+                      int32_t k);
+void op_copy(struct backend *b, struct tensor *y, const struct tensor *x);
+void op_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
+                   int32_t n);
+void *op_alloc(struct backend *b, size_t n_bytes);
+void op_free(struct backend *b, void *p);
+void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
+void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes);
+void op_sync(struct backend *b);
+
+#endif

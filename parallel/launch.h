@@ -1,0 +1,37 @@
+/*
+ * Becoming a job: MPI start and end, the hook that lets die() end every rank, and the re-execution
+ * of a lone process under mpirun. The only header besides comm_mpi.c that stands for MPI.
+ */
+#ifndef INTERNVLD_PARALLEL_LAUNCH_H
+#define INTERNVLD_PARALLEL_LAUNCH_H
+
+#include <stddef.h>
+
+/* 1 when this process was started by mpirun or srun (OMPI_COMM_WORLD_SIZE, PMIX_RANK, or SLURM with
+ * PMIx). */
+int launch_is_job(void);
+
+/*
+ * For a lone process: starts `mpirun -n n_ranks <argv>` as a child, stays as its parent, forwards
+ * SIGTERM and SIGINT to it as SIGUSR1 (which mpirun hands to every rank at once; the gateway
+ * drains), waits, and returns the exit status to leave with. A second SIGTERM or SIGINT kills the
+ * job. Root and oversubscription are allowed to mpirun; ranks are not bound (--bind-to none). Dies
+ * when mpirun is not on PATH, with the package's name.
+ */
+int launch_mpirun(int n_ranks, char **argv);
+
+/* MPI_Init_thread (FUNNELED suffices: only the main thread of a worker enters MPI), sets the log's
+ * rank and die hook. */
+void launch_init(int *rank, int *world);
+/* Ranks of this job on this host, and this rank's index among them (for thread counts and devices).
+ */
+void launch_host_ranks(int *n_on_host, int *index_on_host);
+/* Every rank gets rank 0's n bytes. */
+void launch_broadcast(void *x, size_t n_bytes);
+/* all [world, n_bytes] <- mine [n_bytes]. */
+void launch_all_gather(void *all, const void *mine, size_t n_bytes);
+void launch_barrier(void);
+void launch_finalize(void);
+_Noreturn void launch_abort(int status); // MPI_Abort
+
+#endif
