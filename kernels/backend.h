@@ -87,6 +87,7 @@ struct backend_ops {
     const char *name; // "cpu", "cuda"
     const char *(*describe)(
         const struct backend *b); // "AVX-512 BF16, 2 threads": for logs and GetModel
+    void (*close)(struct backend *b); // frees the back end; its linears and memory are freed before
 
     void *(*alloc)(struct backend *b,
                    size_t n_bytes); // zeroed, aligned to 64, dies when out of memory
@@ -163,6 +164,7 @@ struct backend_ops {
     void (*copy)(struct backend *b, struct tensor *y, const struct tensor *x);
     void (*copy_pages)(struct backend *b, struct kv_pages *kv, const int32_t *src,
                        const int32_t *dst, int32_t n);
+    void (*close)(struct backend *b); // releases `state` and `b`; backend_close() calls it
 };
 
 struct backend {
