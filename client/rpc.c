@@ -310,9 +310,10 @@ int rpc_start(struct rpc_channel *c, struct rpc_queue *q, const char *method,
     grpc_metadata_array_init(&call->initial);
     grpc_metadata_array_init(&call->trailing);
     call->request = pack(request);
-    call->call =
-        grpc_channel_create_call(c->channel, NULL, GRPC_PROPAGATE_DEFAULTS, q->cq,
-                                 grpc_slice_from_copied_string(method), NULL, deadline, NULL);
+    grpc_slice path = grpc_slice_from_copied_string(method);
+    call->call = grpc_channel_create_call(c->channel, NULL, GRPC_PROPAGATE_DEFAULTS, q->cq, path,
+                                          NULL, deadline, NULL);
+    grpc_slice_unref(path);
     call->next = q->calls;
     call->at = &q->calls;
     if (q->calls)
