@@ -9,6 +9,7 @@
 #ifndef INTERNVLD_MODEL_CONFIG_H
 #define INTERNVLD_MODEL_CONFIG_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "kernels/backend.h" // enum activation
@@ -87,6 +88,19 @@ struct model_config {
 /* Reads DIR/config.json and DIR/generation_config.json (the latter may be missing). Error: one
  * sentence with the file, the field, the value found and what is accepted. */
 int model_config_load(struct model_config *c, const char *dir, struct error *err);
+/* The same from bytes: `generation` may be NULL. `c->name` is left empty. The token ids that an
+ * OpenGVLab config.json leaves to its tokenizer stay -1 (model_config_load() reads them there). */
+int model_config_parse(struct model_config *c, const char *config, size_t config_bytes,
+                       const char *generation, size_t generation_bytes, struct error *err);
+/* --dtype: "auto" (the checkpoint's own), "float32", "bfloat16". Others, float16 among them, are an
+ * error: this family's activations overflow float16. */
+int model_dtype_parse(const struct model_config *c, const char *name, enum dtype *out,
+                      struct error *err);
+/* Patches of a tile of height x width pixels (ragged remainders are dropped). */
+int vision_config_n_patches(const struct vision_config *c, int height, int width);
+/* Tokens of the language model such a tile becomes, or 0 when the feature path cannot take it: the
+ * selected tokens must be a square count whose side downsample_k divides. */
+int model_config_n_features(const struct model_config *c, int height, int width);
 /* "mixture" test for Qwen3-MoE layers. */
 enum layer_kind text_config_layer_kind(const struct text_config *c, int layer);
 

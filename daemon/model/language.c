@@ -1,0 +1,402 @@
+/*
+ * The language model: the forward pass (language.h). Binding and scratch are in language_init.c.
+ */
+#include "daemon/model/language.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/model/rope.h"
+#include "kernels/log.h"
+
+/* One step on its way. */
+struct step {
+    struct language_model *m;
+    const struct batch *batch;
+    struct language_output *out;
+    struct capture_list *captures;
+    struct paged_layout layout;
+    int64_t n; // tokens
+    int is_first, is_last;
+    uint32_t any_capture; // of all sequences together
+    struct tensor x, normed, sum;
+};
+
+/* ---- communication: NULL groups are groups of one ---- */
+
+static void all_reduce(struct step *s, struct tensor *x)
+{
+    if (s->m->comm && s->m->comm->shards)
+        comm_all_reduce(s->m->comm->shards, x->data, (size_t)tensor_n_elements(x));
+}
+
+static void all_gather(struct language_model *m, void *dst, const void *src, size_t n_bytes)
+{
+    if (m->comm && m->comm->shards)
+        comm_all_gather(m->comm->shards, dst, src, n_bytes);
+    else
+        memcpy(dst, src, n_bytes);
+}
+
+/* ---- captures: shard 0 of the stage that has the tensor ---- */
+
+static void capture_rows(struct step *s, uint32_t kind, const struct tensor *x, const char *name)
+{
+    const struct batch *b = s->batch;
+    if (!(s->any_capture & kind) || s->m->shard != 0)
+        return;
+    for (int32_t i = 0; i < b->n_sequences; i++) {
+        if (!(b->captures[i] & kind))
+            continue;
+        int32_t first = b->query_start[i], n = b->query_start[i + 1] - first;
+        struct tensor rows = tensor_rows(x, first, n);
+        capture_tensor(s->captures, s->m->backend, name, i, 0, &rows);
+    }
+}
+
+static void capture_hidden(struct step *s, const struct tensor *x, int i)
+{
+    char name[CAPTURE_NAME_MAX];
+    snprintf(name, sizeof(name), "hidden_states.%d", i);
+    capture_rows(s, CAPTURE_HIDDEN_STATES, x, name);
+}
+
+/* Keys or values of all the stage's shards, put together in the order of the model's kv heads
+ * (replicated heads once). Every shard takes part in the gather. */
+static void capture_cache(struct step *s, const struct tensor *x, int layer, const char *what)
+{
+    struct language_model *m = s->m;
+    const struct text_config *t = m->config;
+    const struct batch *b = s->batch;
+    int64_t local = x->shape[1], d = t->head_dim, width = (int64_t)t->n_kv_heads * d;
+    char name[CAPTURE_NAME_MAX];
+    if (!(s->any_capture & CAPTURE_CACHE))
+        return;
+    float *mine = xcalloc((size_t)(s->n * local), sizeof(float));
+    float *all = xcalloc((size_t)(s->n * local) * (size_t)m->n_shards, sizeof(float));
+    float *whole = xcalloc((size_t)(s->n * width), sizeof(float));
+    for (int64_t r = 0; r < s->n; r++)
+        op_download(m->backend, mine + r * local, (const float *)x->data + r * x->row_stride,
+                    (size_t)local * sizeof(float));
+    all_gather(m, all, mine, (size_t)(s->n * local) * sizeof(float));
+    for (int shard = 0; shard < m->n_shards; shard++) {
+        struct weight_cut cut;
+        struct error err;
+        if (weight_cut_init(&cut, t, shard, m->n_shards, &err) != 0 ||
+            cut.dense.kv_heads.n * d != local)
+            BUG("shards with different numbers of kv heads");
+        for (int64_t r = 0; r < s->n; r++)
+            memcpy(whole + r * width + cut.dense.kv_heads.start * d,
+                   all + (shard * s->n + r) * local, (size_t)local * sizeof(float));
+    }
+    snprintf(name, sizeof(name), "cache.%d.%s", layer, what);
+    for (int32_t i = 0; i < b->n_sequences && m->shard == 0; i++) {
+        int32_t first = b->query_start[i], n = b->query_start[i + 1] - first;
+        if (b->captures[i] & CAPTURE_CACHE)
+            memcpy(capture_add(s->captures, name, i, 0, n, (int32_t)width), whole + first * width,
+                   (size_t)(n * width) * sizeof(float));
+    }
+    free(whole);
+    free(all);
+    free(mine);
+}
+
+/* ---- the step's arrays ---- */
+
+static void check_limits(const struct language_model *m, const struct batch *b)
+{
+    int64_t pages_each = (m->limits.max_model_len + m->limits.page_size - 1) / m->limits.page_size;
+    if (b->n_tokens > m->limits.max_tokens || b->n_sequences > m->limits.max_sequences ||
+        b->n_pages > pages_each * m->limits.max_sequences || b->n_features > m->limits.max_tokens)
+        die("batch %llu: %d tokens, %d sequences, %d pages, %d features are past this rank's "
+            "limits "
+            "(%d tokens, %d sequences)",
+            (unsigned long long)b->step_id, b->n_tokens, b->n_sequences, b->n_pages, b->n_features,
+            m->limits.max_tokens, m->limits.max_sequences);
+    if (b->n_features && b->feature_dim != m->config->hidden_size)
+        die("batch %llu: features of %d columns, the model takes %d",
+            (unsigned long long)b->step_id, b->feature_dim, m->config->hidden_size);
+}
+
+static void upload(struct language_model *m, void *dst, const void *src, int64_t n)
+{
+    op_upload(m->backend, dst, src, (size_t)n * sizeof(int32_t));
+}
+
+static void begin(struct step *s)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    struct language_scratch *t = &m->scratch;
+    check_limits(m, b);
+    s->n = b->n_tokens;
+    s->is_first = m->stage == 0;
+    s->is_last = m->stage == m->n_stages - 1;
+    s->layout = (struct paged_layout){b->n_sequences, b->n_tokens,   0,       t->query_start,
+                                      t->context_len, t->page_start, t->pages};
+    for (int32_t i = 0; i < b->n_sequences; i++) {
+        s->any_capture |= b->captures[i];
+        if (b->context_len[i] > s->layout.max_context_len)
+            s->layout.max_context_len = b->context_len[i];
+        for (int32_t r = b->query_start[i]; r < b->query_start[i + 1]; r++)
+            m->sequence_of[r] = i;
+    }
+    upload(m, t->query_start, b->query_start, b->n_sequences + 1);
+    upload(m, t->context_len, b->context_len, b->n_sequences);
+    upload(m, t->page_start, b->page_start, b->n_sequences + 1);
+    upload(m, t->pages, b->pages, b->n_pages);
+    int64_t dim = m->config->hidden_size;
+    s->x = tensor_2d(t->x, DTYPE_F32, s->n, dim);
+    s->normed = tensor_2d(t->normed, DTYPE_F32, s->n, dim);
+    s->sum = tensor_2d(t->sum, DTYPE_F32, s->n, dim);
+    kv_cache_copy_pages(&m->kv, b->copy_src, b->copy_dst, b->n_copies);
+}
+
+/* cos and sin of every token, in float32 as Transformers. Frequencies depend on the sequence only
+ * with dynamic scaling. */
+static void prepare_rope(struct step *s)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    int half = m->config->head_dim / 2;
+    for (int32_t i = 0; i < b->n_sequences; i++) {
+        float scale =
+            rope_frequencies(&m->config->rope, m->config->head_dim, b->rope_len[i], m->inv_freq);
+        for (int32_t r = b->query_start[i]; r < b->query_start[i + 1]; r++)
+            rope_angles(m->inv_freq, scale, m->config->head_dim, b->positions[r],
+                        m->host_cos + (int64_t)r * half, m->host_sin + (int64_t)r * half);
+    }
+    size_t n_bytes = (size_t)s->n * (size_t)half * sizeof(float);
+    op_upload(m->backend, m->scratch.cos, m->host_cos, n_bytes);
+    op_upload(m->backend, m->scratch.sin, m->host_sin, n_bytes);
+}
+
+/* ---- the model ---- */
+
+/* Embedding rows (each id lives on one shard, the others give zeros), then features over the rows
+ * of image tokens. */
+static void embed(struct step *s)
+{
+    struct language_model *m = s->m;
+    struct backend *b = m->backend;
+    const struct batch *batch = s->batch;
+    int64_t dim = m->config->hidden_size;
+    int32_t n = 0;
+    upload(m, m->scratch.ids, batch->token_ids, s->n);
+    op_embed(b, &s->x, &m->embedding, m->scratch.ids, (int32_t)m->cut.vocab.start);
+    all_reduce(s, &s->x);
+    for (int32_t r = 0; r < batch->n_tokens; r++)
+        if (batch->feature_rows[r] >= 0) {
+            m->feature_tokens[n] = r;
+            m->feature_from[n++] = batch->feature_rows[r];
+        }
+    if (n) {
+        struct tensor features = tensor_2d(m->scratch.features, DTYPE_F32, batch->n_features, dim);
+        struct tensor chosen = tensor_2d(m->scratch.normed, DTYPE_F32, n, dim);
+        op_upload(b, features.data, batch->features,
+                  (size_t)batch->n_features * (size_t)dim * sizeof(float));
+        upload(m, m->scratch.rows, m->feature_from, n);
+        op_gather_rows(b, &chosen, &features, m->scratch.rows);
+        op_sync(b);
+        upload(m, m->scratch.rows, m->feature_tokens, n);
+        op_scatter_rows(b, &s->x, &chosen, m->scratch.rows);
+    }
+    capture_rows(s, CAPTURE_EMBEDS, &s->x, "inputs_embeds");
+}
+
+/* RMSNorm of each head of a view [n, heads * head_dim], in place. */
+static void norm_heads(struct step *s, struct tensor *x, const float *weight)
+{
+    int64_t d = s->m->config->head_dim;
+    for (int64_t c = 0; c < x->shape[1]; c += d) {
+        struct tensor head = tensor_columns(x, c, d);
+        op_rms_norm(s->m->backend, &head, &head, weight, s->m->config->rms_norm_eps);
+    }
+}
+
+static void attention(struct step *s, const struct language_layer *l, struct kv_pages *kv, int i)
+{
+    struct language_model *m = s->m;
+    struct backend *b = m->backend;
+    const struct layer_shard *part = &m->cut.dense;
+    int64_t d = m->config->head_dim, q_dim = part->heads.n * d, kv_dim = part->kv_heads.n * d;
+    struct tensor qkv = tensor_2d(m->scratch.qkv, DTYPE_F32, s->n, q_dim + 2 * kv_dim);
+    struct tensor q = tensor_columns(&qkv, 0, q_dim), k = tensor_columns(&qkv, q_dim, kv_dim);
+    struct tensor v = tensor_columns(&qkv, q_dim + kv_dim, kv_dim);
+    struct tensor mixed = tensor_2d(m->scratch.attention, DTYPE_F32, s->n, q_dim);
+
+    op_matmul(b, &qkv, &s->normed, &l->qkv, NULL);
+    if (l->q_norm) {
+        norm_heads(s, &q, l->q_norm);
+        norm_heads(s, &k, l->k_norm);
+    }
+    op_rope(b, &q, &k, m->scratch.cos, m->scratch.sin, (int32_t)d);
+    capture_cache(s, &k, i, "key");
+    capture_cache(s, &v, i, "value");
+    op_kv_write(b, kv, &s->layout, &k, &v);
+    op_paged_attention(b, &mixed, &q, kv, &s->layout, m->kv_of_head, (int32_t)part->heads.n,
+                       (float)(1.0 / sqrt((double)d)), l->window);
+    op_matmul(b, &s->sum, &mixed, &l->output, NULL);
+    all_reduce(s, &s->sum);
+    if (l->output_bias)
+        op_add_bias(b, &s->sum, l->output_bias);
+}
+
+static void mlp(struct step *s, const struct language_layer *l)
+{
+    struct language_model *m = s->m;
+    struct backend *b = m->backend;
+    int64_t columns = l->down.in_dim;
+    struct tensor gate_up = tensor_2d(m->scratch.gate_up, DTYPE_F32, s->n, 2 * columns);
+    struct tensor gated = tensor_2d(m->scratch.gated, DTYPE_F32, s->n, columns);
+    op_matmul(b, &gate_up, &s->normed, &l->gate_up, NULL);
+    op_gated_activation(b, &gated, &gate_up, m->config->hidden_act);
+    op_matmul(b, &s->sum, &gated, &l->down, NULL);
+    all_reduce(s, &s->sum);
+    if (l->down_bias)
+        op_add_bias(b, &s->sum, l->down_bias);
+}
+
+static void run_layers(struct step *s)
+{
+    struct language_model *m = s->m;
+    struct backend *b = m->backend;
+    float eps = m->config->rms_norm_eps;
+    for (int64_t j = 0; j < m->layer_range.n; j++) {
+        const struct language_layer *l = &m->layers[j];
+        int i = (int)(m->layer_range.start + j);
+        capture_hidden(s, &s->x, i);
+        op_rms_norm(b, &s->normed, &s->x, l->input_norm, eps);
+        attention(s, l, &m->kv.layers[j], i);
+        op_add(b, &s->x, &s->sum);
+        op_rms_norm(b, &s->normed, &s->x, l->post_norm, eps);
+        mlp(s, l);
+        op_add(b, &s->x, &s->sum);
+    }
+}
+
+/* ---- the last stage ---- */
+
+/* Rows whose logits somebody wants, ascending, into m->needed. */
+static int32_t find_needed(struct step *s)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    int32_t n = 0;
+    memset(m->needed, 0, (size_t)s->n * sizeof(int32_t)); // marks first
+    for (int32_t i = 0; i < b->n_samples; i++)
+        m->needed[b->samples[i].row] = 1;
+    for (int32_t r = 0; r < b->n_tokens; r++) {
+        int captured = b->want_logits[r] && (b->captures[m->sequence_of[r]] & CAPTURE_LOGITS);
+        s->out->n_targets = b->targets[r] >= 0 ? b->n_tokens : s->out->n_targets;
+        if (m->needed[r] || captured || b->targets[r] >= 0)
+            m->needed[n++] = r; // n <= r: only marks already read are overwritten
+    }
+    return n;
+}
+
+/* One row of logits, whole: its target, its samples. */
+static void finish_row(struct step *s, int32_t row)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    int32_t target = b->targets[row], finite = 1;
+    if (target >= 0 && target < m->config->vocab_size) {
+        double log_sum = sampler_log_sum_exp(m->row, m->config->vocab_size, &finite);
+        m->target_logprobs[row] = (float)(m->row[target] - log_sum);
+    }
+    for (int32_t i = 0; i < b->n_samples; i++)
+        if (b->samples[i].row == row)
+            sampler_draw(&m->sampler, &m->samples[i], m->row, &b->samples[i], b);
+}
+
+/* Logits of needed[first, first + n): row j of shard t begins at (t * n + j) * vocab.n. */
+static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    int64_t part = m->cut.vocab.n, vocab = m->config->vocab_size;
+    float *run = NULL; // rows left of the run of neighbouring rows that is being captured
+    int32_t run_row = -1;
+    for (int32_t j = 0; j < n; j++) {
+        int32_t row = needed[j], sequence = m->sequence_of[row];
+        for (int t = 0; t < m->n_shards; t++) {
+            int64_t start = t * part, have = vocab - start < part ? vocab - start : part;
+            if (have > 0)
+                memcpy(m->row + start, m->host_logits + (t * n + j) * part,
+                       (size_t)have * sizeof(float));
+        }
+        if (b->want_logits[row] && (b->captures[sequence] & CAPTURE_LOGITS)) {
+            int32_t last = j; // the run ends where a row, the sequence or the wish does
+            while (last + 1 < n && needed[last + 1] == needed[last] + 1 &&
+                   b->want_logits[needed[last + 1]] && m->sequence_of[needed[last + 1]] == sequence)
+                last++;
+            if (row != run_row)
+                run = capture_add(s->captures, "logits", sequence, row - b->query_start[sequence],
+                                  last - j + 1, (int32_t)vocab);
+            memcpy(run, m->row, (size_t)vocab * sizeof(float));
+            run += vocab;
+            run_row = last > j ? row + 1 : -1;
+        }
+        finish_row(s, row);
+    }
+}
+
+static void finish(struct step *s)
+{
+    struct language_model *m = s->m;
+    struct backend *b = m->backend;
+    const struct batch *batch = s->batch;
+    int64_t part = m->cut.vocab.n, dim = m->config->hidden_size;
+    op_rms_norm(b, &s->normed, &s->x, m->final_norm, m->config->rms_norm_eps);
+    capture_hidden(s, &s->normed, m->config->n_layers);
+    int32_t n_needed = find_needed(s);
+    if (batch->n_samples > m->samples_capacity) {
+        m->samples_capacity = batch->n_samples;
+        m->samples = xrealloc(m->samples, (size_t)m->samples_capacity, sizeof(*m->samples));
+    }
+    memset(m->target_logprobs, 0, (size_t)s->out->n_targets * sizeof(float));
+    for (int32_t first = 0; first < n_needed; first += LANGUAGE_LOGIT_ROWS) {
+        int32_t n = n_needed - first;
+        n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
+        struct tensor chosen = tensor_2d(m->scratch.sum, DTYPE_F32, n, dim);
+        struct tensor logits = tensor_2d(m->scratch.logits, DTYPE_F32, n, part);
+        size_t n_bytes = (size_t)n * (size_t)part * sizeof(float);
+        upload(m, m->scratch.rows, m->needed + first, n);
+        op_gather_rows(b, &chosen, &s->normed, m->scratch.rows);
+        op_matmul(b, &logits, &chosen, &m->lm_head, NULL);
+        all_gather(m, m->scratch.gathered, logits.data, n_bytes);
+        if (m->shard != 0)
+            continue;
+        op_download(b, m->host_logits, m->scratch.gathered, n_bytes * (size_t)m->n_shards);
+        finish_chunk(s, m->needed + first, n);
+    }
+    if (m->shard != 0)
+        return;
+    s->out->n_samples = batch->n_samples;
+    s->out->samples = m->samples;
+    s->out->target_logprobs = m->target_logprobs;
+}
+
+void language_forward(struct language_model *m, const struct batch *batch,
+                      struct language_output *out, struct capture_list *captures)
+{
+    struct step s = {.m = m, .batch = batch, .out = out, .captures = captures};
+    *out = (struct language_output){0};
+    if (batch->n_tokens == 0)
+        return;
+    begin(&s);
+    prepare_rope(&s);
+    size_t n_bytes = (size_t)tensor_n_elements(&s.x) * sizeof(float);
+    if (s.is_first)
+        embed(&s);
+    else
+        comm_recv(m->comm->stages, s.x.data, n_bytes, m->stage - 1);
+    run_layers(&s);
+    if (s.is_last)
+        finish(&s);
+    else
+        comm_send(m->comm->stages, s.x.data, n_bytes, m->stage + 1);
+}

@@ -1,0 +1,188 @@
+/*
+ * The language model: binding of weights, scratch, release (language.h).
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "daemon/model/language.h"
+#include "kernels/log.h"
+
+static int64_t logit_rows(const struct language_limits *limits)
+{
+    return limits->max_tokens < LANGUAGE_LOGIT_ROWS ? limits->max_tokens : LANGUAGE_LOGIT_ROWS;
+}
+
+static void lay_out(struct language_scratch *s, struct carve *c, const struct text_config *t,
+                    const struct weight_cut *cut, int n_shards, int is_last,
+                    const struct language_limits *limits)
+{
+    int64_t n = limits->max_tokens, sequences = limits->max_sequences, dim = t->hidden_size;
+    int64_t d = t->head_dim, q_dim = cut->dense.heads.n * d, kv_dim = cut->dense.kv_heads.n * d;
+    int64_t columns = cut->dense.columns.n, rows = is_last ? logit_rows(limits) : 0;
+    int64_t pages_each = (limits->max_model_len + limits->page_size - 1) / limits->page_size;
+    s->x = carve(c, n * dim, sizeof(float));
+    s->normed = carve(c, n * dim, sizeof(float));
+    s->sum = carve(c, n * dim, sizeof(float));
+    s->qkv = carve(c, n * (q_dim + 2 * kv_dim), sizeof(float));
+    s->attention = carve(c, n * q_dim, sizeof(float));
+    s->gate_up = carve(c, 2 * n * columns, sizeof(float));
+    s->gated = carve(c, n * columns, sizeof(float));
+    s->cos = carve(c, n * d / 2, sizeof(float));
+    s->sin = carve(c, n * d / 2, sizeof(float));
+    s->features = carve(c, n * dim, sizeof(float));
+    s->logits = carve(c, rows * cut->vocab.n, sizeof(float));
+    s->gathered = carve(c, rows * cut->vocab.n * n_shards, sizeof(float));
+    s->ids = carve(c, n, sizeof(int32_t));
+    s->rows = carve(c, n, sizeof(int32_t));
+    s->query_start = carve(c, sequences + 1, sizeof(int32_t));
+    s->context_len = carve(c, sequences, sizeof(int32_t));
+    s->page_start = carve(c, sequences + 1, sizeof(int32_t));
+    s->pages = carve(c, sequences * pages_each, sizeof(int32_t));
+}
+
+size_t language_scratch_bytes(const struct text_config *t, const struct weight_cut *cut,
+                              int n_shards, int is_last, const struct language_limits *limits)
+{
+    struct language_scratch s;
+    struct carve sum = {0};
+    lay_out(&s, &sum, t, cut, n_shards, is_last, limits);
+    return sum.used_bytes;
+}
+
+static float *vector(struct language_model *m, struct weights *w, const char *prefix,
+                     const char *name)
+{
+    char full[160];
+    snprintf(full, sizeof(full), "%s%s", prefix, name);
+    return weights_vector(w, m->backend, full);
+}
+
+static void bind_layer(struct language_model *m, struct weights *w, enum dtype dtype,
+                       struct language_layer *l, int i)
+{
+    const struct text_config *t = m->config;
+    char p[64];
+    snprintf(p, sizeof(p), "language_model.model.layers.%d.", i);
+    struct weight_parts qkv = {p, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, 1};
+    struct weight_parts output = {p, {"self_attn.o_proj"}, 0};
+    struct weight_parts gate_up = {p, {"mlp.gate_proj", "mlp.up_proj"}, 1};
+    struct weight_parts down = {p, {"mlp.down_proj"}, 0};
+    l->input_norm = vector(m, w, p, "input_layernorm.weight");
+    weights_linear(w, m->backend, &l->qkv, dtype, &qkv, &m->cut, t, NULL);
+    l->q_norm = vector(m, w, p, "self_attn.q_norm.weight");
+    l->k_norm = vector(m, w, p, "self_attn.k_norm.weight");
+    weights_linear(w, m->backend, &l->output, dtype, &output, &m->cut, t, &m->cut.dense.head_lanes);
+    l->output_bias = vector(m, w, p, "self_attn.o_proj.bias");
+    l->post_norm = vector(m, w, p, "post_attention_layernorm.weight");
+    weights_linear(w, m->backend, &l->gate_up, dtype, &gate_up, &m->cut, t, NULL);
+    weights_linear(w, m->backend, &l->down, dtype, &down, &m->cut, t, &m->cut.dense.column_lanes);
+    l->down_bias = vector(m, w, p, "mlp.down_proj.bias");
+    l->window = t->sliding_window && i >= t->first_window_layer ? t->sliding_window : 0;
+}
+
+/* lm_head, or the embedding where the checkpoint ties them. */
+static void bind_lm_head(struct language_model *m, struct weights *w, enum dtype dtype)
+{
+    struct weight_parts own = {"language_model.", {"lm_head"}, 0};
+    struct weight_parts tied = {"language_model.model.", {"embed_tokens"}, 0};
+    weights_linear(w, m->backend, &m->lm_head, dtype, w->has_lm_head ? &own : &tied, &m->cut,
+                   m->config, NULL);
+}
+
+static void allocate_host(struct language_model *m)
+{
+    size_t n = (size_t)m->limits.max_tokens, half = (size_t)m->config->head_dim / 2;
+    size_t rows = (size_t)logit_rows(&m->limits);
+    m->host_cos = xcalloc(n * half, sizeof(float));
+    m->host_sin = xcalloc(n * half, sizeof(float));
+    m->inv_freq = xcalloc(half, sizeof(float));
+    m->feature_tokens = xcalloc(n, sizeof(int32_t));
+    m->feature_from = xcalloc(n, sizeof(int32_t));
+    m->sequence_of = xcalloc(n, sizeof(int32_t));
+    m->needed = xcalloc(n, sizeof(int32_t));
+    m->target_logprobs = xcalloc(n, sizeof(float));
+    if (m->stage != m->n_stages - 1 || m->shard != 0)
+        return;
+    m->host_logits = xcalloc(rows * (size_t)m->cut.vocab.n, (size_t)m->n_shards * sizeof(float));
+    m->row = xcalloc((size_t)m->config->vocab_size, sizeof(float));
+    m->samples_capacity = m->limits.max_sequences;
+    m->samples = xcalloc((size_t)m->samples_capacity, sizeof(*m->samples));
+    sampler_init(&m->sampler, m->config->vocab_size);
+}
+
+void language_init(struct language_model *m, const struct model_config *c, struct weights *w,
+                   struct backend *b, enum dtype dtype, const struct topology *t,
+                   struct model_comm *comm, const struct language_limits *limits)
+{
+    const struct text_config *text = &c->text;
+    uint64_t before = w->n_bytes;
+    struct error err;
+    *m = (struct language_model){.config = text,
+                                 .backend = b,
+                                 .comm = comm,
+                                 .limits = *limits,
+                                 .stage = t->stage,
+                                 .n_stages = t->layout.pipeline_parallel,
+                                 .shard = t->shard,
+                                 .n_shards = t->layout.tensor_parallel};
+    m->layer_range = shard_layers(text->n_layers, m->stage, m->n_stages);
+    if (weight_cut_init(&m->cut, text, m->shard, m->n_shards, &err) != 0)
+        die("%s", err.msg);
+    m->kv_of_head = xcalloc((size_t)m->cut.dense.heads.n, sizeof(int32_t));
+    for (int h = 0; h < m->cut.dense.heads.n; h++)
+        m->kv_of_head[h] =
+            layer_shard_kv_of_head(&m->cut.dense, text->n_heads, text->n_kv_heads, h);
+    if (m->stage == 0)
+        m->embedding =
+            weights_table(w, b, "language_model.model.embed_tokens.weight", m->cut.vocab, dtype);
+    m->layers = xcalloc((size_t)m->layer_range.n + 1, sizeof(*m->layers));
+    for (int64_t j = 0; j < m->layer_range.n; j++)
+        bind_layer(m, w, dtype, &m->layers[j], (int)(m->layer_range.start + j));
+    int is_last = m->stage == m->n_stages - 1;
+    if (is_last) {
+        m->final_norm = weights_vector(w, b, "language_model.model.norm.weight");
+        bind_lm_head(m, w, dtype);
+    }
+    m->weight_bytes = w->n_bytes - before;
+    kv_cache_init(&m->kv, b, (int)m->layer_range.n, (int)m->cut.dense.kv_heads.n, text->head_dim,
+                  limits->page_size, limits->n_pages, dtype);
+    m->scratch_bytes = language_scratch_bytes(text, &m->cut, m->n_shards, is_last, limits);
+    m->scratch_base = op_alloc(b, m->scratch_bytes);
+    struct carve c2 = {.base = m->scratch_base};
+    lay_out(&m->scratch, &c2, text, &m->cut, m->n_shards, is_last, limits);
+    allocate_host(m);
+}
+
+void language_release(struct language_model *m)
+{
+    struct backend *b = m->backend;
+    if (!b)
+        return;
+    sampler_release(&m->sampler);
+    void *host[] = {m->samples,  m->row,         m->host_logits,  m->target_logprobs,
+                    m->needed,   m->sequence_of, m->feature_from, m->feature_tokens,
+                    m->inv_freq, m->host_sin,    m->host_cos,     m->kv_of_head};
+    for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
+        free(host[i]);
+    op_free(b, m->scratch_base);
+    kv_cache_release(&m->kv);
+    for (int64_t j = 0; j < m->layer_range.n; j++) {
+        struct language_layer *l = &m->layers[j];
+        float *vectors[] = {l->input_norm, l->post_norm,   l->q_norm,
+                            l->k_norm,     l->output_bias, l->down_bias};
+        struct linear *linears[] = {&l->qkv, &l->output, &l->gate_up, &l->down};
+        for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
+            if (vectors[i])
+                op_free(b, vectors[i]);
+        for (size_t i = 0; i < sizeof(linears) / sizeof(linears[0]); i++)
+            op_linear_free(b, linears[i]);
+    }
+    if (m->embedding.data)
+        op_free(b, m->embedding.data);
+    if (m->final_norm) {
+        op_free(b, m->final_norm);
+        op_linear_free(b, &m->lm_head);
+    }
+    free(m->layers);
+    *m = (struct language_model){0};
+}

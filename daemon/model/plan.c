@@ -1,0 +1,157 @@
+/*
+ * The memory of every rank, before anything is allocated (plan.h).
+ */
+#include "daemon/model/plan.h"
+
+#include <stdlib.h>
+
+#include "daemon/model/language.h"
+#include "daemon/model/vision.h"
+#include "daemon/model/weight_list.h"
+#include "kernels/log.h"
+
+/* 1 when the rank holds `s`. lm_head is held whether or not the checkpoint ties it: the tied one is
+ * packed a second time. */
+static int holds(const struct topology *t, const struct weight_spec *s, int n_layers)
+{
+    struct range layers = {0, 0};
+    int last = t->layout.pipeline_parallel - 1;
+    if (t->role == ROLE_LANGUAGE)
+        layers = shard_layers(n_layers, t->stage, t->layout.pipeline_parallel);
+    switch (s->home) {
+    case HOME_VISION:
+        return t->role == ROLE_VISION;
+    case HOME_FIRST:
+        return t->role == ROLE_LANGUAGE && t->stage == 0;
+    case HOME_LAST:
+        return t->role == ROLE_LANGUAGE && t->stage == last;
+    case HOME_LAYER:
+        return s->layer >= layers.start && s->layer < layers.start + layers.n;
+    }
+    return 0;
+}
+
+/* Matrices are kept at the run's dtype; norms, biases and other vectors as float32. */
+static uint64_t held_bytes(const struct weight_spec *s, const struct weight_cut *cut,
+                           const struct text_config *t, enum dtype dtype)
+{
+    struct range rows = {0, weight_spec_rows(s)}, columns = {0, weight_spec_columns(s)};
+    if (s->home != HOME_VISION)
+        weight_cut_ranges(cut, t, s, &rows, &columns);
+    int is_matrix = s->n_dims == 2 || s->n_dims == 4;
+    return (uint64_t)(rows.n * columns.n) * dtype_size(is_matrix ? dtype : DTYPE_F32);
+}
+
+static int plan_rank(struct plan_rank *r, const struct plan *p, const struct model_config *c,
+                     const struct weight_list *list, struct error *err)
+{
+    const struct plan_settings *s = &p->settings;
+    const struct text_config *t = &c->text;
+    const struct topology *topology = &r->topology;
+    struct weight_cut cut = {0};
+    int is_last = topology->stage == s->layout.pipeline_parallel - 1;
+    struct language_limits limits = {.max_tokens = s->max_num_batched_tokens,
+                                     .max_sequences = s->max_num_seqs,
+                                     .max_model_len = s->max_model_len,
+                                     .page_size = s->page_size};
+    if (topology->role == ROLE_LANGUAGE &&
+        weight_cut_init(&cut, t, topology->shard, s->layout.tensor_parallel, err) != 0)
+        return -1;
+    for (int i = 0; i < list->n; i++)
+        if (holds(topology, &list->specs[i], t->n_layers))
+            r->weight_bytes += held_bytes(&list->specs[i], &cut, t, s->dtype);
+    if (topology->role == ROLE_VISION)
+        r->scratch_bytes = vision_scratch_bytes(c, s->max_vision_tiles);
+    if (topology->role != ROLE_LANGUAGE)
+        return 0;
+    struct range layers = shard_layers(t->n_layers, topology->stage, s->layout.pipeline_parallel);
+    r->scratch_bytes = language_scratch_bytes(t, &cut, s->layout.tensor_parallel, is_last, &limits);
+    r->page_bytes = kv_page_bytes((int)layers.n, (int)cut.dense.kv_heads.n, t->head_dim,
+                                  s->page_size, s->dtype);
+    return 0;
+}
+
+static int count_pages(struct plan *p, struct error *err)
+{
+    const struct plan_settings *s = &p->settings;
+    uint64_t n = INT32_MAX / 2, largest = 0;
+    int64_t needed = ((int64_t)s->max_model_len + s->page_size - 1) / s->page_size;
+    for (int i = 0; i < p->n_ranks; i++) {
+        uint64_t page = p->ranks[i].page_bytes;
+        if (page && s->kv_budget_bytes / page < n)
+            n = s->kv_budget_bytes / page;
+        largest = page > largest ? page : largest;
+    }
+    if (n < (uint64_t)needed)
+        return error_set(
+            err, ERROR_INVALID_ARGUMENT,
+            "%llu bytes of KV memory hold %llu pages of %llu bytes; one sequence of %d "
+            "tokens needs %lld",
+            (unsigned long long)s->kv_budget_bytes, (unsigned long long)n,
+            (unsigned long long)largest, s->max_model_len, (long long)needed);
+    p->n_pages = (int32_t)n;
+    for (int i = 0; i < p->n_ranks; i++)
+        p->ranks[i].kv_bytes = n * p->ranks[i].page_bytes;
+    return 0;
+}
+
+int plan_make(struct plan *p, const struct model_config *c, const struct plan_settings *s,
+              struct error *err)
+{
+    int rc = 0;
+    *p = (struct plan){.settings = *s};
+    if (s->page_size < 16 || s->page_size % 16 != 0)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "page size %d: a multiple of 16 tokens is expected", s->page_size);
+    if (s->layout.pipeline_parallel > c->text.n_layers)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "pipeline-parallel-size %d: the model has only %d layers",
+                         s->layout.pipeline_parallel, c->text.n_layers);
+    if (s->max_model_len < 1 || s->max_num_seqs < 1 || s->max_num_batched_tokens < 1 ||
+        s->max_vision_tiles < 1)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "limits of sequences, tokens and tiles must be at least 1");
+    struct weight_list list;
+    weight_list_init(&list, c);
+    p->n_ranks = layout_world(&s->layout);
+    p->ranks = xcalloc((size_t)p->n_ranks, sizeof(*p->ranks));
+    for (int i = 0; i < p->n_ranks && rc == 0; i++) {
+        rc = topology_init(&p->ranks[i].topology, i, p->n_ranks, &s->layout, err);
+        if (rc == 0)
+            rc = plan_rank(&p->ranks[i], p, c, &list, err);
+    }
+    weight_list_release(&list);
+    if (rc == 0)
+        rc = count_pages(p, err);
+    if (rc != 0)
+        plan_release(p);
+    return rc;
+}
+
+void plan_release(struct plan *p)
+{
+    free(p->ranks);
+    *p = (struct plan){0};
+}
+
+void plan_print(FILE *f, const struct plan *p, const struct model_config *c)
+{
+    const double mib = 1 << 20;
+    const struct layout *l = &p->settings.layout;
+    char role[64];
+    fprintf(f, "model %s, %s: %d ranks = 1 gateway + %d vision + %d x %d language\n", c->name,
+            dtype_name(p->settings.dtype), p->n_ranks, l->n_vision, l->pipeline_parallel,
+            l->tensor_parallel);
+    fprintf(f, "%4s  %-28s %12s %12s %12s %12s\n", "rank", "role", "weights MiB", "KV MiB",
+            "scratch MiB", "total MiB");
+    for (int i = 0; i < p->n_ranks; i++) {
+        const struct plan_rank *r = &p->ranks[i];
+        fprintf(f, "%4d  %-28s %12.1f %12.1f %12.1f %12.1f\n", i,
+                topology_describe(&r->topology, i, role, sizeof(role)),
+                (double)r->weight_bytes / mib, (double)r->kv_bytes / mib,
+                (double)r->scratch_bytes / mib,
+                (double)(r->weight_bytes + r->kv_bytes + r->scratch_bytes) / mib);
+    }
+    fprintf(f, "KV: %d pages of %d tokens = %lld tokens\n", p->n_pages, p->settings.page_size,
+            (long long)p->n_pages * p->settings.page_size);
+}

@@ -1,0 +1,48 @@
+/*
+ * The memory of every rank, before anything is allocated.
+ *
+ * Pure arithmetic over the config, the layout and the settings: the base of `internvld --plan`, and
+ * where the number of KV pages comes from. Weight bytes are the stored elements at the run's dtype
+ * (a back end's packing may round up a little); activations are float32.
+ */
+#ifndef INTERNVLD_MODEL_PLAN_H
+#define INTERNVLD_MODEL_PLAN_H
+
+#include <stdio.h>
+
+#include "daemon/model/config.h"
+#include "kernels/error.h"
+#include "parallel/topology.h"
+
+struct plan_settings {
+    struct layout layout;
+    enum dtype dtype;         // F32 or BF16
+    int32_t page_size;        // tokens
+    uint64_t kv_budget_bytes; // for KV pages, of each language rank
+    int32_t max_model_len;    // tokens of one sequence
+    int32_t max_num_seqs, max_num_batched_tokens, max_vision_tiles;
+};
+
+struct plan_rank {
+    struct topology topology;
+    uint64_t weight_bytes, scratch_bytes;
+    uint64_t page_bytes; // of one KV page over the rank's layers; 0 for others
+    uint64_t kv_bytes;   // n_pages * page_bytes
+};
+
+struct plan {
+    struct plan_settings settings;
+    struct plan_rank *ranks; // [n_ranks]
+    int n_ranks;
+    int32_t n_pages; // the minimum over ranks of budget / page_bytes, the same on every rank
+};
+
+/* Errors: a layout the model's heads or layers cannot take, a page size that is no multiple of 16,
+ * a budget that does not hold one sequence of max_model_len. */
+int plan_make(struct plan *p, const struct model_config *c, const struct plan_settings *s,
+              struct error *err);
+void plan_release(struct plan *p); // accepts a zeroed struct
+/* A table, one line a rank, and the KV capacity in tokens. */
+void plan_print(FILE *f, const struct plan *p, const struct model_config *c);
+
+#endif

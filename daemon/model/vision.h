@@ -1,0 +1,85 @@
+/*
+ * InternViT, feature choice, pixel shuffle and projector: tiles become rows of the language model.
+ *
+ *     tiles -> patches -> patch embedding (+ class token, + positions)
+ *     n_layers x { x += lambda_1 * attention(norm(x));  x += lambda_2 * mlp(norm(x)) }
+ *     (final norm) -> drop the class token -> pixel shuffle -> LayerNorm, linear, act, linear
+ *
+ * Owns its weights and scratch. A tile's features are bitwise the same whatever else is in the
+ * batch. Source: Transformers InternVLVisionModel, InternVLModel.get_image_features.
+ */
+#ifndef INTERNVLD_MODEL_VISION_H
+#define INTERNVLD_MODEL_VISION_H
+
+#include "daemon/model/capture.h"
+#include "daemon/model/carve.h"
+#include "daemon/model/config.h"
+#include "daemon/model/weights.h"
+#include "kernels/backend.h"
+#include "parallel/batch.h"
+
+struct vision_layer {
+    float *norm_before, *norm_before_bias; // [dim]; biases NULL for RMSNorm
+    float *norm_after, *norm_after_bias;   // [dim]
+    float *q_norm, *k_norm;                // [dim] or NULL
+    float *lambda_1, *lambda_2;            // [dim]
+    struct linear qkv, projection, fc1, fc2;
+};
+
+struct vision_scratch { // rows: n_tokens tokens of as many whole tiles as fit
+    int64_t n_tokens;
+    float *pixels;    // [tiles, channels, height, width]
+    float *patches;   // [n_tokens, channels * patch_height * patch_width]
+    float *x;         // [n_tokens, dim] the residual stream
+    float *normed;    // [n_tokens, dim]
+    float *qkv;       // [n_tokens, 3 * dim]; the selected and the shuffled tokens later
+    float *attention; // [n_tokens, dim]
+    float *hidden;    // [n_tokens, intermediate]
+    float *selected;  // [n_tokens, dim] hidden_states[feature_layer]
+    float *block;     // [n_tokens, dim] seen as [n_features, k * k * dim]
+    float *linear_1;  // [n_features, text dim]
+    float *features;  // [n_features, text dim]
+    float *position;  // [n_tokens, dim] position table of the current tile size
+};
+
+struct vision_model {
+    const struct model_config *config;
+    struct backend *backend;
+    struct linear patch;
+    float *cls;                     // [dim]
+    float *host_position;           // [1 + n_patches, dim] on the host, or NULL
+    struct vision_layer *layers;    // [n_layers]
+    float *final_norm, *final_bias; // [dim] or NULL (use_mean_pooling)
+    float *block_norm, *block_bias; // [k * k * dim]
+    struct linear linear_1, linear_2;
+    const float *pixel_mean, *pixel_std; // [n_channels] borrowed; for U8 tiles
+    int position_height, position_width; // pixels that scratch.position is for; 0: none yet
+    void *scratch_base;
+    struct vision_scratch scratch;
+    size_t scratch_bytes, weight_bytes;
+};
+
+/* One tile may have up to this many times the native number of patches (other sizes come from
+ * Forward alone). */
+#define VISION_MAX_SCALE 4
+
+/* Scratch for max_tiles native tiles at once (and one of VISION_MAX_SCALE). */
+size_t vision_scratch_bytes(const struct model_config *c, int max_tiles);
+
+/* Binds from `w`. pixel_mean and pixel_std are borrowed and may be NULL when no U8 tile will come.
+ */
+void vision_init(struct vision_model *m, const struct model_config *c, struct weights *w,
+                 struct backend *b, enum dtype dtype, int max_tiles, const float *pixel_mean,
+                 const float *pixel_std);
+void vision_release(struct vision_model *m); // accepts a zeroed struct
+
+/* Error (INVALID_ARGUMENT) when tiles of this size cannot be encoded at all: for the gateway. */
+int vision_check_size(const struct model_config *c, int channels, int height, int width,
+                      struct error *err);
+
+/* features [n_tiles * model_config_n_features(), text dim] on the host. A size whose tokens the
+ * projector cannot take (0 features) only gives captures. */
+void vision_forward(struct vision_model *m, const struct tile_batch *t, float *features,
+                    struct capture_list *captures);
+
+#endif

@@ -1,0 +1,77 @@
+/*
+ * A vision rank (vision_worker.h).
+ */
+#include "daemon/model/vision_worker.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "daemon/model/vision.h"
+#include "daemon/model/worker_report.h"
+#include "kernels/log.h"
+
+static int all_finite(const float *x, size_t n)
+{
+    int ok = 1;
+    for (size_t i = 0; i < n; i++)
+        ok &= isfinite(x[i]) != 0;
+    return ok;
+}
+
+/* One message of tiles to one message of features. */
+static struct message *encode(struct vision_model *m, const struct message *request,
+                              struct capture_list *captures)
+{
+    struct tile_batch t;
+    tile_batch_unpack(&t, request);
+    uint64_t start = worker_now_ns();
+    int32_t n_features = model_config_n_features(m->config, t.height, t.width);
+    size_t n = (size_t)t.n_tiles * (size_t)n_features * (size_t)m->config->text.hidden_size;
+    float *features = xcalloc(n + 1, sizeof(float));
+    vision_forward(m, &t, features, captures);
+    struct feature_result r = {.job_id = t.job_id,
+                               .n_tiles = t.n_tiles,
+                               .n_tokens_per_tile = n_features,
+                               .dim = m->config->text.hidden_size,
+                               .not_finite = !all_finite(features, n),
+                               .n_captured = captures->n,
+                               .compute_ns = worker_now_ns() - start,
+                               .features = features,
+                               .captured = captures->items};
+    struct message *reply = feature_result_pack(&r);
+    free(features);
+    capture_clear(captures);
+    log_debug("vision", "job %llu: %d tiles in %.1f ms", (unsigned long long)t.job_id, t.n_tiles,
+              (double)r.compute_ns / 1e6);
+    return reply;
+}
+
+int vision_worker_run(const struct worker_options *o, const struct topology *t, struct control *c)
+{
+    uint64_t start = worker_now_ns();
+    struct error err;
+    struct weights w;
+    struct vision_model m;
+    struct capture_list captures = {0};
+    struct backend *b = backend_cpu_open(o->n_threads, o->isa);
+    if (weights_open(&w, o->model_dir, o->model, o->dummy_weights, &err) != 0)
+        die("%s", err.msg);
+    vision_init(&m, o->model, &w, b, o->dtype, o->max_vision_tiles, o->pixel_mean, o->pixel_std);
+    weights_release(&w);
+    worker_report_ready(t, c, b, m.weight_bytes, 0, m.scratch_bytes, start);
+    for (;;) {
+        struct message *request = control_recv(c);
+        int stop = request->type == CONTROL_STOP;
+        if (request->type == CONTROL_TILES)
+            control_reply(c, encode(&m, request, &captures));
+        else if (!stop)
+            BUG("a vision rank got message type %d", (int)request->type);
+        message_unref(request);
+        if (stop)
+            break;
+    }
+    capture_release(&captures);
+    vision_release(&m);
+    backend_close(b);
+    return 0;
+}

@@ -1,0 +1,301 @@
+/*
+ * From a checkpoint's files to the back end's memory (weights.h).
+ */
+#include "daemon/model/weights.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/log.h"
+
+/* Tensors that some files carry and nothing needs. */
+static int is_inert(const char *name)
+{
+    static const char suffix[] = ".rotary_emb.inv_freq";
+    size_t n = strlen(name), m = sizeof(suffix) - 1;
+    return n >= m && strcmp(name + n - m, suffix) == 0;
+}
+
+/* Finds a listed tensor under any spelling and checks type and shape. Absent: source stays zero. */
+static int find_source(const struct weights *w, const struct weight_spec *s,
+                       struct weight_source *source, struct error *err)
+{
+    char name[160], expected[96], found[96];
+    int part = -1;
+    const struct safetensors_tensor *t = NULL;
+    for (int n = 0; n < NAMING_COUNT && !t; n++)
+        t = safetensors_find(
+            &w->files, weight_disk_name(s->name, (enum weight_naming)n, name, sizeof(name), &part));
+    if (!t)
+        return 0;
+    int64_t shape[4];
+    memcpy(shape, s->shape, sizeof(shape));
+    if (part >= 0)
+        shape[0] *= 3;
+    int same = t->n_dims == s->n_dims;
+    for (int i = 0; same && i < s->n_dims; i++)
+        same = t->shape[i] == shape[i];
+    if (!same)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "%s: tensor %s: shape %s is expected, found %s", t->file, t->name,
+                         safetensors_shape(shape, s->n_dims, expected, sizeof(expected)),
+                         safetensors_shape(t->shape, t->n_dims, found, sizeof(found)));
+    if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_BF16 && t->dtype != DTYPE_F16)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "%s: tensor %s: float32, bfloat16 or float16 is expected, found %s",
+                         t->file, t->name, dtype_name(t->dtype));
+    source->tensor = t;
+    source->first_row = part >= 0 ? part * s->shape[0] : 0;
+    return 0;
+}
+
+/* Every tensor of the files must have been found by some listed weight. */
+static int check_extra(const struct weights *w, struct error *err)
+{
+    char *used = xcalloc((size_t)w->files.n_tensors + 1, 1);
+    int rc = 0;
+    for (int i = 0; i < w->list.n; i++)
+        if (w->sources[i].tensor)
+            used[w->sources[i].tensor - w->files.tensors] = 1;
+    for (int64_t i = 0; i < w->files.n_tensors && rc == 0; i++)
+        if (!used[i] && !is_inert(w->files.tensors[i].name))
+            rc = error_set(err, ERROR_INVALID_ARGUMENT,
+                           "%s: tensor %s: not expected by config.json, found %lld tensors",
+                           w->files.tensors[i].file, w->files.tensors[i].name,
+                           (long long)w->files.n_tensors);
+    free(used);
+    return rc;
+}
+
+static int check_files(struct weights *w, const struct model_config *c, struct error *err)
+{
+    char shape[96];
+    for (int i = 0; i < w->list.n; i++) {
+        const struct weight_spec *s = &w->list.specs[i];
+        if (find_source(w, s, &w->sources[i], err) != 0)
+            return -1;
+        int absent = !w->sources[i].tensor;
+        if (s->optional)
+            w->has_lm_head = !absent;
+        if (absent && s->optional && !c->tie_word_embeddings)
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "tensor %s: missing, and tie_word_embeddings is false", s->name);
+        if (absent && !s->optional)
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "tensor %s: missing; shape %s is expected, found none", s->name,
+                             safetensors_shape(s->shape, s->n_dims, shape, sizeof(shape)));
+    }
+    return check_extra(w, err);
+}
+
+int weights_open(struct weights *w, const char *dir, const struct model_config *c, int dummy,
+                 struct error *err)
+{
+    *w = (struct weights){.dummy = dummy, .has_lm_head = !c->tie_word_embeddings};
+    weight_list_init(&w->list, c);
+    w->sources = xcalloc((size_t)w->list.n, sizeof(*w->sources));
+    if (dummy)
+        return 0;
+    if (safetensors_open(&w->files, dir, err) == 0 && check_files(w, c, err) == 0)
+        return 0;
+    weights_release(w);
+    return -1;
+}
+
+void weights_release(struct weights *w)
+{
+    free(w->staging);
+    safetensors_release(&w->files);
+    free(w->sources);
+    weight_list_release(&w->list);
+    *w = (struct weights){0};
+}
+
+static void *staging(struct weights *w, size_t n_bytes)
+{
+    if (w->staging_bytes < n_bytes) {
+        free(w->staging);
+        w->staging = xcalloc(n_bytes, 1);
+        w->staging_bytes = n_bytes;
+    }
+    return w->staging;
+}
+
+static enum dtype stored_dtype(const struct weights *w, const struct weight_spec *s)
+{
+    const struct safetensors_tensor *t = w->sources[s - w->list.specs].tensor;
+    return t ? t->dtype : DTYPE_F32; // dummy weights are made in float32
+}
+
+static uint64_t mix(uint64_t x) // splitmix64's finaliser
+{
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+/* Norm weights 1, biases small, matrices of unit gain: activations stay of order one. */
+static void dummy_row(float *dst, const struct weight_spec *s, int64_t row, struct range columns)
+{
+    uint64_t key = 0xcbf29ce484222325u;
+    for (const char *p = s->name; *p; p++)
+        key = (key ^ (uint64_t)(unsigned char)*p) * 0x100000001b3u;
+    int64_t n_columns = weight_spec_columns(s);
+    int is_norm = s->n_dims == 1 && strstr(s->name, "norm") && strstr(s->name, ".weight");
+    float scale = s->n_dims > 1 ? (float)sqrt(3.0 / (double)n_columns) : 0.01f;
+    if (s->axis == AXIS_VOCAB && s->home == HOME_FIRST)
+        scale = 1;
+    for (int64_t i = 0; i < columns.n; i++) {
+        uint64_t bits =
+            mix(key + (uint64_t)(row * n_columns + columns.start + i + 1) * 0x9e3779b97f4a7c15u);
+        float u = (float)(bits >> 40) * 0x1p-23f - 1; // [-1, 1)
+        dst[i] = is_norm ? 1.0f : scale * u;
+    }
+}
+
+/* Rows and columns of a listed tensor into dst [rows.n, columns.n]; dst's type is the stored one,
+ * or F32. Rows past the end are zeros. */
+static void read_slice(struct weights *w, const struct weight_spec *s, struct range rows,
+                       struct range columns, void *dst, enum dtype dtype)
+{
+    const struct weight_source *source = &w->sources[s - w->list.specs];
+    int64_t n_rows = weight_spec_rows(s), n_columns = weight_spec_columns(s);
+    size_t dst_row = (size_t)columns.n * dtype_size(dtype);
+    enum dtype stored = stored_dtype(w, s);
+    size_t element = dtype_size(stored);
+    void *aligned = stored != dtype ? xcalloc((size_t)columns.n, element) : NULL;
+    for (int64_t r = 0; r < rows.n; r++) {
+        uint8_t *to = (uint8_t *)dst + (size_t)r * dst_row;
+        int64_t row = rows.start + r;
+        if (row >= n_rows) {
+            memset(to, 0, dst_row);
+            continue;
+        }
+        if (!source->tensor) {
+            dummy_row((float *)to, s, row, columns);
+            continue;
+        }
+        const uint8_t *from =
+            source->tensor->data +
+            (size_t)((source->first_row + row) * n_columns + columns.start) * element;
+        w->read_bytes += (uint64_t)columns.n * element;
+        if (stored == dtype) {
+            memcpy(to, from, dst_row);
+        } else {
+            memcpy(aligned, from, (size_t)columns.n * element);
+            tensor_widen((float *)to, aligned, stored, columns.n);
+        }
+    }
+    free(aligned);
+}
+
+static const struct weight_spec *required(const struct weights *w, const char *name)
+{
+    const struct weight_spec *s = weight_list_find(&w->list, name);
+    if (!s)
+        BUG("no weight %s is listed", name);
+    return s;
+}
+
+float *weights_vector(struct weights *w, struct backend *b, const char *name)
+{
+    const struct weight_spec *s = weight_list_find(&w->list, name);
+    if (!s)
+        return NULL;
+    struct range rows = {0, weight_spec_rows(s)}, columns = {0, weight_spec_columns(s)};
+    size_t n_bytes = (size_t)(rows.n * columns.n) * sizeof(float);
+    float *host = staging(w, n_bytes), *p = op_alloc(b, n_bytes);
+    read_slice(w, s, rows, columns, host, DTYPE_F32);
+    op_upload(b, p, host, n_bytes);
+    w->n_bytes += n_bytes;
+    return p;
+}
+
+struct tensor weights_table(struct weights *w, struct backend *b, const char *name,
+                            struct range rows, enum dtype dtype)
+{
+    const struct weight_spec *s = required(w, name);
+    struct range columns = {0, weight_spec_columns(s)};
+    int64_t n = rows.n * columns.n;
+    enum dtype host_dtype = stored_dtype(w, s) == dtype ? dtype : DTYPE_F32;
+    void *host = staging(w, (size_t)n * dtype_size(host_dtype));
+    read_slice(w, s, rows, columns, host, host_dtype);
+    if (host_dtype != dtype) // only F32 -> BF16 is left; in place, front to back
+        for (int64_t i = 0; i < n; i++) {
+            float f;
+            memcpy(&f, (char *)host + (size_t)i * sizeof(f), sizeof(f));
+            uint16_t h = f32_to_bf16(f);
+            memcpy((char *)host + (size_t)i * sizeof(h), &h, sizeof(h));
+        }
+    size_t n_bytes = (size_t)n * dtype_size(dtype);
+    struct tensor t = tensor_2d(op_alloc(b, n_bytes), dtype, rows.n, columns.n);
+    op_upload(b, t.data, host, n_bytes);
+    w->n_bytes += n_bytes;
+    return t;
+}
+
+/* The parts' listed tensors and ranges; returns the sum of rows. */
+static int64_t part_ranges(const struct weights *w, const struct weight_parts *parts,
+                           const struct weight_cut *cut, const struct text_config *t,
+                           const struct weight_spec **specs, struct range *rows,
+                           struct range *columns, int *n_parts)
+{
+    int64_t total = 0;
+    int n = 0;
+    for (; n < 3 && parts->names[n]; n++) {
+        char name[160];
+        snprintf(name, sizeof(name), "%s%s.weight", parts->prefix, parts->names[n]);
+        specs[n] = required(w, name);
+        rows[n] = (struct range){0, weight_spec_rows(specs[n])};
+        columns[n] = (struct range){0, weight_spec_columns(specs[n])};
+        if (cut)
+            weight_cut_ranges(cut, t, specs[n], &rows[n], &columns[n]);
+        total += rows[n].n;
+    }
+    *n_parts = n;
+    return total;
+}
+
+void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum dtype dtype,
+                    const struct weight_parts *parts, const struct weight_cut *cut,
+                    const struct text_config *t, const struct lanes *lanes)
+{
+    const struct weight_spec *specs[3];
+    struct range rows[3], columns[3];
+    int n_parts = 0;
+    int64_t out = part_ranges(w, parts, cut, t, specs, rows, columns, &n_parts), in = columns[0].n;
+    enum dtype host_dtype = stored_dtype(w, specs[0]);
+    for (int i = 1; i < n_parts; i++)
+        if (stored_dtype(w, specs[i]) != host_dtype)
+            host_dtype = DTYPE_F32;
+    char *host = staging(w, (size_t)(out * in) * dtype_size(host_dtype));
+    float *bias = NULL;
+    int64_t row = 0;
+    for (int i = 0; i < n_parts; i++) {
+        char name[160];
+        snprintf(name, sizeof(name), "%s%s.bias", parts->prefix, parts->names[i]);
+        const struct weight_spec *s = parts->with_bias ? weight_list_find(&w->list, name) : NULL;
+        read_slice(w, specs[i], rows[i], columns[i],
+                   host + (size_t)(row * in) * dtype_size(host_dtype), host_dtype);
+        if (s && !bias)
+            bias = xcalloc((size_t)out, sizeof(float));
+        if (s)
+            read_slice(w, s, rows[i], (struct range){0, 1}, bias + row, DTYPE_F32);
+        row += rows[i].n;
+    }
+    *l = (struct linear){.out_dim = out, .in_dim = in, .dtype = dtype, .n_lanes = 1};
+    l->lane_start[1] = in;
+    if (lanes) {
+        l->n_lanes = lanes->n;
+        for (int i = 0; i <= lanes->n; i++)
+            l->lane_start[i] = lanes->start[i];
+    }
+    struct tensor weight = tensor_2d(host, host_dtype, out, in), bias_tensor;
+    if (bias)
+        bias_tensor = tensor_1d(bias, DTYPE_F32, out);
+    op_linear_pack(b, l, &weight, bias ? &bias_tensor : NULL);
+    w->n_bytes += l->packed_bytes + (bias ? (uint64_t)out * sizeof(float) : 0);
+    free(bias);
+}

@@ -1,0 +1,18 @@
+/*
+ * What both kinds of worker tell about themselves: the clock they time with, and CONTROL_READY.
+ */
+#ifndef INTERNVLD_MODEL_WORKER_REPORT_H
+#define INTERNVLD_MODEL_WORKER_REPORT_H
+
+#include <stdint.h>
+
+#include "kernels/backend.h"
+#include "parallel/control.h"
+
+uint64_t worker_now_ns(void); // monotonic
+/* Logs and sends CONTROL_READY; start_ns is when loading began. */
+void worker_report_ready(const struct topology *t, struct control *c, const struct backend *b,
+                         uint64_t weight_bytes, uint64_t kv_bytes, uint64_t scratch_bytes,
+                         uint64_t start_ns);
+
+#endif
