@@ -87,7 +87,6 @@ struct backend_ops {
     const char *name; // "cpu", "cuda"
     const char *(*describe)(
         const struct backend *b); // "AVX-512 BF16, 2 threads": for logs and GetModel
-    void (*close)(struct backend *b); // frees the back end; its linears and memory are freed before
 
     void *(*alloc)(struct backend *b,
                    size_t n_bytes); // zeroed, aligned to 64, dies when out of memory

@@ -1,0 +1,270 @@
+/*
+ * The front doors of the ops: shapes and types are checked here once, whatever the back end.
+ *
+ * A mismatch is our own mistake, so it is a BUG(). An op over no rows returns here. Nothing below
+ * needs to ask again; nothing here knows how an op is computed.
+ */
+#include "kernels/backend.h"
+
+#include "kernels/log.h"
+
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition))                                                                          \
+            BUG("%s: %s does not hold", __func__, #condition);                                     \
+    } while (0)
+
+/* A tensor of activations: float32, or the back end's own type; rows that do not overlap. */
+static int is_activation(const struct backend *b, const struct tensor *t)
+{
+    return (t->dtype == DTYPE_F32 || t->dtype == b->activation_dtype) && t->n_dims >= 1 &&
+           t->n_dims <= TENSOR_MAX_DIMS && tensor_n_cols(t) >= 0 &&
+           (tensor_n_rows(t) <= 1 || t->row_stride >= tensor_n_cols(t));
+}
+
+static int same_rows(const struct tensor *a, const struct tensor *b)
+{
+    return tensor_n_rows(a) == tensor_n_rows(b);
+}
+
+static int same_matrix(const struct tensor *a, const struct tensor *b)
+{
+    return same_rows(a, b) && tensor_n_cols(a) == tensor_n_cols(b) && a->dtype == b->dtype;
+}
+
+static int is_empty(const struct tensor *t)
+{
+    return tensor_n_elements(t) == 0;
+}
+
+static int linear_is_sound(const struct linear *l)
+{
+    int n = l->n_lanes;
+    if (n < 1 || n > LANES_MAX || (n & (n - 1)) || l->lane_start[0] != 0 ||
+        l->lane_start[n] != l->in_dim || l->out_dim < 1 || l->in_dim < 1)
+        return 0;
+    for (int i = 0; i < n; i++) {
+        if (l->lane_start[i] > l->lane_start[i + 1])
+            return 0;
+    }
+    return l->dtype == DTYPE_F32 || l->dtype == DTYPE_BF16;
+}
+
+static int is_float(enum dtype t)
+{
+    return t == DTYPE_F32 || t == DTYPE_BF16 || t == DTYPE_F16;
+}
+
+void backend_close(struct backend *b)
+{
+    if (b)
+        b->ops->close(b);
+}
+
+void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+                    const struct tensor *bias)
+{
+    CHECK(linear_is_sound(l));
+    CHECK(is_float(w->dtype));
+    CHECK(tensor_n_rows(w) == l->out_dim && tensor_n_cols(w) == l->in_dim);
+    CHECK(bias == NULL || (is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim));
+    b->ops->linear_pack(b, l, w, bias);
+}
+
+void op_linear_free(struct backend *b, struct linear *l)
+{
+    b->ops->linear_free(b, l);
+}
+
+void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
+               const struct epilogue *e)
+{
+    CHECK(linear_is_sound(l) && l->packed);
+    CHECK(is_activation(b, y) && is_activation(b, x) && same_rows(x, y));
+    CHECK(tensor_n_cols(x) == l->in_dim && tensor_n_cols(y) == l->out_dim);
+    CHECK(y->data != x->data || is_empty(y));
+    CHECK(!e || !e->residual || same_matrix(e->residual, y));
+    if (!is_empty(y))
+        b->ops->matmul(b, y, x, l, e);
+}
+
+void op_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
+              int32_t first_row)
+{
+    CHECK(is_activation(b, y));
+    CHECK(table->dtype == DTYPE_F32 || table->dtype == DTYPE_BF16);
+    CHECK(tensor_n_cols(table) == tensor_n_cols(y));
+    if (!is_empty(y))
+        b->ops->embed(b, y, table, ids, first_row);
+}
+
+void op_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const int32_t *rows)
+{
+    CHECK(is_activation(b, y) && y->dtype == x->dtype && tensor_n_cols(y) == tensor_n_cols(x));
+    if (!is_empty(x))
+        b->ops->scatter_rows(b, y, x, rows);
+}
+
+void op_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                    const int32_t *rows)
+{
+    CHECK(is_activation(b, y) && y->dtype == x->dtype && tensor_n_cols(y) == tensor_n_cols(x));
+    if (!is_empty(y))
+        b->ops->gather_rows(b, y, x, rows);
+}
+
+void op_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
+                 float eps)
+{
+    CHECK(is_activation(b, y) && same_matrix(y, x) && weight);
+    if (!is_empty(y))
+        b->ops->rms_norm(b, y, x, weight, eps);
+}
+
+void op_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
+                   const float *bias, float eps)
+{
+    CHECK(is_activation(b, y) && same_matrix(y, x) && weight && bias);
+    if (!is_empty(y))
+        b->ops->layer_norm(b, y, x, weight, bias, eps);
+}
+
+void op_add(struct backend *b, struct tensor *y, const struct tensor *x)
+{
+    CHECK(is_activation(b, y) && same_matrix(y, x));
+    if (!is_empty(y))
+        b->ops->add(b, y, x);
+}
+
+void op_add_bias(struct backend *b, struct tensor *y, const float *bias)
+{
+    CHECK(is_activation(b, y) && bias);
+    if (!is_empty(y))
+        b->ops->add_bias(b, y, bias);
+}
+
+void op_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
+                         enum activation act)
+{
+    CHECK(is_activation(b, y) && y->dtype == x->dtype && same_rows(x, y));
+    CHECK(tensor_n_cols(x) == 2 * tensor_n_cols(y));
+    if (!is_empty(y))
+        b->ops->gated_activation(b, y, x, act);
+}
+
+void op_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
+             const float *sin, int32_t head_dim)
+{
+    CHECK(is_activation(b, q) && is_activation(b, k) && same_rows(q, k) && q->dtype == k->dtype);
+    CHECK(head_dim > 0 && head_dim % 2 == 0);
+    CHECK(tensor_n_cols(q) % head_dim == 0 && tensor_n_cols(k) % head_dim == 0);
+    if (tensor_n_rows(q) > 0)
+        b->ops->rope(b, q, k, cos, sin, head_dim);
+}
+
+static int kv_is_sound(const struct kv_pages *kv)
+{
+    return (kv->dtype == DTYPE_F32 || kv->dtype == DTYPE_BF16) && kv->page_size > 0 &&
+           kv->page_size % 16 == 0 && kv->head_dim > 0 && kv->n_kv_heads > 0 && kv->n_pages > 0;
+}
+
+void op_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
+                 const struct tensor *k, const struct tensor *v)
+{
+    CHECK(kv_is_sound(kv) && is_activation(b, k) && same_matrix(k, v));
+    CHECK(tensor_n_cols(k) == (int64_t)kv->n_kv_heads * kv->head_dim);
+    CHECK(tensor_n_rows(k) == layout->n_tokens);
+    if (layout->n_tokens > 0)
+        b->ops->kv_write(b, kv, layout, k, v);
+}
+
+void op_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                        const struct kv_pages *kv, const struct paged_layout *layout,
+                        const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window)
+{
+    CHECK(kv_is_sound(kv) && is_activation(b, q) && same_matrix(out, q) && n_heads > 0);
+    CHECK(tensor_n_cols(q) == (int64_t)n_heads * kv->head_dim);
+    CHECK(tensor_n_rows(q) == layout->n_tokens);
+    for (int32_t h = 0; h < n_heads; h++)
+        CHECK(kv_of_head[h] >= 0 && kv_of_head[h] < kv->n_kv_heads);
+    if (layout->n_tokens > 0)
+        b->ops->paged_attention(b, out, q, kv, layout, kv_of_head, n_heads, scale, window);
+}
+
+void op_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                  const struct tensor *k, const struct tensor *v, int64_t n_tiles, int32_t n_heads,
+                  float scale, float *probs)
+{
+    CHECK(is_activation(b, q) && same_matrix(out, q) && same_matrix(k, q) && same_matrix(v, q));
+    CHECK(n_heads > 0 && tensor_n_cols(q) % n_heads == 0);
+    CHECK(n_tiles >= 0 && (n_tiles > 0 ? tensor_n_rows(q) % n_tiles == 0 : is_empty(q)));
+    if (!is_empty(q))
+        b->ops->attention(b, out, q, k, v, n_tiles, n_heads, scale, probs);
+}
+
+void op_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels, int32_t ph,
+                 int32_t pw, const float *mean, const float *std)
+{
+    CHECK(is_activation(b, patches) && pixels->n_dims == 4 && ph > 0 && pw > 0);
+    CHECK(pixels->dtype == DTYPE_F32 || (pixels->dtype == DTYPE_U8 && mean && std));
+    CHECK(pixels->row_stride == pixels->shape[3]);
+    CHECK(tensor_n_cols(patches) == pixels->shape[1] * ph * pw);
+    CHECK(tensor_n_rows(patches) ==
+          pixels->shape[0] * (pixels->shape[2] / ph) * (pixels->shape[3] / pw));
+    if (!is_empty(patches))
+        b->ops->patchify(b, patches, pixels, ph, pw, mean, std);
+}
+
+void op_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,
+                      int32_t k)
+{
+    CHECK(is_activation(b, y) && y->dtype == x->dtype && k > 0 && side > 0 && side % k == 0);
+    CHECK(tensor_n_cols(y) == (int64_t)k * k * tensor_n_cols(x));
+    CHECK(tensor_n_rows(x) % ((int64_t)side * side) == 0);
+    CHECK(tensor_n_rows(y) == tensor_n_rows(x) / ((int64_t)k * k));
+    if (!is_empty(y))
+        b->ops->pixel_shuffle(b, y, x, side, k);
+}
+
+void op_copy(struct backend *b, struct tensor *y, const struct tensor *x)
+{
+    CHECK(same_rows(y, x) && tensor_n_cols(y) == tensor_n_cols(x));
+    CHECK(y->dtype == DTYPE_F32 || y->dtype == DTYPE_BF16 || y->dtype == x->dtype);
+    CHECK(x->dtype == DTYPE_F32 || x->dtype == DTYPE_BF16 || y->dtype == x->dtype);
+    if (!is_empty(y))
+        b->ops->copy(b, y, x);
+}
+
+void op_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
+                   int32_t n)
+{
+    CHECK(kv_is_sound(kv) && n >= 0);
+    if (n > 0)
+        b->ops->copy_pages(b, kv, src, dst, n);
+}
+
+void *op_alloc(struct backend *b, size_t n_bytes)
+{
+    return b->ops->alloc(b, n_bytes);
+}
+
+void op_free(struct backend *b, void *p)
+{
+    b->ops->free(b, p);
+}
+
+void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes)
+{
+    b->ops->upload(b, dst, host_src, n_bytes);
+}
+
+void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes)
+{
+    b->ops->download(b, host_dst, src, n_bytes);
+}
+
+void op_sync(struct backend *b)
+{
+    b->ops->sync(b);
+}

@@ -1,0 +1,382 @@
+/*
+ * Attention on the CPU: causal over pages for the language model, full inside a tile for vision.
+ *
+ * Both are the same three steps on a few query rows at a time: scores = q K^T by the tile product,
+ * one softmax step a row, sums += p V by the tile product. A row's result is a function of its own
+ * query and keys: every score is one accumulator over head_dim in order, every output one
+ * accumulator over the keys in order, every softmax sum the fixed tree of its step; rows share a
+ * tile only to share what is loaded.
+ */
+#include <string.h>
+
+#include "kernels/cpu_backend.h"
+#include "kernels/log.h"
+
+static int64_t round_up16(int64_t n)
+{
+    return (n + 15) / 16 * 16;
+}
+
+/* Carves `n` floats, a multiple of 16, off a scratch block. */
+static float *carve(float **at, int64_t n)
+{
+    float *p = *at;
+    *at += round_up16(n);
+    return p;
+}
+
+/* ---- causal attention over pages ---- */
+
+struct paged_job {
+    struct cpu_state *state;
+    struct tensor *out;
+    const struct tensor *q;
+    const struct kv_pages *kv;
+    const struct paged_layout *layout;
+    const int32_t *kv_of_head;
+    int32_t n_heads, window;
+    float scale;
+    int tile_rows;
+};
+
+/* A few (token, head) rows of one sequence that read the same kv head. */
+struct paged_tile {
+    int32_t sequence, kv_head, n_rows;
+    int32_t token[TILE_ROWS_MAX], head[TILE_ROWS_MAX];
+    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // key positions it sees: [lo, hi)
+    struct softmax softmax[TILE_ROWS_MAX];
+    float *queries; // [head_dim][n_rows]
+    float *scores;  // [n_rows][page_size]
+    float *p;       // [page_size][n_rows]
+    float *sums;    // [n_rows][head_dim rounded up to 16]
+    void *v_tail;   // [page_size][16] of the page's type: the last columns, where 16 divides not
+};
+
+static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int thread)
+{
+    const int64_t n_rows = TILE_ROWS_MAX, page = job->kv->page_size;
+    const int64_t dim = round_up16(job->kv->head_dim);
+    size_t n_floats = (size_t)(n_rows * (2 * dim + 2 * page) + page * 16 + 5 * 16);
+    float *at = cpu_scratch_reserve(&job->state->thread[thread], n_floats * sizeof(float));
+    t->queries = carve(&at, dim * n_rows);
+    t->scores = carve(&at, n_rows * page);
+    t->p = carve(&at, page * n_rows);
+    t->sums = carve(&at, n_rows * dim);
+    t->v_tail = carve(&at, page * 16);
+}
+
+/* Keys [from, to) of the page: sums[row ..] += p V for n_rows rows from `row` on. */
+static void add_values(const struct paged_job *job, struct paged_tile *t, const char *v, int row,
+                       int n_rows, int64_t from, int64_t to)
+{
+    const struct kv_pages *kv = job->kv;
+    const enum tile_source source = kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16;
+    const size_t element = dtype_size(kv->dtype);
+    const int64_t dim = kv->head_dim, dim16 = round_up16(dim);
+    if (from >= to)
+        return;
+    struct tile product = {
+        .a = t->p + from * t->n_rows + row,
+        .a_step = t->n_rows,
+        .b = v + (size_t)(from * dim) * element,
+        .b_step = dim,
+        .b_block = 16,
+        .c = t->sums + row * dim16,
+        .c_row = dim16,
+        .n_k = to - from,
+        .accumulate = 1,
+    };
+    if (dim >= 16)
+        job->state->tile->run(&product, n_rows, (int)(dim / 16), source);
+    if (dim % 16) {
+        product.b = (const char *)t->v_tail + (size_t)(from * 16) * element;
+        product.b_step = 16;
+        product.c += dim / 16 * 16;
+        job->state->tile->run(&product, n_rows, 1, source);
+    }
+}
+
+/* The last head_dim % 16 columns of a page's values, padded with zeros to 16. */
+static void copy_value_tail(const struct kv_pages *kv, struct paged_tile *t, const char *v)
+{
+    const size_t element = dtype_size(kv->dtype);
+    const size_t n = (size_t)(kv->head_dim % 16) * element;
+    const size_t first = (size_t)(kv->head_dim / 16 * 16) * element;
+    if (n == 0)
+        return;
+    memset(t->v_tail, 0, (size_t)kv->page_size * 16 * element);
+    for (int64_t j = 0; j < kv->page_size; j++)
+        memcpy((char *)t->v_tail + (size_t)j * 16 * element,
+               v + (size_t)(j * kv->head_dim) * element + first, n);
+}
+
+static int64_t clamp(int64_t x, int64_t lo, int64_t hi)
+{
+    return x < lo ? lo : x > hi ? hi : x;
+}
+
+/* One page: scores of all its keys, then each row takes in those it sees. Keys that a row does not
+ * see may hold anything (a page is reused without being cleared): they enter no sum of the row. */
+static void tile_take_page(const struct paged_job *job, struct paged_tile *t, int64_t page_index)
+{
+    const struct kv_pages *kv = job->kv;
+    const int64_t size = kv->page_size, dim = kv->head_dim, first = page_index * size;
+    const int32_t page = job->layout->pages[job->layout->page_start[t->sequence] + page_index];
+    if (page < 0 || page >= kv->n_pages)
+        BUG("page %d of %d", page, kv->n_pages);
+    const size_t at = (size_t)(((int64_t)page * kv->n_kv_heads + t->kv_head) * dim * size);
+    const char *v = (const char *)kv->v + at * dtype_size(kv->dtype);
+    struct tile product = {
+        .a = t->queries,
+        .a_step = t->n_rows,
+        .b = (const char *)kv->k + at * dtype_size(kv->dtype),
+        .b_step = size,
+        .b_block = 16,
+        .c = t->scores,
+        .c_row = size,
+        .n_k = dim,
+    };
+    job->state->tile->run(&product, t->n_rows, (int)(size / 16),
+                          kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16);
+
+    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX], all_lo = 0, all_hi = size;
+    for (int r = 0; r < t->n_rows; r++) {
+        lo[r] = clamp(t->lo[r] - first, 0, size);
+        hi[r] = clamp(t->hi[r] - first, lo[r], size);
+        all_lo = lo[r] > all_lo ? lo[r] : all_lo;
+        all_hi = hi[r] < all_hi ? hi[r] : all_hi;
+        if (lo[r] == hi[r])
+            continue;
+        float *scores = t->scores + r * size, *sums = t->sums + r * round_up16(dim);
+        float correction =
+            job->state->vector->softmax_step(scores, lo[r], hi[r], job->scale, &t->softmax[r]);
+        if (correction != 1.0f)
+            job->state->vector->multiply(sums, correction, dim);
+        for (int64_t j = lo[r]; j < hi[r]; j++)
+            t->p[j * t->n_rows + r] = scores[j];
+    }
+    copy_value_tail(kv, t, v);
+    if (all_lo >= all_hi)
+        all_lo = all_hi = size; // no key that every row sees: row by row
+    for (int r = 0; r < t->n_rows; r++)
+        add_values(job, t, v, r, 1, lo[r], hi[r] < all_lo ? hi[r] : all_lo);
+    add_values(job, t, v, 0, t->n_rows, all_lo, all_hi);
+    for (int r = 0; r < t->n_rows; r++)
+        add_values(job, t, v, r, 1, lo[r] > all_hi ? lo[r] : all_hi, hi[r]);
+}
+
+static void tile_run(const struct paged_job *job, struct paged_tile *t)
+{
+    const struct kv_pages *kv = job->kv;
+    const int64_t dim = kv->head_dim, dim16 = round_up16(dim);
+    int64_t lo = t->lo[0], hi = t->hi[0];
+    for (int r = 0; r < t->n_rows; r++) {
+        const float *q = cpu_row(job->q, t->token[r]) + t->head[r] * dim;
+        for (int64_t d = 0; d < dim; d++)
+            t->queries[d * t->n_rows + r] = q[d];
+        t->softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
+        lo = t->lo[r] < lo ? t->lo[r] : lo;
+        hi = t->hi[r] > hi ? t->hi[r] : hi;
+    }
+    memset(t->sums, 0, (size_t)(t->n_rows * dim16) * sizeof(float));
+    for (int64_t page = lo / kv->page_size; page * kv->page_size < hi; page++)
+        tile_take_page(job, t, page);
+    for (int r = 0; r < t->n_rows; r++)
+        job->state->vector->divide(cpu_row(job->out, t->token[r]) + t->head[r] * dim,
+                                   t->sums + r * dim16, t->softmax[r].l, dim);
+}
+
+/* The rows of one sequence and kv head are its tokens times the heads that read it, token first.
+ * Tile i of them goes to thread i mod n_threads, counted over all sequences and kv heads. */
+static void paged_work(void *arg, int thread, int n_threads)
+{
+    const struct paged_job *job = arg;
+    const struct paged_layout *layout = job->layout;
+    struct paged_tile t;
+    tile_reserve(job, &t, thread);
+    int64_t item = 0;
+    for (int32_t s = 0; s < layout->n_sequences; s++) {
+        const int32_t first = layout->query_start[s], n_tokens = layout->query_start[s + 1] - first;
+        const int64_t position = (int64_t)layout->context_len[s] - n_tokens;
+        for (int32_t g = 0; g < job->kv->n_kv_heads; g++) {
+            t.sequence = s;
+            t.kv_head = g;
+            t.n_rows = 0;
+            for (int32_t i = 0; i < n_tokens; i++) {
+                for (int32_t h = 0; h < job->n_heads; h++) {
+                    if (job->kv_of_head[h] != g)
+                        continue;
+                    int64_t hi = position + i + 1;
+                    t.token[t.n_rows] = first + i;
+                    t.head[t.n_rows] = h;
+                    t.hi[t.n_rows] = hi;
+                    t.lo[t.n_rows] = job->window > 0 && hi > job->window ? hi - job->window : 0;
+                    if (++t.n_rows < job->tile_rows)
+                        continue;
+                    if (item++ % n_threads == thread)
+                        tile_run(job, &t);
+                    t.n_rows = 0;
+                }
+            }
+            if (t.n_rows && item++ % n_threads == thread)
+                tile_run(job, &t);
+        }
+    }
+}
+
+void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                         const struct kv_pages *kv, const struct paged_layout *layout,
+                         const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window)
+{
+    struct paged_job job = {.state = cpu_state(b), .out = out, .q = q, .kv = kv, .layout = layout};
+    job.kv_of_head = kv_of_head;
+    job.n_heads = n_heads;
+    job.scale = scale;
+    job.window = window;
+    /* Full tiles unless that would leave threads without one. */
+    int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
+    job.tile_rows =
+        (int)clamp((n_rows + b->n_threads - 1) / b->n_threads, 1, job.state->tile->max_rows);
+    cpu_parallel(b, n_rows * kv->head_dim * layout->max_context_len, paged_work, &job);
+}
+
+/* ---- full attention inside a tile ---- */
+
+struct full_job {
+    struct cpu_state *state;
+    struct tensor *out;
+    const struct tensor *q, *k, *v;
+    int64_t n_tiles, n_tokens; // tokens of one tile
+    int64_t head_dim;
+    int32_t n_heads;
+    int32_t n_splits; // parts of a head's query rows, each packing the head's keys for itself
+    float scale;
+    float *probs;
+};
+
+struct full_head {
+    float *keys;    // [n_tokens / 16][head_dim][16]
+    float *values;  // [n_tokens][head_dim rounded up to 16]
+    float *queries; // [head_dim][rows]
+    float *scores;  // [rows][n_tokens rounded up to 16]
+    float *p;       // [n_tokens][rows]
+    float *sums;    // [rows][head_dim rounded up to 16]
+};
+
+static void head_reserve(const struct full_job *job, struct full_head *h, int thread)
+{
+    const int64_t n16 = round_up16(job->n_tokens), dim16 = round_up16(job->head_dim);
+    int64_t n_floats = n16 * (job->head_dim + dim16) + TILE_ROWS_MAX * (2 * n16 + 2 * dim16);
+    float *at = cpu_scratch_reserve(&job->state->thread[thread],
+                                    (size_t)(n_floats + 6 * 16) * sizeof(float));
+    h->keys = carve(&at, n16 * job->head_dim);
+    h->values = carve(&at, n16 * dim16);
+    h->queries = carve(&at, dim16 * TILE_ROWS_MAX);
+    h->scores = carve(&at, TILE_ROWS_MAX * n16);
+    h->p = carve(&at, n16 * TILE_ROWS_MAX);
+    h->sums = carve(&at, TILE_ROWS_MAX * dim16);
+}
+
+static void head_pack(const struct full_job *job, struct full_head *h, int64_t first_row,
+                      int64_t column)
+{
+    const int64_t dim = job->head_dim, dim16 = round_up16(dim), n = job->n_tokens;
+    if (n % 16)
+        memset(h->keys + n / 16 * dim * 16, 0, (size_t)dim * 16 * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        const float *k = cpu_row(job->k, first_row + i) + column;
+        float *keys = h->keys + i / 16 * dim * 16 + i % 16;
+        for (int64_t d = 0; d < dim; d++)
+            keys[d * 16] = k[d];
+        float *values = h->values + i * dim16;
+        memcpy(values, cpu_row(job->v, first_row + i) + column, (size_t)dim * sizeof(float));
+        memset(values + dim, 0, (size_t)(dim16 - dim) * sizeof(float));
+    }
+}
+
+/* Query rows [row, row + n_rows) of one head whose first row is `first_row`. */
+static void head_rows(const struct full_job *job, struct full_head *h, int64_t first_row,
+                      int64_t column, int64_t row, int n_rows, float *probs)
+{
+    const int64_t dim = job->head_dim, dim16 = round_up16(dim);
+    const int64_t n = job->n_tokens, n16 = round_up16(n);
+    struct softmax softmax[TILE_ROWS_MAX];
+    for (int r = 0; r < n_rows; r++) {
+        const float *q = cpu_row(job->q, first_row + row + r) + column;
+        for (int64_t d = 0; d < dim; d++)
+            h->queries[d * n_rows + r] = q[d];
+    }
+    struct tile scores = {
+        .a = h->queries,
+        .a_step = n_rows,
+        .b = h->keys,
+        .b_step = 16,
+        .b_block = dim * 16,
+        .c = h->scores,
+        .c_row = n16,
+        .n_k = dim,
+    };
+    job->state->tile->run(&scores, n_rows, (int)(n16 / 16), TILE_F32);
+    for (int r = 0; r < n_rows; r++) {
+        float *p = h->scores + r * n16;
+        softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
+        job->state->vector->softmax_step(p, 0, n, job->scale, &softmax[r]);
+        for (int64_t j = 0; j < n; j++)
+            h->p[j * n_rows + r] = p[j];
+        if (probs)
+            job->state->vector->divide(probs + (row + r) * n, p, softmax[r].l, n);
+    }
+    struct tile values = {
+        .a = h->p,
+        .a_step = n_rows,
+        .b = h->values,
+        .b_step = dim16,
+        .b_block = 16,
+        .c = h->sums,
+        .c_row = dim16,
+        .n_k = n,
+    };
+    job->state->tile->run(&values, n_rows, (int)(dim16 / 16), TILE_F32);
+    for (int r = 0; r < n_rows; r++)
+        job->state->vector->divide(cpu_row(job->out, first_row + row + r) + column,
+                                   h->sums + r * dim16, softmax[r].l, dim);
+}
+
+static void full_work(void *arg, int thread, int n_threads)
+{
+    const struct full_job *job = arg;
+    const int64_t n = job->n_tokens, n_items = job->n_tiles * job->n_heads * job->n_splits;
+    const int max_rows = job->state->tile->max_rows;
+    struct full_head h;
+    head_reserve(job, &h, thread);
+    int64_t first, end;
+    cpu_share(n_items, thread, n_threads, &first, &end);
+    for (int64_t item = first; item < end; item++) {
+        const int64_t head_index = item / job->n_splits;
+        const int64_t first_row = head_index / job->n_heads * n;
+        const int64_t column = head_index % job->n_heads * job->head_dim;
+        float *probs = job->probs ? job->probs + head_index * n * n : NULL;
+        int64_t row, end_row;
+        cpu_share(n, (int)(item % job->n_splits), job->n_splits, &row, &end_row);
+        head_pack(job, &h, first_row, column);
+        for (; row < end_row; row += max_rows)
+            head_rows(job, &h, first_row, column, row,
+                      (int)(end_row - row < max_rows ? end_row - row : max_rows), probs);
+    }
+}
+
+void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                   const struct tensor *k, const struct tensor *v, int64_t n_tiles, int32_t n_heads,
+                   float scale, float *probs)
+{
+    struct full_job job = {.state = cpu_state(b), .out = out, .q = q, .k = k, .v = v};
+    job.n_tiles = n_tiles;
+    job.n_tokens = tensor_n_rows(q) / n_tiles;
+    job.n_heads = n_heads;
+    job.head_dim = tensor_n_cols(q) / n_heads;
+    job.scale = scale;
+    job.probs = probs;
+    int64_t n_heads_total = n_tiles * n_heads;
+    job.n_splits = (int32_t)((b->n_threads + n_heads_total - 1) / n_heads_total);
+    cpu_parallel(b, tensor_n_rows(q) * job.n_tokens * tensor_n_cols(q), full_work, &job);
+}

@@ -1,0 +1,219 @@
+/*
+ * The CPU back end's door: which instruction set, how many threads, where memory comes from, and
+ * the table of ops.
+ *
+ * Owns struct cpu_state. The ops themselves are in cpu_matmul.c, cpu_attention.c, cpu_rows.c and
+ * cpu_move.c; it knows nothing of models or ranks.
+ */
+#include "kernels/cpu_backend.h"
+
+#include <errno.h>
+#include <omp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "kernels/log.h"
+
+struct isa {
+    const char *name, *title;
+    const struct cpu_tile_ops *tile;
+    const struct cpu_vector_ops *vector;
+};
+
+/* Best first. */
+static const struct isa isas[] = {
+#if INTERNVLD_CPU_X86
+    {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_vector_avx512},
+    {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_vector_avx512},
+    {"avx2", "AVX2", &cpu_tile_avx2, &cpu_vector_avx2},
+#endif
+    {"scalar", "portable C", &cpu_tile_scalar, &cpu_vector_scalar},
+};
+#define N_ISAS ((int)(sizeof(isas) / sizeof(isas[0])))
+
+int backend_cpu_has(const char *isa)
+{
+#if INTERNVLD_CPU_X86
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (strcmp(isa, "avx2") == 0)
+        return avx2;
+    if (strcmp(isa, "avx512") == 0)
+        return avx512;
+    if (strcmp(isa, "avx512bf16") == 0)
+        return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    return strcmp(isa, "scalar") == 0;
+}
+
+static const struct isa *isa_choose(const char *name)
+{
+    int is_auto = name == NULL || strcmp(name, "auto") == 0;
+    for (int i = 0; i < N_ISAS; i++) {
+        if (is_auto ? backend_cpu_has(isas[i].name) : strcmp(isas[i].name, name) == 0) {
+            if (!backend_cpu_has(isas[i].name))
+                die("this processor lacks the instruction set \"%s\"", name);
+            return &isas[i];
+        }
+    }
+    die("unknown instruction set \"%s\": auto, avx512bf16, avx512, avx2 or scalar", name);
+}
+
+void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)
+{
+    if (n_bytes > s->n_bytes) {
+        n_bytes = (n_bytes + n_bytes / 4 + 63) / 64 * 64;
+        free(s->memory);
+        s->memory = aligned_alloc(64, n_bytes);
+        if (!s->memory)
+            die("out of memory: %zu bytes of scratch", n_bytes);
+        s->n_bytes = n_bytes;
+    }
+    return s->memory;
+}
+
+/* A team wakes in about a microsecond while its threads still spin, and in tens when they sleep. */
+#define PARALLEL_MIN_COST 32768
+
+void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int), void *arg)
+{
+    if (b->n_threads == 1 || cost < PARALLEL_MIN_COST) {
+        work(arg, 0, 1);
+        return;
+    }
+#pragma omp parallel num_threads(b->n_threads)
+    work(arg, omp_get_thread_num(), omp_get_num_threads());
+}
+
+static const char *cpu_describe(const struct backend *b)
+{
+    return cpu_state(b)->description;
+}
+
+/*
+ * Large blocks (weights, KV pages) are mapped for themselves: zero without being touched, so that
+ * pages fall on the node of the thread that fills them, aligned to and advised for huge pages. The
+ * page before a block tells its size; `mapped` is 0 in small blocks, which lie on the heap behind a
+ * header of the same form.
+ */
+#define HUGE_PAGE ((size_t)2 << 20)
+struct block {
+    size_t mapped; // bytes of the mapping
+    void *base;
+};
+#define BLOCK_HEADER 64
+
+static void *cpu_alloc(struct backend *b, size_t n_bytes)
+{
+    (void)b;
+    if (n_bytes > SIZE_MAX / 2)
+        die("out of memory: %zu bytes asked", n_bytes);
+    struct block block = {0};
+    char *p;
+    if (n_bytes < HUGE_PAGE) {
+        size_t total = (n_bytes + BLOCK_HEADER + 63) / 64 * 64;
+        block.base = aligned_alloc(64, total);
+        if (!block.base)
+            die("out of memory: %zu bytes asked", n_bytes);
+        memset(block.base, 0, total);
+        p = (char *)block.base + BLOCK_HEADER;
+    } else {
+        block.mapped = n_bytes + 2 * HUGE_PAGE;
+        block.base =
+            mmap(NULL, block.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (block.base == MAP_FAILED)
+            die("out of memory: %zu bytes asked: %s", n_bytes, strerror(errno));
+        uintptr_t at = ((uintptr_t)block.base + BLOCK_HEADER + HUGE_PAGE - 1) / HUGE_PAGE;
+        p = (char *)(at * HUGE_PAGE);
+        madvise(p, n_bytes, MADV_HUGEPAGE); // advice: without it, only slower
+    }
+    memcpy(p - BLOCK_HEADER, &block, sizeof(block));
+    return p;
+}
+
+static void cpu_free(struct backend *b, void *p)
+{
+    (void)b;
+    if (!p)
+        return;
+    struct block block;
+    memcpy(&block, (char *)p - BLOCK_HEADER, sizeof(block));
+    if (block.mapped)
+        munmap(block.base, block.mapped);
+    else
+        free(block.base);
+}
+
+static void cpu_transfer(struct backend *b, void *dst, const void *src, size_t n_bytes)
+{
+    (void)b;
+    memmove(dst, src, n_bytes);
+}
+
+static void cpu_sync(struct backend *b)
+{
+    (void)b;
+}
+
+static void cpu_close(struct backend *b)
+{
+    struct cpu_state *s = cpu_state(b);
+    free(s->shared.memory);
+    for (int i = 0; i < b->n_threads; i++)
+        free(s->thread[i].memory);
+    free(s->thread);
+    free(s);
+    free(b);
+}
+
+static const struct backend_ops cpu_ops = {
+    .name = "cpu",
+    .describe = cpu_describe,
+    .close = cpu_close,
+    .alloc = cpu_alloc,
+    .free = cpu_free,
+    .upload = cpu_transfer,
+    .download = cpu_transfer,
+    .sync = cpu_sync,
+    .linear_pack = cpu_linear_pack,
+    .linear_free = cpu_linear_free,
+    .matmul = cpu_matmul,
+    .embed = cpu_embed,
+    .scatter_rows = cpu_scatter_rows,
+    .gather_rows = cpu_gather_rows,
+    .rms_norm = cpu_rms_norm,
+    .layer_norm = cpu_layer_norm,
+    .add = cpu_add,
+    .add_bias = cpu_add_bias,
+    .gated_activation = cpu_gated_activation,
+    .rope = cpu_rope,
+    .kv_write = cpu_kv_write,
+    .paged_attention = cpu_paged_attention,
+    .attention = cpu_attention,
+    .patchify = cpu_patchify,
+    .pixel_shuffle = cpu_pixel_shuffle,
+    .copy = cpu_copy,
+    .copy_pages = cpu_copy_pages,
+};
+
+struct backend *backend_cpu_open(int n_threads, const char *isa)
+{
+    if (n_threads < 1)
+        BUG("%d threads", n_threads);
+    const struct isa *chosen = isa_choose(isa);
+    struct cpu_state *s = xcalloc(1, sizeof(*s));
+    s->tile = chosen->tile;
+    s->vector = chosen->vector;
+    s->thread = xcalloc((size_t)n_threads, sizeof(*s->thread));
+    snprintf(s->description, sizeof(s->description), "cpu %s, %d thread%s", chosen->title,
+             n_threads, n_threads == 1 ? "" : "s");
+    struct backend *b = xcalloc(1, sizeof(*b));
+    b->ops = &cpu_ops;
+    b->activation_dtype = DTYPE_F32;
+    b->n_threads = n_threads;
+    b->state = s;
+    return b;
+}

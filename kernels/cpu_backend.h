@@ -1,0 +1,96 @@
+/*
+ * The inside of the CPU back end: its state, its threads, its scratch, and the ops by file.
+ *
+ * Private to kernels/cpu_*.c. One back end belongs to one thread of its process (the rank's main
+ * thread); the OpenMP team that an op opens ends inside the op.
+ */
+#ifndef INTERNVLD_KERNELS_CPU_BACKEND_H
+#define INTERNVLD_KERNELS_CPU_BACKEND_H
+
+#include "kernels/backend.h"
+#include "kernels/cpu_isa.h"
+
+struct cpu_scratch {
+    void *memory; // aligned to 64; grows, never shrinks
+    size_t n_bytes;
+};
+
+struct cpu_state {
+    const struct cpu_tile_ops *tile;
+    const struct cpu_vector_ops *vector;
+    struct cpu_scratch shared;  // filled by all threads of an op
+    struct cpu_scratch *thread; // [n_threads] each its thread's own
+    char description[64];
+};
+
+static inline struct cpu_state *cpu_state(const struct backend *b)
+{
+    return b->state;
+}
+
+/* At least n_bytes, contents undefined; dies when out of memory. */
+void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes);
+
+/* Calls work(arg, thread, n_threads) on every thread of a team, or directly with one thread when
+ * `cost` (roughly, float operations or four bytes moved) would not repay waking a team. Inside,
+ * `#pragma omp barrier` waits for the team. */
+void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int), void *arg);
+
+/* The part of [0, n) that is thread `thread`'s, contiguous. */
+static inline void cpu_share(int64_t n, int thread, int n_threads, int64_t *first, int64_t *end)
+{
+    *first = n * thread / n_threads;
+    *end = n * (thread + 1) / n_threads;
+}
+
+/* Row i of a tensor of float32, seen as [n_rows, n_cols]. */
+static inline float *cpu_row(const struct tensor *t, int64_t i)
+{
+    return (float *)t->data + i * t->row_stride;
+}
+
+/* cpu_matmul.c */
+void cpu_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+                     const struct tensor *bias);
+void cpu_linear_free(struct backend *b, struct linear *l);
+void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
+                const struct epilogue *e);
+
+/* cpu_attention.c */
+void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                         const struct kv_pages *kv, const struct paged_layout *layout,
+                         const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);
+void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                   const struct tensor *k, const struct tensor *v, int64_t n_tiles, int32_t n_heads,
+                   float scale, float *probs);
+
+/* cpu_rows.c */
+void cpu_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
+                  float eps);
+void cpu_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x,
+                    const float *weight, const float *bias, float eps);
+void cpu_add(struct backend *b, struct tensor *y, const struct tensor *x);
+void cpu_add_bias(struct backend *b, struct tensor *y, const float *bias);
+void cpu_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
+                          enum activation act);
+void cpu_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
+              const float *sin, int32_t head_dim);
+
+/* cpu_move.c */
+void cpu_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
+               int32_t first_row);
+void cpu_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                      const int32_t *rows);
+void cpu_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const int32_t *rows);
+void cpu_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
+                  const struct tensor *k, const struct tensor *v);
+void cpu_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels,
+                  int32_t ph, int32_t pw, const float *mean, const float *std);
+void cpu_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,
+                       int32_t k);
+void cpu_copy(struct backend *b, struct tensor *y, const struct tensor *x);
+void cpu_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
+                    int32_t n);
+
+#endif

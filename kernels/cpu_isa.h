@@ -1,0 +1,84 @@
+/*
+ * What differs between the processor's instruction sets: two small tables of inner loops.
+ *
+ * cpu_tile.c and cpu_vector.c are compiled once per instruction set and export one table each;
+ * cpu_backend.c picks a pair by CPUID. Everything above (threads, layouts, pages, lanes) is written
+ * once over them. The bits of a result do not depend on the table, with one exception: the products
+ * of cpu_tile_avx512bf16 flush denormals.
+ */
+#ifndef INTERNVLD_KERNELS_CPU_ISA_H
+#define INTERNVLD_KERNELS_CPU_ISA_H
+
+#include <stdint.h>
+
+#include "kernels/backend.h"
+
+#define TILE_ROWS_MAX 12  // of any instruction set
+#define TILE_BLOCKS_MAX 4 // wide_blocks() of any
+#define TILE_FLOATS_MAX (TILE_ROWS_MAX * 2 * 16)
+
+/* How the columns of `b` are stored. */
+enum tile_source {
+    TILE_F32,        // b[k][16] float32
+    TILE_BF16,       // b[k][16] bfloat16
+    TILE_BF16_PAIRS, // b[k / 2][16][2] bfloat16: rows k and k + 1 of a column lie together
+};
+
+/*
+ * c[r][j] = (accumulate ? c[r][j] : 0) + sum over k, in order, of a[k][r] * b[k][j], each step one
+ * fused multiply-add in float32. Steps are in elements of their own array. Columns come in blocks
+ * of 16. For TILE_BF16_PAIRS one step is a pair, the odd k added before the even one (the order of
+ * vdpbf16ps), and `a` holds float32 (two rows of a_step a pair) or, where the table says
+ * takes_bf16, pairs of bfloat16 as uint32_t.
+ */
+struct tile {
+    const void *a; // [n_k] rows of a_step, n_rows of each used
+    int64_t a_step;
+    const void *b; // block i at b + i * b_block, row k of it at k * b_step
+    int64_t b_step, b_block;
+    float *c; // [n_rows] rows of c_row
+    int64_t c_row;
+    int64_t n_k; // steps; pairs for TILE_BF16_PAIRS
+    int accumulate;
+};
+
+struct cpu_tile_ops {
+    int max_rows;                   // largest n_rows of run()
+    int takes_bf16;                 // a of TILE_BF16_PAIRS is uint32_t pairs
+    int (*wide_blocks)(int n_rows); // blocks that run() holds in registers at once
+    void (*run)(const struct tile *t, int n_rows, int n_blocks, enum tile_source source);
+};
+
+/* One row's running softmax: m the largest score so far, l the sum of e^(score - m). */
+struct softmax {
+    float m, l;
+};
+
+struct cpu_vector_ops {
+    /* y[i] <- residual[i] + scale[i] * act(x[i] + bias[i]); bias, scale, residual may be NULL. */
+    void (*epilogue)(float *y, const float *x, int64_t n, const float *bias, enum activation act,
+                     const float *scale, const float *residual);
+    void (*add)(float *y, const float *x, int64_t n);             // y += x
+    void (*multiply)(float *y, float x, int64_t n);               // y *= x
+    void (*divide)(float *y, const float *x, float d, int64_t n); // y = x / d
+    void (*gated)(float *y, const float *gate, const float *up, int64_t n, enum activation act);
+    void (*rms_norm)(float *y, const float *x, const float *weight, int64_t n, float eps);
+    void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int64_t n,
+                       float eps);
+    /* x1, x2 [n] <- x1 cos - x2 sin, x2 cos + x1 sin */
+    void (*rotate)(float *x1, float *x2, const float *cos, const float *sin, int64_t n);
+    /* Takes scores [lo, hi) of one row (0 <= lo < hi) times `scale` into *s and replaces them by
+     * e^(score - m); scores below lo in lo's block and above hi in hi's are left undefined. The
+     * row is read in whole blocks of 16. Returns e^(old m - new m), what older sums are to be
+     * multiplied with. */
+    float (*softmax_step)(float *scores, int64_t lo, int64_t hi, float scale, struct softmax *s);
+    void (*to_bf16)(uint16_t *dst, const float *src, int64_t n);
+    void (*round_bf16)(float *dst, const float *src, int64_t n); // rounded, still float32
+    void (*exp)(float *y, const float *x, int64_t n);            // what softmax and activations use
+};
+
+extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512,
+    cpu_tile_avx512bf16;
+extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512;
+
+#endif

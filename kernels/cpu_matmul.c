@@ -1,0 +1,317 @@
+/*
+ * y = residual + scale * act(x W^T + bias) on the CPU: the packed weight, the packed input, and the
+ * walk over tiles.
+ *
+ * A weight is packed once, for one row and for thousands alike:
+ *
+ *     block of 16 outputs | lane | k            | 16 outputs   float32
+ *     block of 16 outputs | lane | pair of k    | 16 outputs | 2   bfloat16
+ *
+ * Decode streams it from end to end; prefill keeps two blocks in the second-level cache and passes
+ * panels of x over them. A lane of odd length is padded with a zero to a whole pair. Each output is
+ * one accumulator a lane, running over k in order, and the lanes of an output are added as a binary
+ * tree, so no tile shape, thread count or neighbouring row can change its bits.
+ *
+ * x is packed, rounded to bfloat16 where the weight is bfloat16, as panels of up to TILE_ROWS_MAX
+ * rows: [k][rows of the panel] float32, or [pair of k][rows][2] bfloat16 for vdpbf16ps.
+ */
+#include <string.h>
+
+#include "kernels/cpu_backend.h"
+#include "kernels/log.h"
+
+/* Where each lane lies in a packed block or panel; in steps of k (pairs for bfloat16 weights). */
+struct steps {
+    int64_t n;                    // of all lanes
+    int64_t start[LANES_MAX + 1]; // of each lane
+    int step;                     // k a step: 1 or 2
+};
+
+static void steps_init(struct steps *s, const struct linear *l)
+{
+    s->step = l->dtype == DTYPE_BF16 ? 2 : 1;
+    s->start[0] = 0;
+    for (int i = 0; i < l->n_lanes; i++) {
+        int64_t n_k = l->lane_start[i + 1] - l->lane_start[i];
+        s->start[i + 1] = s->start[i] + (n_k + s->step - 1) / s->step;
+    }
+    s->n = s->start[l->n_lanes];
+}
+
+static int64_t n_blocks_of(int64_t out_dim)
+{
+    return (out_dim + 15) / 16;
+}
+
+/* ---- packing weights ---- */
+
+struct pack_job {
+    struct linear *l;
+    const struct tensor *w;
+    struct steps steps;
+};
+
+static float element_f32(const void *row, enum dtype t, int64_t k)
+{
+    if (t == DTYPE_F32)
+        return ((const float *)row)[k];
+    uint16_t h = ((const uint16_t *)row)[k];
+    return t == DTYPE_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
+}
+
+static uint16_t element_bf16(const void *row, enum dtype t, int64_t k)
+{
+    if (t == DTYPE_BF16)
+        return ((const uint16_t *)row)[k];
+    return f32_to_bf16(element_f32(row, t, k));
+}
+
+/* Columns [k0, k1) of 16 rows (the last block's missing rows are NULL and become 0). */
+static void pack_lane_f32(float *dst, const void *const *rows, enum dtype t, int64_t k0, int64_t k1)
+{
+    for (int j = 0; j < 16; j++) {
+        for (int64_t k = k0; k < k1; k++)
+            dst[(k - k0) * 16 + j] = rows[j] ? element_f32(rows[j], t, k) : 0.0f;
+    }
+}
+
+static void pack_lane_bf16(uint16_t *dst, const void *const *rows, enum dtype t, int64_t k0,
+                           int64_t k1)
+{
+    for (int64_t k = k0; k < k1; k += 2, dst += 32) {
+        for (int j = 0; j < 16; j++) {
+            dst[2 * j] = rows[j] ? element_bf16(rows[j], t, k) : 0;
+            dst[2 * j + 1] = rows[j] && k + 1 < k1 ? element_bf16(rows[j], t, k + 1) : 0;
+        }
+    }
+}
+
+static void pack_work(void *arg, int thread, int n_threads)
+{
+    const struct pack_job *job = arg;
+    const struct linear *l = job->l;
+    const struct steps *s = &job->steps;
+    const size_t element = dtype_size(job->w->dtype);
+    const int64_t block_elements = s->n * s->step * 16;
+    int64_t first, end;
+    cpu_share(n_blocks_of(l->out_dim), thread, n_threads, &first, &end);
+    for (int64_t block = first; block < end; block++) {
+        const void *rows[16] = {0};
+        for (int j = 0; j < 16 && block * 16 + j < l->out_dim; j++)
+            rows[j] = (const char *)job->w->data +
+                      (size_t)((block * 16 + j) * job->w->row_stride) * element;
+        for (int i = 0; i < l->n_lanes; i++) {
+            int64_t at = block * block_elements + s->start[i] * s->step * 16;
+            if (l->dtype == DTYPE_F32)
+                pack_lane_f32((float *)l->packed + at, rows, job->w->dtype, l->lane_start[i],
+                              l->lane_start[i + 1]);
+            else
+                pack_lane_bf16((uint16_t *)l->packed + at, rows, job->w->dtype, l->lane_start[i],
+                               l->lane_start[i + 1]);
+        }
+    }
+}
+
+void cpu_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+                     const struct tensor *bias)
+{
+    struct pack_job job = {.l = l, .w = w};
+    steps_init(&job.steps, l);
+    size_t block_bytes = (size_t)(job.steps.n * job.steps.step * 16) * dtype_size(l->dtype);
+    l->packed_bytes = (size_t)n_blocks_of(l->out_dim) * block_bytes;
+    l->packed = b->ops->alloc(b, l->packed_bytes);
+    cpu_parallel(b, l->out_dim * l->in_dim, pack_work, &job);
+    l->bias = NULL;
+    if (bias) {
+        l->bias = b->ops->alloc(b, (size_t)l->out_dim * sizeof(float));
+        tensor_widen(l->bias, bias->data, bias->dtype, l->out_dim);
+    }
+}
+
+void cpu_linear_free(struct backend *b, struct linear *l)
+{
+    b->ops->free(b, l->packed);
+    b->ops->free(b, l->bias);
+    l->packed = NULL;
+    l->bias = NULL;
+    l->packed_bytes = 0;
+}
+
+/* ---- the product ---- */
+
+struct matmul_job {
+    const struct cpu_tile_ops *tile;
+    const struct cpu_vector_ops *vector;
+    struct cpu_state *state;
+    struct tensor *y;
+    const struct tensor *x;
+    const struct linear *l;
+    struct epilogue epilogue;
+    struct steps steps;
+    enum tile_source source;
+    int64_t n_rows, n_panels;
+    int64_t group_panels; // panels passed over two blocks before the next two are fetched
+    int n_blocks_wide;    // blocks of one tile
+    uint32_t *packed_x;   // NULL: each thread packs its own
+};
+
+/* The rows are cut into panels as even as they come. */
+static int64_t panel_start(const struct matmul_job *job, int64_t panel)
+{
+    return job->n_rows * panel / job->n_panels;
+}
+
+/* Words of 4 bytes a row and step: a pair of bfloat16 is one, two float32 of a pair are two. */
+static int words_a_step(const struct matmul_job *job)
+{
+    return job->l->dtype == DTYPE_BF16 && !job->tile->takes_bf16 ? 2 : 1;
+}
+
+/* Enough for cache-friendly transposition, small enough for the stack. */
+#define CHUNK 256
+
+/* n_k <= CHUNK columns of n_rows rows from x, to n_k rounded up to whole steps, at `dst` [step]. */
+static void pack_chunk(const struct matmul_job *job, uint32_t *dst, const float *x, int n_rows,
+                       int64_t n_k)
+{
+    uint32_t words[TILE_ROWS_MAX][CHUNK];
+    const int64_t stride = job->x->row_stride;
+    int64_t n_words = n_k;
+    for (int r = 0; r < n_rows; r++) {
+        if (job->l->dtype == DTYPE_F32) {
+            memcpy(words[r], x + r * stride, (size_t)n_k * sizeof(float));
+        } else if (job->tile->takes_bf16) {
+            n_words = (n_k + 1) / 2;
+            words[r][n_words - 1] = 0;
+            job->vector->to_bf16((uint16_t *)words[r], x + r * stride, n_k);
+        } else {
+            n_words = (n_k + 1) / 2 * 2;
+            words[r][n_words - 1] = 0;
+            job->vector->round_bf16((float *)words[r], x + r * stride, n_k);
+        }
+    }
+    for (int64_t i = 0; i < n_words; i++) {
+        for (int r = 0; r < n_rows; r++)
+            dst[i * n_rows + r] = words[r][i];
+    }
+}
+
+/* One thread's part of the columns of every panel. */
+static void pack_x(const struct matmul_job *job, uint32_t *packed, int thread, int n_threads)
+{
+    const struct linear *l = job->l;
+    const int words = words_a_step(job), step = job->steps.step;
+    for (int64_t panel = 0; panel < job->n_panels; panel++) {
+        int64_t row = panel_start(job, panel);
+        int n_rows = (int)(panel_start(job, panel + 1) - row);
+        uint32_t *base = packed + row * job->steps.n * words;
+        for (int i = 0; i < l->n_lanes; i++) {
+            int64_t n_k = l->lane_start[i + 1] - l->lane_start[i], first, end;
+            cpu_share((n_k + CHUNK - 1) / CHUNK, thread, n_threads, &first, &end);
+            for (int64_t k = first * CHUNK; k < end * CHUNK && k < n_k; k += CHUNK)
+                pack_chunk(job, base + (job->steps.start[i] + k / step) * words * n_rows,
+                           cpu_row(job->x, row) + l->lane_start[i] + k, n_rows,
+                           n_k - k < CHUNK ? n_k - k : CHUNK);
+        }
+    }
+}
+
+/* One panel times `n_blocks` blocks from `block` on: lanes, their tree, the epilogue. */
+static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x, int64_t panel,
+                         int64_t block, int n_blocks)
+{
+    const struct linear *l = job->l;
+    const int64_t row = panel_start(job, panel), step16 = job->steps.step * 16;
+    const int n_rows = (int)(panel_start(job, panel + 1) - row), words = words_a_step(job);
+    const size_t element = dtype_size(l->dtype);
+    float sums[4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
+    int depth = 0;
+    for (int i = 0; i < l->n_lanes; i++) {
+        int64_t at = block * job->steps.n * step16 + job->steps.start[i] * step16;
+        struct tile t = {
+            .a = packed_x + (row * job->steps.n + job->steps.start[i] * n_rows) * words,
+            .a_step = n_rows,
+            .b = (const char *)l->packed + (size_t)at * element,
+            .b_step = step16,
+            .b_block = job->steps.n * step16,
+            .c = sums[depth],
+            .c_row = n_blocks * 16,
+            .n_k = job->steps.start[i + 1] - job->steps.start[i],
+        };
+        job->tile->run(&t, n_rows, n_blocks, job->source);
+        depth++;
+        for (int carry = i; carry & 1; carry >>= 1, depth--)
+            job->vector->add(sums[depth - 2], sums[depth - 1], n_rows * n_blocks * 16);
+    }
+    const struct epilogue *e = &job->epilogue;
+    const int64_t column = block * 16;
+    int64_t n = l->out_dim - column < n_blocks * 16 ? l->out_dim - column : n_blocks * 16;
+    for (int r = 0; r < n_rows; r++)
+        job->vector->epilogue(cpu_row(job->y, row + r) + column, sums[0] + r * n_blocks * 16, n,
+                              l->bias ? l->bias + column : NULL, e->act,
+                              e->scale ? e->scale + column : NULL,
+                              e->residual ? cpu_row(e->residual, row + r) + column : NULL);
+}
+
+/*
+ * A thread's tiles are a contiguous run of (group of panels, block): with one group, that is a
+ * contiguous part of the weight, the same at every step.
+ */
+static void matmul_work(void *arg, int thread, int n_threads)
+{
+    const struct matmul_job *job = arg;
+    const uint32_t *packed_x = job->packed_x;
+    if (packed_x) {
+        pack_x(job, job->packed_x, thread, n_threads);
+#pragma omp barrier
+    } else {
+        size_t words = (size_t)(job->n_rows * job->steps.n) * (size_t)words_a_step(job);
+        uint32_t *own = cpu_scratch_reserve(&job->state->thread[thread], words * 4);
+        pack_x(job, own, 0, 1);
+        packed_x = own;
+    }
+    const int64_t n_blocks = n_blocks_of(job->l->out_dim);
+    const int64_t n_groups = (job->n_panels + job->group_panels - 1) / job->group_panels;
+    int64_t at, end;
+    cpu_share(n_groups * n_blocks, thread, n_threads, &at, &end);
+    while (at < end) {
+        int64_t group = at / n_blocks, block = at % n_blocks, n = job->n_blocks_wide;
+        if (n > n_blocks - block)
+            n = n_blocks - block;
+        if (n > end - at)
+            n = end - at;
+        int64_t last = (group + 1) * job->group_panels;
+        for (int64_t p = group * job->group_panels; p < last && p < job->n_panels; p++)
+            compute_tile(job, packed_x, p, block, (int)n);
+        at += n;
+    }
+}
+
+/* Input this small is packed by every thread for itself, which is cheaper than a barrier. */
+#define OWN_PACK_WORDS 16384
+/* Panels that stay in the second-level cache beside two blocks of the weight. */
+#define GROUP_BYTES (512 << 10)
+#define GROUP_PANELS_MIN 8
+
+void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
+                const struct epilogue *e)
+{
+    struct cpu_state *s = cpu_state(b);
+    struct matmul_job job = {.tile = s->tile, .vector = s->vector, .state = s, .y = y, .x = x};
+    job.l = l;
+    if (e)
+        job.epilogue = *e;
+    steps_init(&job.steps, l);
+    job.source = l->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16_PAIRS;
+    job.n_rows = tensor_n_rows(x);
+    job.n_panels = (job.n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
+    int panel_rows = (int)((job.n_rows + job.n_panels - 1) / job.n_panels);
+    job.n_blocks_wide = s->tile->wide_blocks(panel_rows);
+    int64_t words = job.steps.n * words_a_step(&job);
+    job.group_panels = GROUP_BYTES / (words * 4 * panel_rows + 1);
+    if (job.group_panels < GROUP_PANELS_MIN)
+        job.group_panels = GROUP_PANELS_MIN;
+    if (job.n_rows * words > OWN_PACK_WORDS)
+        job.packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job.n_rows * words) * 4);
+    cpu_parallel(b, job.n_rows * l->out_dim * l->in_dim, matmul_work, &job);
+}

@@ -1,0 +1,241 @@
+/*
+ * The ops that only move values on the CPU: embedding rows, scatter and gather, pages of keys and
+ * values, patches of pixels, pixel shuffle, type changes. No sums, so any order will do.
+ */
+#include <string.h>
+
+#include "kernels/cpu_backend.h"
+#include "kernels/log.h"
+
+/* One op of this file, run for each of n rows. */
+struct move_job {
+    const struct cpu_vector_ops *vector;
+    void (*row)(const struct move_job *job, int64_t i);
+    int64_t n;
+    struct tensor *y;
+    const struct tensor *x, *x2;
+    const int32_t *rows, *rows2;
+    int32_t first_row, a, b;
+    const float *mean, *std;
+    struct kv_pages *kv;
+    const struct paged_layout *layout;
+};
+
+static void move_work(void *arg, int thread, int n_threads)
+{
+    const struct move_job *job = arg;
+    int64_t first, end;
+    cpu_share(job->n, thread, n_threads, &first, &end);
+    for (int64_t i = first; i < end; i++)
+        job->row(job, i);
+}
+
+static void move_run(struct backend *b, struct move_job *job, int64_t n, int64_t n_elements)
+{
+    job->vector = cpu_state(b)->vector;
+    job->n = n;
+    cpu_parallel(b, n_elements, move_work, job);
+}
+
+/* n values from src to dst, widened or rounded to bfloat16 where the types differ. */
+static void convert(const struct cpu_vector_ops *vector, void *dst, enum dtype to, const void *src,
+                    enum dtype from, int64_t n)
+{
+    if (to == from)
+        memcpy(dst, src, (size_t)n * dtype_size(to));
+    else if (to == DTYPE_F32)
+        tensor_widen(dst, src, from, n);
+    else
+        vector->to_bf16(dst, src, n);
+}
+
+static void embed_row(const struct move_job *job, int64_t i)
+{
+    const struct tensor *table = job->x;
+    const int64_t dim = tensor_n_cols(table), row = (int64_t)job->rows[i] - job->first_row;
+    float *y = cpu_row(job->y, i);
+    if (row < 0 || row >= tensor_n_rows(table)) {
+        memset(y, 0, (size_t)dim * sizeof(float));
+        return;
+    }
+    const char *src = (const char *)table->data;
+    src += (size_t)(row * table->row_stride) * dtype_size(table->dtype);
+    convert(job->vector, y, DTYPE_F32, src, table->dtype, dim);
+}
+
+void cpu_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
+               int32_t first_row)
+{
+    struct move_job job = {.row = embed_row, .y = y, .x = table, .rows = ids};
+    job.first_row = first_row;
+    move_run(b, &job, tensor_n_rows(y), tensor_n_elements(y));
+}
+
+static void scatter_row(const struct move_job *job, int64_t i)
+{
+    if (job->rows[i] < 0)
+        return;
+    if (job->rows[i] >= tensor_n_rows(job->y))
+        BUG("row %d of %lld", job->rows[i], (long long)tensor_n_rows(job->y));
+    memcpy(cpu_row(job->y, job->rows[i]), cpu_row(job->x, i),
+           (size_t)tensor_n_cols(job->x) * sizeof(float));
+}
+
+void cpu_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                      const int32_t *rows)
+{
+    struct move_job job = {.row = scatter_row, .y = y, .x = x, .rows = rows};
+    move_run(b, &job, tensor_n_rows(x), tensor_n_elements(x));
+}
+
+static void gather_row(const struct move_job *job, int64_t i)
+{
+    if (job->rows[i] < 0 || job->rows[i] >= tensor_n_rows(job->x))
+        BUG("row %d of %lld", job->rows[i], (long long)tensor_n_rows(job->x));
+    memcpy(cpu_row(job->y, i), cpu_row(job->x, job->rows[i]),
+           (size_t)tensor_n_cols(job->x) * sizeof(float));
+}
+
+void cpu_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const int32_t *rows)
+{
+    struct move_job job = {.row = gather_row, .y = y, .x = x, .rows = rows};
+    move_run(b, &job, tensor_n_rows(y), tensor_n_elements(y));
+}
+
+/* The sequence that owns token row i: the last one that starts at or before it. */
+static int32_t sequence_of(const struct paged_layout *layout, int64_t i)
+{
+    int32_t lo = 0, hi = layout->n_sequences;
+    while (hi - lo > 1) {
+        int32_t middle = lo + (hi - lo) / 2;
+        if (layout->query_start[middle] <= i)
+            lo = middle;
+        else
+            hi = middle;
+    }
+    return lo;
+}
+
+static void kv_write_row(const struct move_job *job, int64_t i)
+{
+    const struct paged_layout *layout = job->layout;
+    const struct kv_pages *kv = job->kv;
+    const int32_t s = sequence_of(layout, i);
+    const int64_t position = layout->context_len[s] - layout->query_start[s + 1] + i;
+    const int64_t index = layout->page_start[s] + position / kv->page_size;
+    if (position < 0 || index >= layout->page_start[s + 1])
+        BUG("position %lld of sequence %d has no page", (long long)position, s);
+    const int32_t page = layout->pages[index];
+    if (page < 0 || page >= kv->n_pages)
+        BUG("page %d of %d", page, kv->n_pages);
+    const int64_t slot = position % kv->page_size, dim = kv->head_dim, size = kv->page_size;
+    const size_t element = dtype_size(kv->dtype);
+    for (int32_t h = 0; h < kv->n_kv_heads; h++) {
+        const int64_t at = ((int64_t)page * kv->n_kv_heads + h) * dim * size;
+        const float *k = cpu_row(job->x, i) + h * dim;
+        for (int64_t d = 0; d < dim; d++) {
+            int64_t to = at + d * size + slot;
+            if (kv->dtype == DTYPE_F32)
+                ((float *)kv->k)[to] = k[d];
+            else
+                ((uint16_t *)kv->k)[to] = f32_to_bf16(k[d]);
+        }
+        convert(job->vector, (char *)kv->v + (size_t)(at + slot * dim) * element, kv->dtype,
+                cpu_row(job->x2, i) + h * dim, DTYPE_F32, dim);
+    }
+}
+
+void cpu_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
+                  const struct tensor *k, const struct tensor *v)
+{
+    struct move_job job = {.row = kv_write_row, .x = k, .x2 = v, .kv = kv, .layout = layout};
+    move_run(b, &job, tensor_n_rows(k), tensor_n_elements(k));
+}
+
+/* Row i of the patches: channel by channel, row by row of the patch. */
+static void patchify_row(const struct move_job *job, int64_t i)
+{
+    const struct tensor *pixels = job->x;
+    const int64_t channels = pixels->shape[1], height = pixels->shape[2], width = pixels->shape[3];
+    const int64_t ph = job->a, pw = job->b, columns = width / pw, rows = height / ph;
+    const int64_t tile = i / (rows * columns), at = i % (rows * columns);
+    float *dst = cpu_row(job->y, i);
+    for (int64_t c = 0; c < channels; c++) {
+        for (int64_t y = 0; y < ph; y++, dst += pw) {
+            int64_t row = (tile * channels + c) * height + at / columns * ph + y;
+            int64_t src = row * width + at % columns * pw;
+            if (pixels->dtype == DTYPE_F32) {
+                memcpy(dst, (const float *)pixels->data + src, (size_t)pw * sizeof(float));
+                continue;
+            }
+            for (int64_t x = 0; x < pw; x++)
+                dst[x] =
+                    ((float)((const uint8_t *)pixels->data)[src + x] - job->mean[c]) / job->std[c];
+        }
+    }
+}
+
+void cpu_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels,
+                  int32_t ph, int32_t pw, const float *mean, const float *std)
+{
+    struct move_job job = {.row = patchify_row, .y = patches, .x = pixels, .a = ph, .b = pw};
+    job.mean = mean;
+    job.std = std;
+    move_run(b, &job, tensor_n_rows(patches), tensor_n_elements(patches));
+}
+
+static void pixel_shuffle_row(const struct move_job *job, int64_t i)
+{
+    const int64_t side = job->a, k = job->b, out_side = side / k, dim = tensor_n_cols(job->x);
+    const int64_t tile = i / (out_side * out_side), at = i % (out_side * out_side);
+    float *dst = cpu_row(job->y, i);
+    for (int64_t a = 0; a < k; a++) {
+        for (int64_t c = 0; c < k; c++, dst += dim) {
+            int64_t row = k * (at / out_side) + a, column = k * (at % out_side) + c;
+            memcpy(dst, cpu_row(job->x, (tile * side + row) * side + column),
+                   (size_t)dim * sizeof(float));
+        }
+    }
+}
+
+void cpu_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,
+                       int32_t k)
+{
+    struct move_job job = {.row = pixel_shuffle_row, .y = y, .x = x, .a = side, .b = k};
+    move_run(b, &job, tensor_n_rows(y), tensor_n_elements(y));
+}
+
+static void copy_row(const struct move_job *job, int64_t i)
+{
+    const size_t to = dtype_size(job->y->dtype), from = dtype_size(job->x->dtype);
+    convert(job->vector, (char *)job->y->data + (size_t)(i * job->y->row_stride) * to,
+            job->y->dtype, (const char *)job->x->data + (size_t)(i * job->x->row_stride) * from,
+            job->x->dtype, tensor_n_cols(job->x));
+}
+
+void cpu_copy(struct backend *b, struct tensor *y, const struct tensor *x)
+{
+    struct move_job job = {.row = copy_row, .y = y, .x = x};
+    move_run(b, &job, tensor_n_rows(y), tensor_n_elements(y));
+}
+
+static void copy_page(const struct move_job *job, int64_t i)
+{
+    const struct kv_pages *kv = job->kv;
+    const int32_t from = job->rows[i], to = job->rows2[i];
+    if (from < 0 || from >= kv->n_pages || to < 0 || to >= kv->n_pages)
+        BUG("page %d to %d of %d", from, to, kv->n_pages);
+    const size_t n_bytes = (size_t)kv->n_kv_heads * (size_t)kv->head_dim * (size_t)kv->page_size *
+                           dtype_size(kv->dtype);
+    memmove((char *)kv->k + (size_t)to * n_bytes, (char *)kv->k + (size_t)from * n_bytes, n_bytes);
+    memmove((char *)kv->v + (size_t)to * n_bytes, (char *)kv->v + (size_t)from * n_bytes, n_bytes);
+}
+
+/* In order and by one thread: a page may be copied from and then be written. */
+void cpu_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
+                    int32_t n)
+{
+    struct move_job job = {.row = copy_page, .kv = kv, .rows = src, .rows2 = dst};
+    move_run(b, &job, n, 0);
+}

@@ -1,0 +1,228 @@
+/*
+ * One vector of floats of this translation unit's instruction set, and the few operations on it.
+ *
+ * Included only by the files that are compiled once per instruction set (cpu_tile.c, cpu_vector.c);
+ * the -m flags choose the section below. Plain arithmetic is the compiler's own vector extension
+ * (a + b, u << 16); what is here is what it cannot say: a fused multiply-add, maximum, loads.
+ *
+ * Every operation is exactly rounded or exact, and none depends on VF_N: code that works element by
+ * element, or sums into sixteen partial sums (struct sum16), gives the same bits at every width.
+ */
+#ifndef INTERNVLD_KERNELS_CPU_SIMD_H
+#define INTERNVLD_KERNELS_CPU_SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define VF_N 16
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define VF_N 8
+#else
+#define VF_N 4
+#endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* Vectors in a block of sixteen columns, the unit of every layout. */
+#define BLOCK_VECTORS (16 / VF_N)
+
+typedef float vf __attribute__((vector_size(4 * VF_N)));
+typedef int32_t vi __attribute__((vector_size(4 * VF_N)));
+typedef uint32_t vu __attribute__((vector_size(4 * VF_N)));
+typedef uint16_t vh __attribute__((vector_size(2 * VF_N)));
+/* The same in memory: any alignment, any type behind the pointer. */
+typedef float vf_memory __attribute__((vector_size(4 * VF_N), aligned(4), may_alias));
+typedef uint32_t vu_memory __attribute__((vector_size(4 * VF_N), aligned(4), may_alias));
+typedef uint16_t vh_memory __attribute__((vector_size(2 * VF_N), aligned(2), may_alias));
+
+#if defined(__AVX512F__)
+
+ALWAYS_INLINE vf vf_set(float x)
+{
+    return _mm512_set1_ps(x);
+}
+
+ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) // a * b + c, rounded once
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+
+ALWAYS_INLINE vf vf_max(vf a, vf b) // a > b ? a : b, so b when either is a NaN
+{
+    return _mm512_max_ps(a, b);
+}
+
+ALWAYS_INLINE vf vf_min(vf a, vf b) // a < b ? a : b
+{
+    return _mm512_min_ps(a, b);
+}
+
+#elif defined(__AVX2__)
+
+ALWAYS_INLINE vf vf_set(float x)
+{
+    return _mm256_set1_ps(x);
+}
+
+ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c)
+{
+    return _mm256_fmadd_ps(a, b, c);
+}
+
+ALWAYS_INLINE vf vf_max(vf a, vf b)
+{
+    return _mm256_max_ps(a, b);
+}
+
+ALWAYS_INLINE vf vf_min(vf a, vf b)
+{
+    return _mm256_min_ps(a, b);
+}
+
+#else
+
+ALWAYS_INLINE vf vf_set(float x)
+{
+    return (vf){x, x, x, x};
+}
+
+ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c)
+{
+    return (vf){fmaf(a[0], b[0], c[0]), fmaf(a[1], b[1], c[1]), fmaf(a[2], b[2], c[2]),
+                fmaf(a[3], b[3], c[3])};
+}
+
+ALWAYS_INLINE vf vf_max(vf a, vf b)
+{
+    vi m = a > b;
+    return (vf)((m & (vi)a) | (~m & (vi)b));
+}
+
+ALWAYS_INLINE vf vf_min(vf a, vf b)
+{
+    vi m = a < b;
+    return (vf)((m & (vi)a) | (~m & (vi)b));
+}
+
+#endif
+
+ALWAYS_INLINE vf vf_select(vi mask /* 0 or -1 */, vf a, vf b)
+{
+    return (vf)((mask & (vi)a) | (~mask & (vi)b));
+}
+
+ALWAYS_INLINE vf vf_load(const float *p)
+{
+    return *(const vf_memory *)p;
+}
+
+ALWAYS_INLINE void vf_store(float *p, vf x)
+{
+    *(vf_memory *)p = x;
+}
+
+/* The first n < VF_N floats; the others are 0. */
+ALWAYS_INLINE vf vf_load_n(const float *p, int64_t n)
+{
+    float tail[VF_N] = {0};
+    memcpy(tail, p, (size_t)n * sizeof(float));
+    return vf_load(tail);
+}
+
+ALWAYS_INLINE void vf_store_n(float *p, vf x, int64_t n)
+{
+    float tail[VF_N];
+    vf_store(tail, x);
+    memcpy(p, tail, (size_t)n * sizeof(float));
+}
+
+ALWAYS_INLINE vf vf_load_bf16(const uint16_t *p)
+{
+    return (vf)(__builtin_convertvector(*(const vh_memory *)p, vu) << 16);
+}
+
+/* Rounded to bfloat16, to nearest even, in the upper half of each element; a NaN stays one. */
+ALWAYS_INLINE vu vf_round_bf16(vf x)
+{
+    vu u = (vu)x;
+    vi is_nan = x != x;
+    vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
+    vu quiet = u | 0x400000u;
+    return (((vu)is_nan & quiet) | (~(vu)is_nan & rounded)) & 0xffff0000u;
+}
+
+/* Sixteen partial sums; element i of a row belongs to partial i % 16. */
+struct sum16 {
+    vf v[BLOCK_VECTORS];
+};
+
+/* Their sum as a fixed tree: halves of 8, 4, 2, 1. */
+ALWAYS_INLINE float sum16_total(const struct sum16 *s)
+{
+    float x[16];
+    for (int i = 0; i < BLOCK_VECTORS; i++)
+        vf_store(x + i * VF_N, s->v[i]);
+    for (int half = 8; half >= 1; half /= 2) {
+        for (int i = 0; i < half; i++)
+            x[i] += x[i + half];
+    }
+    return x[0];
+}
+
+/*
+ * e^x within 1.1 ulp (op_test measures it). x = n ln 2 + r by a round-to-nearest magic number, a
+ * degree-6 polynomial in r (coefficients: Cephes expf), and 2^n in two factors so that the whole
+ * range of floats comes out, infinity above 88.73 and 0 below -104; a NaN gives a NaN.
+ */
+ALWAYS_INLINE vf vf_exp(vf x)
+{
+    const vf magic = vf_set(12582912.0f); // 1.5 * 2^23
+    x = vf_max(vf_set(-104.0f), vf_min(vf_set(89.0f), x));
+    vf shifted = vf_fma(x, vf_set(1.44269504f), magic);
+    vi n = (vi)shifted - (vi)magic;
+    vf whole = shifted - magic;
+    vf r = vf_fma(whole, vf_set(-0.693359375f), x);
+    r = vf_fma(whole, vf_set(2.12194440e-4f), r);
+    vf p = vf_set(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set(5.0000001201e-1f));
+    p = vf_fma(p, r * r, r) + 1.0f;
+    vi half = n >> 1;
+    return p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
+}
+
+/*
+ * erf(x) within 1 ulp of 1 (absolute 6e-8), for the erf form of GELU: an odd polynomial below 0.93,
+ * 1 - e^(-polynomial) above (both after N. Juffa's single-precision erff).
+ */
+ALWAYS_INLINE vf vf_erf(vf x)
+{
+    vf t = (vf)((vi)x & 0x7fffffff);
+    vf s = x * x;
+    vf big = vf_fma(vf_set(-1.72853470e-5f), t, vf_set(3.83197126e-4f));
+    vf u = vf_fma(vf_set(-3.88396438e-3f), t, vf_set(2.42546219e-2f));
+    big = vf_fma(big, s, u);
+    big = vf_fma(big, t, vf_set(-1.06777877e-1f));
+    big = vf_fma(big, t, vf_set(-6.34846687e-1f));
+    big = vf_fma(big, t, vf_set(-1.28717512e-1f));
+    big = vf_fma(big, t, -t);
+    big = 1.0f - vf_exp(big);
+    big = (vf)((vi)big | ((vi)x & (vi)vf_set(-0.0f)));
+    vf small = vf_set(-5.96761703e-4f);
+    small = vf_fma(small, s, vf_set(4.99119423e-3f));
+    small = vf_fma(small, s, vf_set(-2.67681349e-2f));
+    small = vf_fma(small, s, vf_set(1.12819925e-1f));
+    small = vf_fma(small, s, vf_set(-3.76125336e-1f));
+    small = vf_fma(small, s, vf_set(1.28379166e-1f));
+    small = vf_fma(small, x, x);
+    return vf_select(t > 0.927734375f, big, small);
+}
+
+#endif

@@ -1,0 +1,174 @@
+/*
+ * The inner loop of every product: a few rows times a few blocks of sixteen columns, all sums in
+ * registers. Compiled once per instruction set (CPU_TILE_OPS names the table it exports).
+ *
+ * Each sum runs over k in order in one accumulator, so the shape of the tile changes only how many
+ * independent sums are in flight, never their bits. It knows no threads, lanes or layouts.
+ */
+#include "kernels/cpu_isa.h"
+#include "kernels/cpu_simd.h"
+
+/* Registers set the shape: 12 x 32 columns of 32 zmm, 6 x 16 of 16 ymm. */
+#if VF_N == 16
+#define MAX_ROWS 12
+#elif VF_N == 8
+#define MAX_ROWS 6
+#else
+#define MAX_ROWS 4
+#endif
+
+/* Few rows read b once and little else: more blocks at a time keep more of memory in flight. */
+static int wide_blocks(int n_rows)
+{
+    if (VF_N == 16)
+        return n_rows <= 4 ? 4 : 2;
+    if (VF_N == 8)
+        return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1;
+    return 1;
+}
+
+/* Bytes ahead of the loads: further than the processor's own prefetch reaches across pages. */
+#define PREFETCH_BYTES 2048
+
+ALWAYS_INLINE void load_block(vf *v, const void *b, int64_t at, enum tile_source source)
+{
+    for (int i = 0; i < BLOCK_VECTORS; i++) {
+        if (source == TILE_F32)
+            v[i] = vf_load((const float *)b + at + i * VF_N);
+        else
+            v[i] = vf_load_bf16((const uint16_t *)b + at + i * VF_N);
+    }
+}
+
+ALWAYS_INLINE void load_pair_block(vf *even, vf *odd, const void *b, int64_t at)
+{
+    for (int i = 0; i < BLOCK_VECTORS; i++) {
+        vu u = *(const vu_memory *)((const uint16_t *)b + at + i * 2 * VF_N);
+        even[i] = (vf)(u << 16);
+        odd[i] = (vf)(u & 0xffff0000u);
+    }
+}
+
+ALWAYS_INLINE void add_step(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const float *a, const vf *v,
+                            int n_rows, int n_vectors)
+{
+    for (int r = 0; r < n_rows; r++) {
+        vf x = vf_set(a[r]);
+        for (int j = 0; j < n_vectors; j++)
+            acc[r][j] = vf_fma(x, v[j], acc[r][j]);
+    }
+}
+
+ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_blocks,
+                            const enum tile_source source)
+{
+    const int n_vectors = n_blocks * BLOCK_VECTORS;
+    vf acc[MAX_ROWS][TILE_BLOCKS_MAX * BLOCK_VECTORS];
+    for (int r = 0; r < n_rows; r++) {
+        for (int j = 0; j < n_vectors; j++)
+            acc[r][j] = t->accumulate ? vf_load(t->c + r * t->c_row + j * VF_N) : vf_set(0.0f);
+    }
+    const float *a = t->a;
+    const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
+    for (int64_t k = 0; k < t->n_k; k++) {
+        vf even[TILE_BLOCKS_MAX * BLOCK_VECTORS], odd[TILE_BLOCKS_MAX * BLOCK_VECTORS];
+        for (int i = 0; i < n_blocks; i++) {
+            int64_t at = i * t->b_block + k * t->b_step;
+            if (n_rows <= 4)
+                __builtin_prefetch((const char *)t->b + (size_t)at * element + PREFETCH_BYTES);
+            if (source == TILE_BF16_PAIRS)
+                load_pair_block(even + i * BLOCK_VECTORS, odd + i * BLOCK_VECTORS, t->b, at);
+            else
+                load_block(even + i * BLOCK_VECTORS, t->b, at, source);
+        }
+        if (source == TILE_BF16_PAIRS) {
+            add_step(acc, a + t->a_step, odd, n_rows, n_vectors);
+            add_step(acc, a, even, n_rows, n_vectors);
+            a += 2 * t->a_step;
+        } else {
+            add_step(acc, a, even, n_rows, n_vectors);
+            a += t->a_step;
+        }
+    }
+    for (int r = 0; r < n_rows; r++) {
+        for (int j = 0; j < n_vectors; j++)
+            vf_store(t->c + r * t->c_row + j * VF_N, acc[r][j]);
+    }
+}
+
+/* One case a tile height, so that every loop above has constant bounds. */
+ALWAYS_INLINE void run_rows(const struct tile *t, int n_rows, int wide, enum tile_source source)
+{
+    switch (n_rows) {
+    case 1:
+        return wide ? tile_run(t, 1, VF_N >= 8 ? 4 : 1, source) : tile_run(t, 1, 1, source);
+    case 2:
+        return wide ? tile_run(t, 2, VF_N / 4, source) : tile_run(t, 2, 1, source);
+    case 3:
+        return wide ? tile_run(t, 3, VF_N == 16 ? 4 : 1, source) : tile_run(t, 3, 1, source);
+    case 4:
+        return wide ? tile_run(t, 4, VF_N == 16 ? 4 : 1, source) : tile_run(t, 4, 1, source);
+#if MAX_ROWS >= 6
+    case 5:
+        return wide ? tile_run(t, 5, VF_N == 16 ? 2 : 1, source) : tile_run(t, 5, 1, source);
+    case 6:
+        return wide ? tile_run(t, 6, VF_N == 16 ? 2 : 1, source) : tile_run(t, 6, 1, source);
+#endif
+#if MAX_ROWS >= 12
+    case 7:
+        return wide ? tile_run(t, 7, 2, source) : tile_run(t, 7, 1, source);
+    case 8:
+        return wide ? tile_run(t, 8, 2, source) : tile_run(t, 8, 1, source);
+    case 9:
+        return wide ? tile_run(t, 9, 2, source) : tile_run(t, 9, 1, source);
+    case 10:
+        return wide ? tile_run(t, 10, 2, source) : tile_run(t, 10, 1, source);
+    case 11:
+        return wide ? tile_run(t, 11, 2, source) : tile_run(t, 11, 1, source);
+    case 12:
+        return wide ? tile_run(t, 12, 2, source) : tile_run(t, 12, 1, source);
+#endif
+    }
+}
+
+static void run_f32(const struct tile *t, int n_rows, int wide)
+{
+    run_rows(t, n_rows, wide, TILE_F32);
+}
+
+static void run_bf16(const struct tile *t, int n_rows, int wide)
+{
+    run_rows(t, n_rows, wide, TILE_BF16);
+}
+
+static void run_bf16_pairs(const struct tile *t, int n_rows, int wide)
+{
+    run_rows(t, n_rows, wide, TILE_BF16_PAIRS);
+}
+
+static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
+{
+    const int wide = wide_blocks(n_rows);
+    const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
+    struct tile part = *t;
+    for (int done = 0; done < n_blocks;) {
+        int is_wide = n_blocks - done >= wide;
+        if (source == TILE_F32)
+            run_f32(&part, n_rows, is_wide);
+        else if (source == TILE_BF16)
+            run_bf16(&part, n_rows, is_wide);
+        else
+            run_bf16_pairs(&part, n_rows, is_wide);
+        int step = is_wide ? wide : 1;
+        part.b = (const char *)part.b + (size_t)(step * t->b_block) * element;
+        part.c += step * 16;
+        done += step;
+    }
+}
+
+const struct cpu_tile_ops CPU_TILE_OPS = {
+    .max_rows = MAX_ROWS,
+    .takes_bf16 = 0,
+    .wide_blocks = wide_blocks,
+    .run = run,
+};

@@ -1,0 +1,346 @@
+/*
+ * Attention: values against the naive loop, and the promise that a query's result depends on its
+ * own keys alone: not on its neighbours, the cut of the prompt, the page numbers, or what unused
+ * slots of a page hold.
+ */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kernels/log.h"
+#include "tests/op/op_case.h"
+#include "tests/op/op_naive.h"
+
+/* A few sequences with their queries, keys and values, and the pages they live in. */
+struct world {
+    int n_sequences, n_heads, n_kv_heads, head_dim, page_size, window;
+    enum dtype dtype;
+    int length[4]; // tokens
+    int first[5];  // row of each sequence's first token
+    struct tensor q, k, v;
+    int32_t kv_of_head[16];
+    struct kv_pages kv;
+    int32_t page_start[5], pages[256];
+};
+
+/* Pages are numbered in order, or dealt at random, and full of NaN before they are written. */
+static void world_make_pages(struct world *w, struct backend *b, int shuffled)
+{
+    w->page_start[0] = 0;
+    for (int s = 0; s < w->n_sequences; s++)
+        w->page_start[s + 1] = w->page_start[s] + (w->length[s] + w->page_size - 1) / w->page_size;
+    int n = w->page_start[w->n_sequences], spare = 3;
+    w->kv = (struct kv_pages){.dtype = w->dtype, .n_pages = n + spare};
+    w->kv.page_size = w->page_size;
+    w->kv.n_kv_heads = w->n_kv_heads;
+    w->kv.head_dim = w->head_dim;
+    for (int i = 0; i < n; i++)
+        w->pages[i] = i;
+    for (int i = n - 1; shuffled && i > 0; i--) {
+        int j = op_case_integer(i + 1);
+        int32_t page = w->pages[i];
+        w->pages[i] = w->pages[j];
+        w->pages[j] = page;
+    }
+    for (int i = 0; shuffled && i < n; i++)
+        w->pages[i] += spare;
+    size_t n_bytes =
+        (size_t)((n + spare) * w->n_kv_heads * w->head_dim * w->page_size) * dtype_size(w->dtype);
+    w->kv.k = op_alloc(b, n_bytes);
+    w->kv.v = op_alloc(b, n_bytes);
+    memset(w->kv.k, 0xff, n_bytes);
+    memset(w->kv.v, 0xff, n_bytes);
+}
+
+static void world_free_pages(struct world *w, struct backend *b)
+{
+    op_free(b, w->kv.k);
+    op_free(b, w->kv.v);
+}
+
+static void world_init(struct world *w, int n_heads, int n_kv_heads, int head_dim, int page_size,
+                       int window, enum dtype dtype)
+{
+    static const int lengths[4] = {1, 50, 17, 133};
+    *w = (struct world){.n_sequences = 4, .n_heads = n_heads, .n_kv_heads = n_kv_heads};
+    w->head_dim = head_dim;
+    w->page_size = page_size;
+    w->window = window;
+    w->dtype = dtype;
+    for (int s = 0; s < 4; s++) {
+        w->length[s] = lengths[s];
+        w->first[s + 1] = w->first[s] + lengths[s];
+    }
+    int n = w->first[4];
+    w->q = op_case_strided(n, (int64_t)n_heads * head_dim);
+    w->k = op_case_strided(n, (int64_t)n_kv_heads * head_dim);
+    w->v = op_case_strided(n, (int64_t)n_kv_heads * head_dim);
+    for (int h = 0; h < n_heads; h++)
+        w->kv_of_head[h] = h * n_kv_heads / n_heads;
+}
+
+static void world_release(struct world *w)
+{
+    free(w->q.data);
+    free(w->k.data);
+    free(w->v.data);
+}
+
+/* The steps of a run: each sequence contributes `chunk` tokens a step (0: all at once). */
+static void world_run(struct world *w, struct backend *b, struct tensor *out, int chunk)
+{
+    int done[4] = {0}, left = 1;
+    while (left) {
+        int32_t query_start[5] = {0}, context_len[4], n = 0;
+        int rows[256];
+        struct paged_layout layout = {.n_sequences = w->n_sequences};
+        left = 0;
+        for (int s = 0; s < w->n_sequences; s++) {
+            int take = w->length[s] - done[s];
+            if (chunk && take > chunk)
+                take = chunk;
+            for (int i = 0; i < take; i++)
+                rows[n++] = w->first[s] + done[s] + i;
+            done[s] += take;
+            query_start[s + 1] = n;
+            context_len[s] = done[s];
+            layout.max_context_len =
+                done[s] > layout.max_context_len ? done[s] : layout.max_context_len;
+            left |= done[s] < w->length[s];
+        }
+        layout.n_tokens = n;
+        layout.query_start = query_start;
+        layout.context_len = context_len;
+        layout.page_start = w->page_start;
+        layout.pages = w->pages;
+        struct tensor q = op_case_matrix(n, w->q.shape[1]), o = op_case_matrix(n, w->q.shape[1]);
+        struct tensor k = op_case_matrix(n, w->k.shape[1]), v = op_case_matrix(n, w->k.shape[1]);
+        op_gather_rows(b, &q, &w->q, rows);
+        op_gather_rows(b, &k, &w->k, rows);
+        op_gather_rows(b, &v, &w->v, rows);
+        op_kv_write(b, &w->kv, &layout, &k, &v);
+        op_paged_attention(b, &o, &q, &w->kv, &layout, w->kv_of_head, w->n_heads,
+                           1 / sqrtf((float)w->head_dim), w->window);
+        op_scatter_rows(b, out, &o, rows);
+        free(q.data);
+        free(o.data);
+        free(k.data);
+        free(v.data);
+    }
+}
+
+static void world_naive(struct world *w, float *want)
+{
+    int hd = w->head_dim;
+    struct tensor kv[2] = {w->k, w->v};
+    for (int i = 0; i < 2; i++) { // what the pages hold
+        int64_t n = kv[i].shape[0] * kv[i].row_stride;
+        float *copy = op_case_floats(n, 0);
+        for (int64_t j = 0; j < n; j++) {
+            float f = ((float *)kv[i].data)[j];
+            copy[j] = w->dtype == DTYPE_BF16 ? bf16_to_f32(f32_to_bf16(f)) : f;
+        }
+        kv[i].data = copy;
+    }
+    for (int s = 0; s < w->n_sequences; s++) {
+        for (int t = 0; t < w->length[s]; t++) {
+            int lo = w->window > 0 && t + 1 > w->window ? t + 1 - w->window : 0;
+            for (int h = 0; h < w->n_heads; h++) {
+                int64_t at = (w->first[s] + lo) * kv[0].row_stride + w->kv_of_head[h] * hd;
+                int64_t row = w->first[s] + t;
+                const float *q = (const float *)w->q.data + row * w->q.row_stride + h * hd;
+                naive_attend(want + (row * w->n_heads + h) * hd, NULL, q, (float *)kv[0].data + at,
+                             (float *)kv[1].data + at, t + 1 - lo, kv[0].row_stride, hd,
+                             1 / sqrt(hd));
+            }
+        }
+    }
+    free(kv[0].data);
+    free(kv[1].data);
+}
+
+/* One back end: prefill against the naive loop; chunks, decode and shuffled pages equal prefill. */
+static void check_world(struct world *w, struct backend *b, const float *want, float *bits)
+{
+    struct tensor a = op_case_matrix(w->q.shape[0], w->q.shape[1]);
+    struct tensor c = op_case_matrix(w->q.shape[0], w->q.shape[1]);
+    size_t n_bytes = (size_t)tensor_n_elements(&a) * sizeof(float);
+    world_make_pages(w, b, 0);
+    world_run(w, b, &a, 0);
+    world_free_pages(w, b);
+    op_case_compare(w->dtype == DTYPE_F32 ? "paged attention float32" : "paged attention bfloat16",
+                    &a, want, 1e-12);
+    static const int chunks[] = {1, 7, 32};
+    for (int i = 0; i < 3; i++) {
+        world_make_pages(w, b, 1);
+        world_run(w, b, &c, chunks[i]);
+        world_free_pages(w, b);
+        op_case_same(a.data, c.data, n_bytes, "paged attention in chunks, pages shuffled");
+    }
+    if (isnan(bits[0]))
+        memcpy(bits, a.data, n_bytes);
+    op_case_same(bits, a.data, n_bytes, "paged attention by another instruction set");
+    free(a.data);
+    free(c.data);
+}
+
+static void test_paged(void **state)
+{
+    (void)state;
+    static const int cases[][5] = {// heads, kv heads, head_dim, page_size, window
+                                   {14, 2, 64, 32, 0},
+                                   {4, 4, 16, 16, 0},
+                                   {3, 1, 5, 16, 0},
+                                   {8, 2, 33, 48, 20},
+                                   {4, 2, 128, 64, 1}};
+    for (int i = 0; i < 5; i++) {
+        for (int dtype = DTYPE_F32; dtype <= DTYPE_BF16; dtype++) {
+            struct world w;
+            op_case_seed(10 + (uint32_t)i);
+            world_init(&w, cases[i][0], cases[i][1], cases[i][2], cases[i][3], cases[i][4],
+                       (enum dtype)dtype);
+            int64_t n = tensor_n_elements(&w.q);
+            float *want = op_case_floats(n, 0), *bits = op_case_floats(n, 0);
+            world_naive(&w, want);
+            bits[0] = NAN;
+            for (int j = 0; j < op_n_isas * 2; j++) {
+                if (!backend_cpu_has(op_isas[j / 2]))
+                    continue;
+                struct backend *b = backend_cpu_open(1 + j % 2 * 2, op_isas[j / 2]);
+                check_world(&w, b, want, bits);
+                backend_close(b);
+            }
+            world_release(&w);
+            free(want);
+            free(bits);
+        }
+    }
+    op_case_report();
+}
+
+/* Heads may read any kv head, in any order. */
+static void test_any_kv_of_head(void **state)
+{
+    (void)state;
+    struct world w;
+    op_case_seed(20);
+    world_init(&w, 5, 3, 16, 16, 0, DTYPE_F32);
+    static const int32_t kv_of_head[5] = {2, 0, 1, 2, 0};
+    memcpy(w.kv_of_head, kv_of_head, sizeof(kv_of_head));
+    int64_t n = tensor_n_elements(&w.q);
+    float *want = op_case_floats(n, 0), *bits = op_case_floats(n, 0);
+    world_naive(&w, want);
+    bits[0] = NAN;
+    struct backend *b = backend_cpu_open(2, NULL);
+    check_world(&w, b, want, bits);
+    backend_close(b);
+    world_release(&w);
+    free(want);
+    free(bits);
+}
+
+/* A copied page reads like the original. */
+static void test_copy_pages(void **state)
+{
+    (void)state;
+    struct backend *b = backend_cpu_open(1, NULL);
+    struct kv_pages kv = {.dtype = DTYPE_BF16, .n_pages = 5, .page_size = 16, .n_kv_heads = 3};
+    kv.head_dim = 7;
+    size_t page = 3 * 7 * 16 * 2;
+    kv.k = op_alloc(b, 5 * page);
+    kv.v = op_alloc(b, 5 * page);
+    for (size_t i = 0; i < 5 * page; i++) {
+        ((char *)kv.k)[i] = (char)op_case_integer(256);
+        ((char *)kv.v)[i] = (char)op_case_integer(256);
+    }
+    static const int32_t src[] = {1, 4}, dst[] = {3, 0};
+    op_copy_pages(b, &kv, src, dst, 2);
+    for (int i = 0; i < 2; i++) {
+        assert_memory_equal((char *)kv.k + (size_t)src[i] * page,
+                            (char *)kv.k + (size_t)dst[i] * page, page);
+        assert_memory_equal((char *)kv.v + (size_t)src[i] * page,
+                            (char *)kv.v + (size_t)dst[i] * page, page);
+    }
+    op_free(b, kv.k);
+    op_free(b, kv.v);
+    backend_close(b);
+}
+
+static void check_full(struct backend *b, int n_tiles, int t, int n_heads, int hd)
+{
+    int rows = n_tiles * t, cols = n_heads * hd;
+    struct tensor qkv = op_case_matrix(rows, 3 * cols), out = op_case_strided(rows, cols);
+    struct tensor q = tensor_columns(&qkv, 0, cols), k = tensor_columns(&qkv, cols, cols);
+    struct tensor v = tensor_columns(&qkv, 2 * cols, cols);
+    float *want = op_case_floats(rows * cols, 0);
+    int64_t n_probs = (int64_t)n_tiles * n_heads * t * t;
+    float *probs = op_case_floats(n_probs, 0), *want_probs = op_case_floats(n_probs, 0);
+    float scale = 1 / sqrtf((float)hd);
+    for (int i = 0; i < rows; i++) {
+        for (int h = 0; h < n_heads; h++) {
+            int64_t at = i / t * t * qkv.row_stride + h * hd;
+            naive_attend(want + i * cols + h * hd,
+                         want_probs + ((i / t * n_heads + h) * t + i % t) * t,
+                         (float *)q.data + i * q.row_stride + h * hd, (float *)k.data + at,
+                         (float *)v.data + at, t, qkv.row_stride, hd, scale);
+        }
+    }
+    op_attention(b, &out, &q, &k, &v, n_tiles, n_heads, scale, probs);
+    op_case_compare("attention", &out, want, 1e-12);
+    struct tensor p = tensor_2d(probs, DTYPE_F32, n_probs / t, t);
+    op_case_compare("attention probabilities", &p, want_probs, 1e-12);
+    /* Each tile alone gives the same bits. */
+    struct tensor alone = op_case_matrix(t, cols);
+    for (int i = 0; i < n_tiles; i++) {
+        struct tensor q1 = tensor_rows(&q, i * t, t), k1 = tensor_rows(&k, i * t, t);
+        struct tensor v1 = tensor_rows(&v, i * t, t), out1 = tensor_rows(&out, i * t, t);
+        op_attention(b, &alone, &q1, &k1, &v1, 1, n_heads, scale, NULL);
+        for (int r = 0; r < t; r++)
+            op_case_same((float *)alone.data + r * cols, (float *)out1.data + r * out1.row_stride,
+                         (size_t)cols * sizeof(float), "attention of one tile");
+    }
+    free(alone.data);
+    free(qkv.data);
+    free(out.data);
+    free(want);
+    free(probs);
+    free(want_probs);
+}
+
+static void test_full(void **state)
+{
+    (void)state;
+    for (int i = 0; i < op_n_isas; i++) {
+        for (int n_threads = 1; n_threads <= 5; n_threads += 4) {
+            struct backend *b = op_case_open(op_isas[i], n_threads);
+            if (!b)
+                continue;
+            op_case_seed(30);
+            check_full(b, 1, 1, 1, 1);
+            check_full(b, 2, 17, 3, 16);
+            check_full(b, 3, 65, 2, 64);
+            check_full(b, 1, 50, 5, 13);
+            check_full(b, 1, 100, 1, 128);
+            check_full(b, 2, 48, 2, 32);
+            backend_close(b);
+        }
+    }
+    op_case_report();
+}
+
+int op_attention_tests(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_paged),
+        cmocka_unit_test(test_any_kv_of_head),
+        cmocka_unit_test(test_copy_pages),
+        cmocka_unit_test(test_full),
+    };
+    return cmocka_run_group_tests_name("attention", tests, NULL, NULL);
+}

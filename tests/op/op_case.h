@@ -1,0 +1,34 @@
+/*
+ * What the op tests share: random values, the walk over instruction sets, comparison with a bound.
+ */
+#ifndef INTERNVLD_TESTS_OP_CASE_H
+#define INTERNVLD_TESTS_OP_CASE_H
+
+#include "kernels/backend.h"
+
+extern const char *const op_isas[];
+extern const int op_n_isas;
+
+/* Opens the back end, or prints why not and returns NULL. */
+struct backend *op_case_open(const char *isa, int n_threads);
+
+void op_case_seed(uint32_t seed);
+float op_case_random(void);                          // uniform in [-1, 1)
+int op_case_integer(int n);                          // uniform in [0, n)
+float *op_case_floats(int64_t n, float scale);       // caller frees
+struct tensor op_case_matrix(int64_t m, int64_t n);  // random, contiguous; caller frees .data
+struct tensor op_case_strided(int64_t m, int64_t n); // random, rows further apart than n
+
+/* Normalised mean square error of `got` [m, n] (any stride) against `want`, contiguous; fails past
+ * `bound` and remembers the largest per op for op_case_report(). */
+void op_case_compare(const char *op, const struct tensor *got, const float *want, double bound);
+void op_case_same(const void *a, const void *b, size_t n_bytes, const char *what); // bitwise
+void op_case_report(void); // prints one line an op and clears
+
+/* test_*.c */
+int op_matmul_tests(void);
+int op_attention_tests(void);
+int op_row_tests(void);
+int op_perf(int n_threads);
+
+#endif

@@ -1,0 +1,132 @@
+/*
+ * Every op against its naive loop, on every instruction set of this processor; and what must be
+ * equal to the last bit. `op_test --perf [threads]` measures instead (op_perf.c).
+ */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kernels/log.h"
+#include "tests/op/op_case.h"
+
+const char *const op_isas[] = {"avx512bf16", "avx512", "avx2", "scalar"};
+const int op_n_isas = 4;
+
+struct backend *op_case_open(const char *isa, int n_threads)
+{
+    if (!backend_cpu_has(isa)) {
+        printf("skipped: this processor lacks %s\n", isa);
+        return NULL;
+    }
+    return backend_cpu_open(n_threads, isa);
+}
+
+static uint32_t random_state = 1;
+
+void op_case_seed(uint32_t seed)
+{
+    random_state = seed * 2654435761u + 1;
+}
+
+static uint32_t next_random(void)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 17;
+    random_state ^= random_state << 5;
+    return random_state;
+}
+
+float op_case_random(void)
+{
+    return (float)(int32_t)next_random() / 2147483648.0f;
+}
+
+int op_case_integer(int n)
+{
+    return (int)(next_random() % (uint32_t)n);
+}
+
+float *op_case_floats(int64_t n, float scale)
+{
+    float *p = xcalloc((size_t)n + 1, sizeof(*p));
+    for (int64_t i = 0; i < n; i++)
+        p[i] = op_case_random() * scale;
+    return p;
+}
+
+struct tensor op_case_matrix(int64_t m, int64_t n)
+{
+    return tensor_2d(op_case_floats(m * n, 1), DTYPE_F32, m, n);
+}
+
+struct tensor op_case_strided(int64_t m, int64_t n)
+{
+    struct tensor t = op_case_matrix(m, n + 5);
+    t.shape[1] = n;
+    return t;
+}
+
+#define N_REPORTS 32
+static struct report {
+    char op[40];
+    double nmse, bound;
+} reports[N_REPORTS];
+
+void op_case_compare(const char *op, const struct tensor *got, const float *want, double bound)
+{
+    int64_t m = tensor_n_rows(got), n = tensor_n_cols(got);
+    double error = 0, power = 0;
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t j = 0; j < n; j++) {
+            double w = want[i * n + j], d = ((const float *)got->data)[i * got->row_stride + j] - w;
+            error += d * d;
+            power += w * w;
+        }
+    }
+    double nmse = power > 0 ? error / power : error;
+    if (!(nmse <= bound))
+        fail_msg("%s [%lld, %lld]: nmse %.3g, bound %.3g", op, (long long)m, (long long)n, nmse,
+                 bound);
+    for (struct report *r = reports; r < reports + N_REPORTS; r++) {
+        if (r->op[0] && strcmp(r->op, op) != 0)
+            continue;
+        snprintf(r->op, sizeof(r->op), "%s", op);
+        r->bound = bound;
+        r->nmse = nmse > r->nmse ? nmse : r->nmse;
+        return;
+    }
+    fail_msg("more than %d ops in one report", N_REPORTS);
+}
+
+void op_case_report(void)
+{
+    for (struct report *r = reports; r < reports + N_REPORTS && r->op[0]; r++)
+        printf("    %-40s nmse %8.2g  bound %8.2g\n", r->op, r->nmse, r->bound);
+    memset(reports, 0, sizeof(reports));
+}
+
+void op_case_same(const void *a, const void *b, size_t n_bytes, const char *what)
+{
+    if (memcmp(a, b, n_bytes) == 0)
+        return;
+    const float *x = a, *y = b;
+    for (size_t i = 0; i < n_bytes / sizeof(float); i++) {
+        if (memcmp(x + i, y + i, sizeof(float)) != 0)
+            fail_msg("%s: element %zu is %.9g and %.9g", what, i, x[i], y[i]);
+    }
+    fail_msg("%s: bytes differ", what);
+}
+
+int main(int argc, char **argv)
+{
+    log_init();
+    if (argc > 1 && strcmp(argv[1], "--perf") == 0)
+        return op_perf(argc > 2 ? atoi(argv[2]) : 2);
+    return op_matmul_tests() + op_attention_tests() + op_row_tests() ? 1 : 0;
+}
