@@ -27,6 +27,7 @@ struct engine_config {
     int32_t max_vision_tiles;       // tiles of one message to a vision rank
     int32_t feature_dim;            // hidden size of the language model
     int32_t n_features_per_tile;
+    int32_t rope_dynamic_from; // tokens; past it rope depends on the length ("dynamic"). 0: never
     const int32_t *eos_ids; // borrowed for the engine's life
     int32_t n_eos;
 };
@@ -41,18 +42,22 @@ struct engine_stats { // a snapshot, taken under a lock
 struct engine *engine_open(const struct engine_config *c, const struct topology *t,
                            struct control *control, void (*on_lost)(void *arg, int rank),
                            void *arg);
-/* Hands the request over. RESOURCE_EXHAUSTED at once when the queue is full or the prompt can never
- * fit, UNAVAILABLE while draining: then the request still belongs to the caller. Any thread. */
+/* Hands the request over (r->stream must be set). RESOURCE_EXHAUSTED at once when the queue is full
+ * or the KV cache is too small for the prompt, INVALID_ARGUMENT when the prompt exceeds the context
+ * or its image tokens do not fit its tiles, UNAVAILABLE while draining: then the request still
+ * belongs to the caller. Any thread. */
 int engine_submit(struct engine *e, struct request *r, struct error *err);
 /* Sets the flag and wakes the engine: the slot is free within one step. Any thread; `r` must not
  * have been freed: call it only between submit and the stream's end (the stream keeps the request
  * alive until then). */
 void engine_cancel(struct engine *e, struct stream *s);
 void engine_stats(struct engine *e, struct engine_stats *out);
-/* No new requests; returns 1 when all have finished within timeout_ms, else cancels the rest and
- * returns 0. */
+/* No new requests; returns 1 when all have finished within timeout_ms, else ends the rest with
+ * UNAVAILABLE and returns 0. Any thread but the engine's. */
 int engine_drain(struct engine *e, int timeout_ms);
-/* Sends CONTROL_STOP to every worker, ends the thread, frees. */
+/* Ends what runs (UNAVAILABLE), waits for the batches in flight (10 s at most, not at all when a
+ * rank was lost), sends CONTROL_STOP to every worker, ends the thread, frees. `control` stays open.
+ */
 void engine_close(struct engine *e);
 
 #endif

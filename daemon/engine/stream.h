@@ -15,6 +15,8 @@
 #include "daemon/engine/request.h"
 #include "daemon/processor/tokenizer.h"
 
+#define STREAM_TENSOR_BYTES_MAX ((size_t)2 << 30)
+
 /* Called by the engine thread, without the stream's mutex, when a drained stream has something
  * again. It must not block and must not call into the engine: the gateway only wakes its own thread
  * with it. */
@@ -65,10 +67,20 @@ struct stream_delta {
     int32_t n_target_logprobs;
 };
 
+/* Of a filled-in request (stop strings and flags are copied). One reference, meant for r->stream;
+ * take the gateway's with stream_ref(). Without a tokenizer (NULL) there are ids but no text. */
 struct stream *stream_new(const struct request *r, const struct tokenizer *t, stream_notify notify,
                           void *arg);
 struct stream *stream_ref(struct stream *s);
 void stream_unref(struct stream *s);
+/* Sets the request's `cancelled` flag while there is a request, else nothing. Any thread with a
+ * reference, at any time. engine_cancel() is what also wakes the engine. */
+void stream_cancel(struct stream *s);
+/* request_free() says that the request is gone. */
+void stream_detach(struct stream *s);
+/* After this returns notify is not running and is never called again: call it before freeing `arg`,
+ * without any lock that notify takes. */
+void stream_mute(struct stream *s);
 
 /* Gateway side. Takes everything that has gathered; 0 when there is nothing. */
 int stream_drain(struct stream *s, struct stream_delta *out);
@@ -76,16 +88,20 @@ void stream_delta_release(struct stream_delta *d);
 
 /* Engine side. stream_push() returns FINISH_STOP when a stop string was completed, else
  * FINISH_NONE; `is_end` says that the token ends the candidate (its text is not shown unless
- * include_stop_str). */
+ * include_stop_str). Of several stop strings the one that is complete first counts, of those the
+ * longest; none counts before min_tokens (vLLM's rule: it must end past them). The caller then ends
+ * the candidate with stream_finish_candidate(). */
 void stream_push_started(struct stream *s);
 enum finish_reason stream_push(struct stream *s, int32_t candidate,
                                const struct sample_result *token, int is_end);
 void stream_finish_candidate(struct stream *s, int32_t candidate, enum finish_reason reason);
-/* Appends rows to a named tensor (created at first sight, n_rows_total rows). */
+/* Writes rows of a named tensor (created at first sight, zeroed, n_rows_total rows); the same rows
+ * may come twice (a prompt computed again). Past STREAM_TENSOR_BYTES_MAX of one stream they are
+ * dropped and the request ends RESOURCE_EXHAUSTED. Rows out of range or of another width: BUG(). */
 void stream_push_rows(struct stream *s, const char *name, int32_t n_tiles, int32_t first_row,
                       int32_t n_rows_total, int32_t n_rows, int32_t n_cols, const float *data);
 void stream_push_target_logprobs(struct stream *s, int32_t first, int32_t n, const float *logprobs);
-/* The last call: error code ERROR_OK for success. Later pushes are ignored. */
+/* The last call: error code ERROR_OK (or NULL) for success. Later pushes are ignored. */
 void stream_finish(struct stream *s, const struct error *error, const struct usage *u,
                    const struct timing *t);
 

@@ -1,0 +1,674 @@
+/*
+ * The engine thread: it owns scheduler, vision stage and the gateway's end of control, and turns
+ * what they say into messages and stream pushes. See engine.h.
+ *
+ * One round of the loop: take in new requests, end the cancelled and the late, deal out tiles, send
+ * steps while there are free slots, publish figures, sleep in epoll, take in what workers sent.
+ * Everything below `struct engine`'s mutex comment is touched by the thread alone. It must not know
+ * gRPC, models, or what a policy is.
+ */
+#include "daemon/engine/engine.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "daemon/engine/scheduler.h"
+#include "daemon/engine/vision_stage.h"
+#include "kernels/log.h"
+#include "parallel/batch.h"
+
+#define WAIT_MAX_MS 500                          // control wakes us more often than that
+#define STOP_WAIT_NS ((uint64_t)10 * 1000000000) // for batches in flight when closing
+#define FEATURE_BYTES_MAX ((int64_t)4 << 30)     // of requests that wait or run
+
+/* A submitted step until its last result is back. Same index as the scheduler's step. */
+struct flight {
+    int n_left;                // results that have not come
+    struct step_result result; // of the last stage; points into `message`
+    struct message *message;
+};
+
+struct engine {
+    struct engine_config config;
+    struct scheduler_config limits;
+    struct topology topology;
+    struct control *control;
+    void (*on_lost)(void *arg, int rank);
+    void *on_lost_arg;
+    pthread_t thread;
+    int event_fd, epoll_fd;
+
+    pthread_mutex_t mutex; // guards the next block
+    pthread_cond_t all_done;
+    struct request **inbox; // [n_inbox] capacity max_queued_requests
+    int32_t n_inbox, n_unstarted, n_live;
+    int draining, closing, ending_all, lost;
+    struct engine_stats stats;
+
+    struct scheduler scheduler;
+    struct vision_stage vision;
+    struct flight *flights; // [n_batches_in_flight]
+    uint64_t n_finished, n_tiles;
+};
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void wake(struct engine *e)
+{
+    uint64_t one = 1;
+    if (write(e->event_fd, &one, sizeof(one)) < 0 && errno != EAGAIN)
+        die("eventfd: %s", strerror(errno));
+}
+
+/* ---- the end of a request ---- */
+
+static uint64_t since_us(uint64_t from_ns, uint64_t to_ns)
+{
+    return from_ns == 0 || to_ns < from_ns ? 0 : (to_ns - from_ns) / 1000;
+}
+
+static void measure(const struct ticket *t, uint64_t now, struct usage *u, struct timing *m)
+{
+    const struct request *r = t->request;
+    uint64_t first_step_ns = t->first_step_ns ? t->first_step_ns : now;
+    *u = (struct usage){
+        .prompt_tokens = r->n_ids, .image_tokens = r->n_image_tokens, .tiles = r->n_tiles};
+    for (int32_t i = 0; i < t->n_sequences; i++)
+        u->completion_tokens += t->sequences[i].n_output;
+    *m = (struct timing){.queue_us = since_us(r->arrival_ns, first_step_ns),
+                         .media_us = r->media_ns / 1000,
+                         .vision_us = since_us(t->vision_start_ns, t->vision_end_ns),
+                         .prefill_us = since_us(t->first_step_ns, t->prefill_end_ns),
+                         .first_token_us = since_us(r->arrival_ns, t->first_token_ns),
+                         .total_us = since_us(r->arrival_ns, now),
+                         .preemptions = t->n_preempted};
+}
+
+/* The ticket's last moment: pages go back, the stream ends, the request is freed. err NULL: all
+ * went well. */
+static void end_request(struct engine *e, struct ticket *t, const struct error *err)
+{
+    struct usage u;
+    struct timing m;
+    measure(t, now_ns(), &u, &m);
+    vision_stage_forget(&e->vision, t);
+    struct request *r = scheduler_remove(&e->scheduler, t);
+    stream_finish(r->stream, err, &u, &m);
+    log_info(
+        "engine",
+        "request %s: %d prompt tokens (%d of images), %d drawn, queue %.1f ms, vision %.1f ms, "
+        "prefill %.1f ms, total %.1f ms, %s%s%s",
+        r->id, u.prompt_tokens, u.image_tokens, u.completion_tokens, (double)m.queue_us / 1e3,
+        (double)m.vision_us / 1e3, (double)m.prefill_us / 1e3, (double)m.total_us / 1e3,
+        err ? error_code_name(err->code) : "finished", err ? ": " : "", err ? err->msg : "");
+    request_free(r);
+    e->n_finished++;
+
+    pthread_mutex_lock(&e->mutex);
+    e->n_live--;
+    if (e->n_live == 0)
+        pthread_cond_broadcast(&e->all_done);
+    pthread_mutex_unlock(&e->mutex);
+}
+
+static void end_all(struct engine *e, enum error_code code, const char *sentence)
+{
+    struct error err;
+    error_set(&err, code, "%s", sentence);
+    while (e->scheduler.first)
+        end_request(e, e->scheduler.first, &err);
+}
+
+/* ---- one round: in, out ---- */
+
+static void take_inbox(struct engine *e)
+{
+    pthread_mutex_lock(&e->mutex);
+    int32_t n = e->n_inbox;
+    struct request **requests = n > 0 ? xcalloc((size_t)n, sizeof(struct request *)) : NULL;
+    if (n > 0)
+        memcpy(requests, e->inbox, (size_t)n * sizeof(struct request *));
+    e->n_inbox = 0;
+    e->n_unstarted += n;
+    pthread_mutex_unlock(&e->mutex);
+    for (int32_t i = 0; i < n; i++) {
+        struct ticket *t = scheduler_add(&e->scheduler, requests[i]);
+        vision_stage_add(&e->vision, t);
+        stream_push_started(requests[i]->stream);
+    }
+    free(requests);
+}
+
+/* Ends the cancelled and those past their deadline; returns the next deadline, 0: none. */
+static uint64_t sweep(struct engine *e)
+{
+    struct error cancelled, late;
+    error_set(&cancelled, ERROR_CANCELLED, "the request was cancelled");
+    error_set(&late, ERROR_DEADLINE_EXCEEDED, "the deadline passed before the answer was complete");
+    uint64_t now = now_ns(), next_deadline = 0;
+    for (struct ticket *t = e->scheduler.first, *next; t; t = next) {
+        next = t->next;
+        uint64_t deadline = t->request->deadline_ns;
+        if (atomic_load(&t->request->cancelled))
+            end_request(e, t, &cancelled);
+        else if (deadline != 0 && deadline <= now)
+            end_request(e, t, &late);
+        else if (deadline != 0 && (next_deadline == 0 || deadline < next_deadline))
+            next_deadline = deadline;
+    }
+    return next_deadline;
+}
+
+static size_t feature_floats_per_tile(const struct engine *e)
+{
+    return (size_t)e->config.n_features_per_tile * (size_t)e->config.feature_dim;
+}
+
+static void send_tiles(struct engine *e)
+{
+    struct vision_job job;
+    while (vision_stage_next(&e->vision, &job)) {
+        struct ticket *t = job.ticket;
+        const struct request *r = t->request;
+        size_t tile_bytes =
+            (size_t)r->channels * (size_t)r->height * (size_t)r->width * dtype_size(r->pixel_dtype);
+        if (job.first_tile == 0) {
+            t->vision_start_ns = now_ns();
+            t->features =
+                xcalloc((size_t)r->n_tiles, feature_floats_per_tile(e) * sizeof(*t->features));
+        }
+        struct tile_batch tiles = {.job_id = job.job_id,
+                                   .n_tiles = job.n_tiles,
+                                   .channels = r->channels,
+                                   .height = r->height,
+                                   .width = r->width,
+                                   .dtype = r->pixel_dtype,
+                                   .captures = r->vision_captures,
+                                   .pixels = (const uint8_t *)r->pixels +
+                                             (size_t)job.first_tile * tile_bytes};
+        control_send(e->control, topology_vision_rank(&e->topology, job.vision_index),
+                     tile_batch_pack(&tiles));
+    }
+}
+
+/* To every language rank; only the first stage's message carries features. */
+static void send_batch(struct engine *e, const struct batch *b)
+{
+    const struct layout *l = &e->topology.layout;
+    struct message *first = batch_pack(b, 1);
+    struct message *others =
+        b->n_features > 0 && l->pipeline_parallel > 1 ? batch_pack(b, 0) : message_ref(first);
+    for (int stage = 0; stage < l->pipeline_parallel; stage++)
+        for (int shard = 0; shard < l->tensor_parallel; shard++)
+            control_send(e->control, topology_language_rank(&e->topology, stage, shard),
+                         message_ref(stage == 0 ? first : others));
+    message_unref(first);
+    message_unref(others);
+}
+
+static void send_steps(struct engine *e)
+{
+    struct step *p;
+    while ((p = scheduler_step(&e->scheduler, now_ns())) != NULL) {
+        /* The last stage's shard 0 says the tokens; the others' answers matter when they capture.
+         */
+        struct flight *f = &e->flights[p - e->scheduler.steps];
+        f->n_left = p->has_captures ? e->topology.layout.pipeline_parallel : 1;
+        send_batch(e, e->scheduler.batch);
+    }
+}
+
+static void publish(struct engine *e)
+{
+    const struct scheduler *s = &e->scheduler;
+    pthread_mutex_lock(&e->mutex);
+    e->n_unstarted = s->n_unstarted;
+    e->stats = (struct engine_stats){.n_running = s->n_tickets - s->n_unstarted,
+                                     .n_waiting = s->n_unstarted,
+                                     .n_pages_used = scheduler_n_pages_used(s),
+                                     .n_pages = s->pool.n_pages,
+                                     .n_steps = s->n_steps,
+                                     .n_finished = e->n_finished,
+                                     .n_preempted = s->n_preempted,
+                                     .n_generated_tokens = s->n_generated_tokens,
+                                     .n_prompt_tokens = s->n_prompt_tokens,
+                                     .n_tiles = e->n_tiles};
+    pthread_mutex_unlock(&e->mutex);
+}
+
+/* ---- what workers send ---- */
+
+/* Tensors of the vision stage: a captured tensor is one tile's, whole. */
+static void push_vision_tensors(struct engine *e, const struct vision_job *job,
+                                const struct feature_result *f)
+{
+    const struct request *r = job->ticket->request;
+    for (int32_t i = 0; i < f->n_captured; i++) {
+        const struct captured *c = &f->captured[i];
+        stream_push_rows(r->stream, c->name, r->n_tiles,
+                         (job->first_tile + c->owner) * c->n_rows + c->first_row,
+                         r->n_tiles * c->n_rows, c->n_rows, c->n_cols, c->data);
+    }
+    int32_t n_rows = e->config.n_features_per_tile;
+    if (r->want_image_features)
+        stream_push_rows(r->stream, "image_features", r->n_tiles, job->first_tile * n_rows,
+                         r->n_tiles * n_rows, f->n_tiles * n_rows, f->dim, f->features);
+}
+
+static void fail_not_finite(struct engine *e, struct ticket *t)
+{
+    struct error err;
+    error_set(&err, ERROR_INTERNAL, "the model produced a value that is not finite");
+    end_request(e, t, &err);
+}
+
+static void take_features(struct engine *e, const struct message *m)
+{
+    struct feature_result f;
+    struct vision_job job;
+    feature_result_unpack(&f, m);
+    if (!vision_stage_done(&e->vision, f.job_id, &job) || f.n_tiles != job.n_tiles)
+        die("rank %d sent features of %d tiles for job %llu, which is not under way", m->rank,
+            f.n_tiles, (unsigned long long)f.job_id);
+    if (f.n_tokens_per_tile != e->config.n_features_per_tile || f.dim != e->config.feature_dim)
+        die("rank %d sent features [%d, %d] a tile, expected [%d, %d]", m->rank,
+            f.n_tokens_per_tile, f.dim, e->config.n_features_per_tile, e->config.feature_dim);
+    e->n_tiles += (uint64_t)f.n_tiles;
+    struct ticket *t = job.ticket;
+    if (t && f.not_finite) {
+        fail_not_finite(e, t);
+    } else if (t) {
+        size_t n = feature_floats_per_tile(e);
+        memcpy(t->features + (size_t)job.first_tile * n, f.features,
+               (size_t)f.n_tiles * n * sizeof(*t->features));
+        push_vision_tensors(e, &job, &f);
+        t->n_tiles_done += f.n_tiles;
+        if (ticket_is_ready(t))
+            t->vision_end_ns = now_ns();
+    }
+    feature_result_release(&f);
+}
+
+/* How many of the prompt's rows before `row` have their logits taken. */
+static int32_t n_wanted_before(const struct request *r, int32_t row)
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < row; i++)
+        n += r->want_logits[i] != 0;
+    return n;
+}
+
+/* Tensors of the language model: rows of the sequence's new tokens, except "logits", where only
+ * the wanted rows exist. */
+static void push_language_tensors(const struct step *p, const struct step_result *result)
+{
+    for (int32_t i = 0; i < result->n_captured; i++) {
+        const struct captured *c = &result->captured[i];
+        if (c->owner < 0 || c->owner >= p->n_items)
+            die("a captured tensor of sequence %d of %d", c->owner, p->n_items);
+        const struct step_item *item = &p->items[c->owner];
+        const struct request *r = item->sequence->ticket->request;
+        if (!r)
+            continue;
+        int32_t first = item->start + c->first_row, n_rows = r->n_ids;
+        if (strcmp(c->name, "logits") == 0 && r->want_logits) {
+            first = n_wanted_before(r, first);
+            n_rows = n_wanted_before(r, r->n_ids);
+        }
+        stream_push_rows(r->stream, c->name, 0, first, n_rows, c->n_rows, c->n_cols, c->data);
+    }
+}
+
+static void push_target_logprobs(const struct step *p, const struct step_result *result)
+{
+    int32_t row = 0;
+    for (int32_t i = 0; i < p->n_items; i++) {
+        const struct step_item *item = &p->items[i];
+        const struct request *r = item->sequence->ticket->request;
+        if (r && r->targets && item->start < r->n_ids)
+            stream_push_target_logprobs(r->stream, item->start, item->n_new,
+                                        result->target_logprobs + row);
+        row += item->n_new;
+    }
+}
+
+static void push_event(struct engine *e, const struct token_event *event)
+{
+    struct ticket *t = event->ticket;
+    if (!t->request) // another candidate's value was not finite
+        return;
+    if (event->finish == FINISH_ERROR) {
+        fail_not_finite(e, t);
+        return;
+    }
+    struct stream *stream = t->request->stream;
+    enum finish_reason finish = event->finish;
+    if (event->sample &&
+        stream_push(stream, event->candidate, event->sample, event->is_end) == FINISH_STOP) {
+        scheduler_finish(&e->scheduler, t, event->candidate);
+        finish = FINISH_STOP;
+    }
+    if (finish != FINISH_NONE)
+        stream_finish_candidate(stream, event->candidate, finish);
+}
+
+/* All results of a step are there: tokens go to their streams, ended requests leave. */
+static void complete_step(struct engine *e, struct step *p, struct flight *f)
+{
+    struct scheduler *s = &e->scheduler;
+    if (f->result.n_samples != p->n_samples)
+        die("step %llu came back with %d samples of %d", (unsigned long long)p->step_id,
+            f->result.n_samples, p->n_samples);
+    scheduler_update(s, p, f->result.samples, f->result.n_samples, now_ns());
+    for (int32_t i = 0; i < s->n_events; i++)
+        push_event(e, &s->events[i]);
+    for (int32_t i = 0; i < s->n_events; i++)
+        if (s->events[i].ticket->request && s->events[i].ticket->n_unfinished == 0)
+            end_request(e, s->events[i].ticket, NULL);
+    step_result_release(&f->result);
+    message_unref(f->message);
+    *f = (struct flight){0};
+}
+
+static void take_result(struct engine *e, struct message *m)
+{
+    struct step_result result;
+    step_result_unpack(&result, m);
+    int is_last = result.stage == e->topology.layout.pipeline_parallel - 1;
+    struct step *p = result.step_id ? scheduler_find_step(&e->scheduler, result.step_id) : NULL;
+    if (!is_last && (!p || !p->has_captures)) { // nobody waits for it
+        step_result_release(&result);
+        return;
+    }
+    if (!p)
+        die("rank %d sent a result for step %llu, which is not under way", m->rank,
+            (unsigned long long)result.step_id);
+    struct flight *f = &e->flights[p - e->scheduler.steps];
+    push_language_tensors(p, &result);
+    if (p->has_targets && result.n_targets > 0) {
+        if (result.n_targets != p->n_tokens)
+            die("step %llu came back with %d target log-probabilities of %d",
+                (unsigned long long)p->step_id, result.n_targets, p->n_tokens);
+        push_target_logprobs(p, &result);
+    }
+    if (is_last) {
+        f->result = result;
+        f->message = message_ref(m);
+    } else {
+        step_result_release(&result);
+    }
+    if (--f->n_left == 0)
+        complete_step(e, p, f);
+}
+
+static void take_loss(struct engine *e, int rank)
+{
+    char who[64], sentence[128];
+    pthread_mutex_lock(&e->mutex);
+    int first = !e->lost;
+    e->lost = 1;
+    pthread_mutex_unlock(&e->mutex);
+    if (!first)
+        return;
+    snprintf(sentence, sizeof(sentence), "rank %d (%s) was lost", rank,
+             topology_describe(&e->topology, rank, who, sizeof(who)));
+    log_error("engine", "%s", sentence);
+    take_inbox(e);
+    end_all(e, ERROR_UNAVAILABLE, sentence);
+    publish(e);
+    if (e->on_lost)
+        e->on_lost(e->on_lost_arg, rank);
+}
+
+static void receive(struct engine *e)
+{
+    struct message *m;
+    while ((m = control_next(e->control)) != NULL) {
+        if (m->type == CONTROL_LOST)
+            take_loss(e, m->rank);
+        else if (e->lost)
+            ; // what others still send is of no use
+        else if (m->type == CONTROL_FEATURES)
+            take_features(e, m);
+        else if (m->type == CONTROL_RESULT)
+            take_result(e, m);
+        else
+            die("rank %d sent message type %d to the engine", m->rank, (int)m->type);
+        message_unref(m);
+    }
+}
+
+/* ---- the thread ---- */
+
+/* Sleeps until something happens, a deadline passes, or control wants to ping. */
+static void wait_for_events(struct engine *e, uint64_t next_deadline_ns)
+{
+    int timeout_ms = WAIT_MAX_MS;
+    if (next_deadline_ns != 0) {
+        uint64_t now = now_ns();
+        uint64_t left_ms = next_deadline_ns > now ? (next_deadline_ns - now + 999999) / 1000000 : 0;
+        if (left_ms < (uint64_t)timeout_ms)
+            timeout_ms = (int)left_ms;
+    }
+    struct epoll_event events[2];
+    if (epoll_wait(e->epoll_fd, events, 2, timeout_ms) < 0 && errno != EINTR)
+        die("epoll_wait: %s", strerror(errno));
+    uint64_t count;
+    if (read(e->event_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
+        die("eventfd: %s", strerror(errno));
+}
+
+/* Lets batches in flight come back, tells the workers to leave, and sees that they are told. */
+static void stop_workers(struct engine *e)
+{
+    uint64_t until = now_ns() + STOP_WAIT_NS;
+    while (!e->lost && e->scheduler.n_in_flight + e->vision.n_jobs > 0 && now_ns() < until) {
+        wait_for_events(e, until);
+        receive(e);
+    }
+    struct message *stop = message_new(CONTROL_STOP, 0);
+    for (int rank = 1; rank < e->topology.world; rank++)
+        control_send(e->control, rank, message_ref(stop));
+    message_unref(stop);
+    for (int rank = 1; rank < e->topology.world; rank++)
+        while (control_queued_bytes(e->control, rank) > 0 && now_ns() < until) {
+            wait_for_events(e, until);
+            struct message *m;
+            while ((m = control_next(e->control)) != NULL) // those who have left already
+                message_unref(m);
+        }
+}
+
+static void *run(void *arg)
+{
+    struct engine *e = arg;
+    for (;;) {
+        pthread_mutex_lock(&e->mutex);
+        int closing = e->closing, ending_all = e->ending_all;
+        pthread_mutex_unlock(&e->mutex);
+        take_inbox(e);
+        if (ending_all)
+            end_all(e, ERROR_UNAVAILABLE, "the daemon is stopping");
+        if (closing)
+            break;
+        uint64_t next_deadline = sweep(e);
+        send_tiles(e);
+        send_steps(e);
+        publish(e);
+        wait_for_events(e, next_deadline);
+        receive(e);
+    }
+    stop_workers(e);
+    publish(e);
+    return NULL;
+}
+
+static void watch(struct engine *e, int fd)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+    if (epoll_ctl(e->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+        die("epoll_ctl: %s", strerror(errno));
+}
+
+struct engine *engine_open(const struct engine_config *c, const struct topology *t,
+                           struct control *control, void (*on_lost)(void *arg, int rank), void *arg)
+{
+    if (c->max_queued_requests < 1 || c->max_vision_tiles < 1 || c->feature_dim < 1 ||
+        c->n_features_per_tile < 1)
+        die("the engine's settings must be positive");
+    struct engine *e = xcalloc(1, sizeof(*e));
+    e->config = *c;
+    e->limits = (struct scheduler_config){.page_size = c->page_size,
+                                          .n_pages = c->n_pages,
+                                          .max_model_len = c->max_model_len,
+                                          .max_num_seqs = c->max_num_seqs,
+                                          .max_num_batched_tokens = c->max_num_batched_tokens,
+                                          .n_batches_in_flight = c->n_batches_in_flight,
+                                          .feature_dim = c->feature_dim,
+                                          .rope_dynamic_from = c->rope_dynamic_from,
+                                          .eos_ids = c->eos_ids,
+                                          .n_eos = c->n_eos};
+    e->topology = *t;
+    e->control = control;
+    e->on_lost = on_lost;
+    e->on_lost_arg = arg;
+    e->inbox = xcalloc((size_t)c->max_queued_requests, sizeof(struct request *));
+    scheduler_init(&e->scheduler, &e->limits);
+    int64_t tile_bytes = (int64_t)feature_floats_per_tile(e) * (int64_t)sizeof(float);
+    vision_stage_init(&e->vision, t->layout.n_vision, c->max_vision_tiles,
+                      FEATURE_BYTES_MAX / tile_bytes);
+    e->flights = xcalloc((size_t)c->n_batches_in_flight, sizeof(*e->flights));
+    e->stats.n_pages = c->n_pages;
+
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_mutex_init(&e->mutex, NULL);
+    pthread_cond_init(&e->all_done, &attributes);
+    pthread_condattr_destroy(&attributes);
+
+    e->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    e->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (e->event_fd < 0 || e->epoll_fd < 0)
+        die("eventfd, epoll: %s", strerror(errno));
+    watch(e, e->event_fd);
+    watch(e, control_fd(control));
+    int status = pthread_create(&e->thread, NULL, run, e);
+    if (status != 0)
+        die("pthread_create: %s", strerror(status));
+    return e;
+}
+
+/* ---- other threads ---- */
+
+/* Each image token of the prompt must find its feature row. */
+static int check_tiles(const struct engine *e, const struct request *r, struct error *err)
+{
+    if (r->n_tiles == 0)
+        return 0;
+    int64_t n_tokens = 0, n_features = (int64_t)r->n_tiles * e->config.n_features_per_tile;
+    for (int32_t i = 0; i < r->n_ids; i++)
+        n_tokens += r->ids[i] == r->image_token_id;
+    if (n_tokens != n_features)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "the prompt has %lld image tokens and its %d tiles give %lld features",
+                         (long long)n_tokens, r->n_tiles, (long long)n_features);
+    return 0;
+}
+
+int engine_submit(struct engine *e, struct request *r, struct error *err)
+{
+    if (!r->stream)
+        BUG("a request without a stream");
+    if (scheduler_check(&e->limits, r, err) < 0 || check_tiles(e, r, err) < 0)
+        return -1;
+    int status = 0;
+    pthread_mutex_lock(&e->mutex);
+    if (e->lost) {
+        status = error_set(err, ERROR_UNAVAILABLE, "a rank of the daemon was lost");
+    } else if (e->draining || e->closing) {
+        status = error_set(err, ERROR_UNAVAILABLE, "the daemon is stopping");
+    } else if (e->n_inbox + e->n_unstarted >= e->config.max_queued_requests) {
+        status = error_set(err, ERROR_RESOURCE_EXHAUSTED, "the queue is full (%d requests)",
+                           e->config.max_queued_requests);
+    } else {
+        e->inbox[e->n_inbox++] = r;
+        e->n_live++;
+    }
+    pthread_mutex_unlock(&e->mutex);
+    if (status == 0)
+        wake(e);
+    return status;
+}
+
+void engine_cancel(struct engine *e, struct stream *s)
+{
+    stream_cancel(s);
+    wake(e);
+}
+
+void engine_stats(struct engine *e, struct engine_stats *out)
+{
+    pthread_mutex_lock(&e->mutex);
+    *out = e->stats;
+    out->n_waiting = e->n_unstarted + e->n_inbox;
+    pthread_mutex_unlock(&e->mutex);
+}
+
+int engine_drain(struct engine *e, int timeout_ms)
+{
+    uint64_t until = now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u;
+    struct timespec deadline = {.tv_sec = (time_t)(until / 1000000000u),
+                                .tv_nsec = (long)(until % 1000000000u)};
+    int status = 0;
+    pthread_mutex_lock(&e->mutex);
+    e->draining = 1;
+    while (e->n_live > 0 && status == 0)
+        status = pthread_cond_timedwait(&e->all_done, &e->mutex, &deadline);
+    int finished = e->n_live == 0;
+    e->ending_all = !finished;
+    pthread_mutex_unlock(&e->mutex);
+    if (finished)
+        return 1;
+    wake(e);
+    pthread_mutex_lock(&e->mutex);
+    while (e->n_live > 0)
+        pthread_cond_wait(&e->all_done, &e->mutex);
+    pthread_mutex_unlock(&e->mutex);
+    return 0;
+}
+
+void engine_close(struct engine *e)
+{
+    if (!e)
+        return;
+    pthread_mutex_lock(&e->mutex);
+    e->draining = e->closing = e->ending_all = 1;
+    pthread_mutex_unlock(&e->mutex);
+    wake(e);
+    pthread_join(e->thread, NULL);
+    for (int32_t i = 0; i < e->config.n_batches_in_flight; i++) {
+        step_result_release(&e->flights[i].result);
+        message_unref(e->flights[i].message);
+    }
+    free(e->flights);
+    scheduler_release(&e->scheduler);
+    vision_stage_release(&e->vision);
+    free(e->inbox);
+    close(e->epoll_fd);
+    close(e->event_fd);
+    pthread_mutex_destroy(&e->mutex);
+    pthread_cond_destroy(&e->all_done);
+    free(e);
+}

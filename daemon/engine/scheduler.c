@@ -1,0 +1,471 @@
+/* The policy described in scheduler.h. */
+#include "daemon/engine/scheduler.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/log.h"
+
+static int32_t pages_of(int32_t page_size, int32_t n_tokens)
+{
+    return (int32_t)(((int64_t)n_tokens + page_size - 1) / page_size);
+}
+
+/* Tokens of one sequence: what the model allows, or what fits in the pool when it runs alone. */
+static int32_t context_limit(const struct scheduler_config *c)
+{
+    int64_t capacity = (int64_t)c->n_pages * c->page_size;
+    return capacity < c->max_model_len ? (int32_t)capacity : c->max_model_len;
+}
+
+void scheduler_init(struct scheduler *s, const struct scheduler_config *c)
+{
+    if (c->page_size < 1 || c->n_pages < 1 || c->max_num_seqs < 1 || c->n_batches_in_flight < 1 ||
+        c->max_model_len < 1)
+        die("the scheduler's settings must be positive");
+    if (c->max_num_batched_tokens < c->max_num_seqs)
+        die("--max-num-batched-tokens (%d) must be at least --max-num-seqs (%d)",
+            c->max_num_batched_tokens, c->max_num_seqs);
+    memset(s, 0, sizeof(*s));
+    s->config = *c;
+    s->context_limit = context_limit(c);
+    page_pool_init(&s->pool, c->n_pages);
+    s->steps = xcalloc((size_t)c->n_batches_in_flight, sizeof(*s->steps));
+    for (int32_t i = 0; i < c->n_batches_in_flight; i++)
+        step_init(&s->steps[i], c->max_num_seqs);
+    batch_builder_init(&s->builder, c->max_num_batched_tokens, c->max_num_seqs, c->feature_dim,
+                       c->eos_ids, c->n_eos);
+    s->events = xcalloc((size_t)c->max_num_seqs, sizeof(*s->events));
+}
+
+static void free_tickets(struct scheduler *s, struct ticket *first)
+{
+    for (struct ticket *t = first, *next; t; t = next) {
+        next = t->next;
+        for (int32_t i = 0; i < t->n_sequences; i++)
+            sequence_drop_pages(&t->sequences[i], &s->pool);
+        if (t->request)
+            request_free(t->request);
+        ticket_free(t);
+    }
+}
+
+void scheduler_release(struct scheduler *s)
+{
+    free_tickets(s, s->first);
+    free_tickets(s, s->dead);
+    for (int32_t i = 0; s->steps && i < s->config.n_batches_in_flight; i++)
+        step_release(&s->steps[i]);
+    free(s->steps);
+    free(s->order);
+    free(s->events);
+    batch_builder_release(&s->builder);
+    page_pool_release(&s->pool);
+    memset(s, 0, sizeof(*s));
+}
+
+int32_t scheduler_n_pages_used(const struct scheduler *s)
+{
+    return s->pool.n_pages - s->pool.n_free;
+}
+
+int scheduler_check(const struct scheduler_config *c, const struct request *r, struct error *err)
+{
+    if (r->n_ids < 1)
+        return error_set(err, ERROR_INVALID_ARGUMENT, "the prompt is empty");
+    if (r->n < 1 || r->n > c->max_num_seqs)
+        return error_set(err, ERROR_INVALID_ARGUMENT, "n is %d: it must be 1 to %d", r->n,
+                         c->max_num_seqs);
+    if (r->max_tokens < 0 || r->min_tokens < 0 || (r->max_tokens == 0 && r->n > 1))
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "max_tokens and min_tokens must not be negative");
+    int64_t n_needed = (int64_t)r->n_ids + (r->max_tokens > 0);
+    if (n_needed > c->max_model_len)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "the prompt has %d tokens and the model's context is %d", r->n_ids,
+                         c->max_model_len);
+    if (n_needed > context_limit(c))
+        return error_set(err, ERROR_RESOURCE_EXHAUSTED,
+                         "the prompt has %d tokens and the KV cache holds %d", r->n_ids,
+                         context_limit(c));
+    return 0;
+}
+
+/* ---- the order of service ---- */
+
+/* Index of the first sequence that does not come before `q`. */
+static int32_t order_find(const struct scheduler *s, const struct sequence *q)
+{
+    int32_t low = 0, high = s->n_order;
+    while (low < high) {
+        int32_t middle = low + (high - low) / 2;
+        if (sequence_compare(s->order[middle], q) < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void order_insert(struct scheduler *s, struct sequence *q)
+{
+    if (s->n_order == s->order_capacity) {
+        s->order_capacity = s->order_capacity ? 2 * s->order_capacity : 64;
+        s->order = xrealloc(s->order, (size_t)s->order_capacity, sizeof(struct sequence *));
+    }
+    int32_t i = order_find(s, q);
+    memmove(s->order + i + 1, s->order + i, (size_t)(s->n_order - i) * sizeof(struct sequence *));
+    s->order[i] = q;
+    s->n_order++;
+}
+
+static void order_remove(struct scheduler *s, const struct sequence *q)
+{
+    int32_t i = order_find(s, q);
+    if (i == s->n_order || s->order[i] != q)
+        BUG("a sequence is not in the order of service");
+    s->n_order--;
+    memmove(s->order + i, s->order + i + 1, (size_t)(s->n_order - i) * sizeof(struct sequence *));
+}
+
+/* ---- tickets ---- */
+
+struct ticket *scheduler_add(struct scheduler *s, struct request *r)
+{
+    struct ticket *t = ticket_new(r, ++s->last_ticket);
+    t->previous = s->last;
+    *(s->last ? &s->last->next : &s->first) = t;
+    s->last = t;
+    s->n_tickets++;
+    s->n_unstarted++;
+    order_insert(s, &t->sequences[0]);
+    return t;
+}
+
+/* How many of max_num_seqs the sequence stands for while it runs: before the fork candidate 0
+ * reserves the places of all. */
+static int32_t places_of(const struct sequence *q)
+{
+    return q->ticket->forked ? 1 : q->ticket->n_sequences;
+}
+
+/* Out of the order of service, for good. The pages of one in flight stay until its batch is back.
+ */
+static void end_sequence(struct scheduler *s, struct sequence *q)
+{
+    if (q->state == SEQUENCE_FINISHED)
+        return;
+    if (q->state == SEQUENCE_RUNNING)
+        s->n_running -= places_of(q);
+    if (q->state != SEQUENCE_FORK)
+        order_remove(s, q);
+    q->state = SEQUENCE_FINISHED;
+    q->ticket->n_unfinished--;
+    if (!q->in_flight)
+        sequence_drop_pages(q, &s->pool);
+}
+
+void scheduler_finish(struct scheduler *s, struct ticket *t, int32_t candidate)
+{
+    end_sequence(s, &t->sequences[candidate]);
+}
+
+struct request *scheduler_remove(struct scheduler *s, struct ticket *t)
+{
+    struct request *r = t->request;
+    for (int32_t i = 0; i < t->n_sequences; i++)
+        end_sequence(s, &t->sequences[i]);
+    *(t->previous ? &t->previous->next : &s->first) = t->next;
+    *(t->next ? &t->next->previous : &s->last) = t->previous;
+    t->previous = NULL;
+    t->next = s->dead;
+    s->dead = t;
+    s->n_tickets--;
+    s->n_unstarted -= t->first_step_ns == 0;
+    t->request = NULL;
+    free(t->features);
+    t->features = NULL;
+    return r;
+}
+
+static void free_dead_tickets(struct scheduler *s)
+{
+    struct ticket **link = &s->dead;
+    while (*link) {
+        struct ticket *t = *link;
+        if (t->n_in_flight > 0) {
+            link = &t->next;
+        } else {
+            *link = t->next;
+            ticket_free(t);
+        }
+    }
+}
+
+/* ---- pages ---- */
+
+/* Takes the pages of the newest running sequence that comes after `q` and is in no batch. 0: there
+ * is none. */
+static int preempt_newest(struct scheduler *s, const struct sequence *q)
+{
+    for (int32_t i = s->n_order - 1; i >= 0 && s->order[i] != q; i--) {
+        struct sequence *victim = s->order[i];
+        if (victim->state != SEQUENCE_RUNNING || victim->in_flight)
+            continue;
+        sequence_drop_pages(victim, &s->pool);
+        s->n_running -= places_of(victim);
+        victim->state = SEQUENCE_WAITING;
+        victim->ticket->n_preempted++;
+        s->n_preempted++;
+        return 1;
+    }
+    return 0;
+}
+
+/* A page that the next token of `q` can be written to, by preemption if need be: one more when the
+ * last is full, a copy when it is shared. 0: not now (older sequences, or batches in flight, have
+ * all pages). */
+static int make_writable(struct scheduler *s, struct step *p, struct sequence *q)
+{
+    int32_t index = q->n_computed / s->config.page_size;
+    for (;;) {
+        if (index < q->n_pages && !page_pool_is_shared(&s->pool, q->pages[index]))
+            return 1;
+        int32_t page = page_pool_take(&s->pool);
+        if (page >= 0 && index == q->n_pages) {
+            sequence_add_page(q, page);
+            return 1;
+        }
+        if (page >= 0) {
+            int32_t shared = q->pages[index];
+            p->copy_src[p->n_copies] = shared;
+            p->copy_dst[p->n_copies++] = page;
+            page_pool_hold(&s->pool, shared);
+            page_pool_unref(&s->pool, shared);
+            q->pages[index] = page;
+            return 1;
+        }
+        if (!preempt_newest(s, q))
+            return 0;
+    }
+}
+
+/* A waiting sequence gets places and the pages of everything it knows. One page for each running
+ * candidate is left, since each will soon want one; the first to run needs no such reserve. */
+static int admit(struct scheduler *s, struct sequence *q)
+{
+    int32_t n_places = places_of(q);
+    int32_t n_pages = pages_of(s->config.page_size, sequence_n_known(q));
+    int32_t reserve = s->n_running == 0 ? 0 : s->n_running + n_places - 1;
+    if (s->n_running + n_places > s->config.max_num_seqs || s->pool.n_free < n_pages + reserve)
+        return 0;
+    for (int32_t i = 0; i < n_pages; i++)
+        sequence_add_page(q, page_pool_take(&s->pool));
+    q->state = SEQUENCE_RUNNING;
+    s->n_running += n_places;
+    return 1;
+}
+
+/* ---- the step ---- */
+
+static void add_item(struct step *p, struct sequence *q, int32_t n_new)
+{
+    p->items[p->n_items++] =
+        (struct step_item){.sequence = q, .start = q->n_computed, .n_new = n_new};
+    p->n_tokens += n_new;
+    q->in_flight = 1;
+    q->ticket->n_in_flight++;
+}
+
+/* How many of its tokens a sequence computes at once, at most n_max. Where rope depends on the
+ * length, drawn tokens are recomputed as they were computed: one by one. */
+static int32_t chunk_of(const struct scheduler *s, const struct sequence *q, int32_t n_max)
+{
+    int32_t n = sequence_n_todo(q), start = q->n_computed, n_prompt = q->ticket->n_prompt;
+    if (n > n_max)
+        n = n_max;
+    if (s->config.rope_dynamic_from > 0 && start + n > s->config.rope_dynamic_from) {
+        if (start >= n_prompt)
+            return 1;
+        if (start + n > n_prompt)
+            return n_prompt - start;
+    }
+    return n;
+}
+
+static int can_step(const struct sequence *q)
+{
+    return q->state == SEQUENCE_RUNNING && !q->in_flight;
+}
+
+/* One token of each running sequence that has just one to compute, oldest first. With k batches in
+ * flight each takes a k-th of them, so that every pipeline stage has work. */
+static void add_decodes(struct scheduler *s, struct step *p)
+{
+    int32_t n_batches = s->config.n_batches_in_flight, n_sequences = 0;
+    for (int32_t i = 0; i < s->n_order; i++)
+        n_sequences += s->order[i]->state == SEQUENCE_RUNNING;
+    int32_t share = (n_sequences + n_batches - 1) / n_batches;
+    for (int32_t i = 0; i < s->n_order && p->n_items < share; i++) {
+        struct sequence *q = s->order[i];
+        if (can_step(q) && sequence_n_todo(q) == 1 && make_writable(s, p, q))
+            add_item(p, q, 1);
+    }
+}
+
+/* The rest of the budget goes to prompts, in order; the first that cannot be admitted ends the
+ * admissions. */
+static void add_prefills(struct scheduler *s, struct step *p)
+{
+    int admitting = 1;
+    for (int32_t i = 0; i < s->n_order; i++) {
+        struct sequence *q = s->order[i];
+        int32_t left = s->config.max_num_batched_tokens - p->n_tokens;
+        if (left == 0 || p->n_items == s->config.max_num_seqs)
+            return;
+        if (q->state == SEQUENCE_WAITING && admitting && ticket_is_ready(q->ticket))
+            admitting = admit(s, q);
+        if (can_step(q) && sequence_n_todo(q) > 1)
+            add_item(p, q, chunk_of(s, q, left));
+        else if (can_step(q) && q->n_computed == 0)
+            add_item(p, q, 1); // a prompt of one token, just admitted
+    }
+}
+
+struct step *scheduler_step(struct scheduler *s, uint64_t now_ns)
+{
+    free_dead_tickets(s);
+    struct step *p = scheduler_find_step(s, 0);
+    if (!p || s->n_order == 0)
+        return NULL;
+    p->n_items = p->n_tokens = p->n_copies = 0;
+    add_decodes(s, p);
+    add_prefills(s, p);
+    if (p->n_items == 0)
+        return NULL;
+    for (int32_t i = 0; i < p->n_items; i++) {
+        struct ticket *t = p->items[i].sequence->ticket;
+        if (t->first_step_ns == 0) {
+            t->first_step_ns = now_ns;
+            s->n_unstarted--;
+        }
+    }
+    p->step_id = ++s->last_step_id;
+    s->n_in_flight++;
+    s->n_steps++;
+    s->batch = step_batch(p, &s->builder);
+    return p;
+}
+
+struct step *scheduler_find_step(struct scheduler *s, uint64_t step_id)
+{
+    for (int32_t i = 0; i < s->config.n_batches_in_flight; i++)
+        if (s->steps[i].step_id == step_id)
+            return &s->steps[i];
+    return NULL;
+}
+
+/* ---- the result ---- */
+
+static void add_event(struct scheduler *s, struct sequence *q, const struct sample_result *sample,
+                      int is_end, enum finish_reason finish)
+{
+    s->events[s->n_events++] = (struct token_event){.ticket = q->ticket,
+                                                    .candidate = q->candidate,
+                                                    .sample = sample,
+                                                    .is_end = is_end,
+                                                    .finish = finish};
+    if (finish != FINISH_NONE)
+        end_sequence(s, q);
+}
+
+/* Does the token just appended end its candidate? vLLM's check_stop(): end tokens count once
+ * min_tokens others are there. */
+static int is_end_token(const struct scheduler *s, const struct sequence *q, int32_t id)
+{
+    const struct request *r = q->ticket->request;
+    if (q->n_output <= r->min_tokens)
+        return 0;
+    for (int32_t i = 0; i < s->config.n_eos && !r->ignore_eos; i++)
+        if (s->config.eos_ids[i] == id)
+            return 1;
+    for (int32_t i = 0; i < r->n_stop_token_ids; i++)
+        if (r->stop_token_ids[i] == id)
+            return 1;
+    return 0;
+}
+
+static void take_sample(struct scheduler *s, struct sequence *q, const struct sample_result *sample)
+{
+    if (sample->not_finite) {
+        add_event(s, q, sample, 0, FINISH_ERROR);
+        return;
+    }
+    sequence_append(q, sample->token.id);
+    s->n_generated_tokens++;
+    int is_end = is_end_token(s, q, sample->token.id);
+    enum finish_reason finish = FINISH_NONE;
+    if (is_end)
+        finish = FINISH_STOP;
+    else if (q->n_output >= q->ticket->request->max_tokens ||
+             sequence_n_known(q) >= s->context_limit)
+        finish = FINISH_LENGTH;
+    add_event(s, q, sample, is_end, finish);
+}
+
+/* The prompt pass of several candidates has ended: each goes on by itself. The places that
+ * candidate 0 had reserved are theirs now. */
+static void fork_ticket(struct scheduler *s, struct ticket *t)
+{
+    for (int32_t i = 1; i < t->n_sequences; i++) {
+        sequence_fork(&t->sequences[i], &t->sequences[0], &s->pool);
+        order_insert(s, &t->sequences[i]);
+    }
+    t->forked = 1;
+}
+
+static void take_item(struct scheduler *s, const struct step_item *item,
+                      const struct sample_result *samples, uint64_t now_ns)
+{
+    struct sequence *q = item->sequence;
+    struct ticket *t = q->ticket;
+    q->in_flight = 0;
+    t->n_in_flight--;
+    if (q->state == SEQUENCE_FINISHED) { // while it was in flight
+        sequence_drop_pages(q, &s->pool);
+        return;
+    }
+    q->n_computed += item->n_new;
+    q->n_image_computed += item->n_images;
+    if (t->prefill_end_ns == 0 && q->n_computed >= t->n_prompt) {
+        t->prefill_end_ns = now_ns;
+        s->n_prompt_tokens += (uint64_t)t->n_prompt;
+    }
+    if (q->n_computed == t->n_prompt && t->request->max_tokens == 0) {
+        add_event(s, q, NULL, 0, FINISH_LENGTH);
+        return;
+    }
+    if (item->n_samples == 0)
+        return;
+    if (t->first_token_ns == 0)
+        t->first_token_ns = now_ns;
+    if (!t->forked)
+        fork_ticket(s, t);
+    for (int32_t i = 0; i < item->n_samples; i++)
+        take_sample(s, q + i, &samples[item->first_sample + i]);
+}
+
+void scheduler_update(struct scheduler *s, struct step *p, const struct sample_result *samples,
+                      int32_t n_samples, uint64_t now_ns)
+{
+    if (p->step_id == 0 || n_samples != p->n_samples)
+        BUG("step %llu has %d samples, got %d", (unsigned long long)p->step_id, p->n_samples,
+            n_samples);
+    s->n_events = 0;
+    for (int32_t i = 0; i < p->n_copies; i++)
+        page_pool_unhold(&s->pool, p->copy_src[i]);
+    for (int32_t i = 0; i < p->n_items; i++)
+        take_item(s, &p->items[i], samples, now_ns);
+    p->step_id = 0;
+    s->n_in_flight--;
+}
