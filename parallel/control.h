@@ -59,6 +59,7 @@ struct control;
  * loopback when all ranks share this host, else the address that others reach this host by), the
  * others connect. Dies on failure. */
 struct control *control_open(const struct topology *t, const char *host);
+/* Both ends send what is queued, then wait for the other to close too: at most 2 s. */
 void control_close(struct control *c);
 
 /* Gateway. control_fd() is an epoll descriptor, readable when control_next() has something to do.
@@ -66,9 +67,13 @@ void control_close(struct control *c);
  */
 int control_fd(const struct control *c);
 void control_send(struct control *c, int rank, struct message *m);
-/* The next received message (the caller unrefs it), or NULL when there is none now. Also does the
- * pending writes and the pings; call it at least every 500 ms. */
+/* The next received message (the caller unrefs it), or NULL when there is none now: call it until
+ * then. Also does the pending writes and the pings; call it whenever control_fd() is readable (a
+ * timer in it fires each 250 ms). A rank that was sent CONTROL_STOP may close without being lost;
+ * what is sent to a lost one is dropped. */
 struct message *control_next(struct control *c);
+/* How long a rank may leave a ping unanswered (default 2000 ms); a debugging session wants more. */
+void control_set_timeout_ms(struct control *c, int timeout_ms);
 uint64_t control_queued_bytes(const struct control *c, int rank); // not yet taken by the socket
 
 /* Worker. Both block; control_recv() never returns NULL (the gateway's disappearance is die()).

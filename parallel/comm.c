@@ -1,0 +1,86 @@
+/*
+ * The front doors of the five verbs: a group of one, arguments, and the clock.
+ *
+ * Knows no transport: what a verb does is the table's.
+ */
+#include "parallel/comm.h"
+
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels/log.h"
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void check_peer(const struct comm *c, int peer)
+{
+    if (peer < 0 || peer >= c->size)
+        BUG("peer %d in a group of %d", peer, c->size);
+}
+
+void comm_all_reduce(struct comm *c, float *x, size_t n)
+{
+    if (c->size & (c->size - 1))
+        BUG("all_reduce in a group of %d: not a power of two", c->size);
+    if (c->size == 1 || n == 0)
+        return;
+    uint64_t start_ns = now_ns();
+    c->ops->all_reduce(c, x, n);
+    c->wait_ns += now_ns() - start_ns;
+}
+
+void comm_all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
+{
+    if (n_bytes == 0)
+        return;
+    uint8_t *mine = (uint8_t *)dst + (size_t)c->rank * n_bytes;
+    if (src != mine)
+        memcpy(mine, src, n_bytes);
+    if (c->size == 1)
+        return;
+    uint64_t start_ns = now_ns();
+    c->ops->all_gather(c, dst, mine, n_bytes);
+    c->wait_ns += now_ns() - start_ns;
+}
+
+void comm_broadcast(struct comm *c, void *x, size_t n_bytes, int root)
+{
+    check_peer(c, root);
+    if (c->size == 1 || n_bytes == 0)
+        return;
+    uint64_t start_ns = now_ns();
+    c->ops->broadcast(c, x, n_bytes, root);
+    c->wait_ns += now_ns() - start_ns;
+}
+
+void comm_send(struct comm *c, const void *x, size_t n_bytes, int to)
+{
+    check_peer(c, to);
+    if (to == c->rank)
+        BUG("rank %d sends to itself", to);
+    uint64_t start_ns = now_ns();
+    c->ops->send(c, x, n_bytes, to);
+    c->wait_ns += now_ns() - start_ns;
+}
+
+void comm_recv(struct comm *c, void *x, size_t n_bytes, int from)
+{
+    check_peer(c, from);
+    if (from == c->rank)
+        BUG("rank %d receives from itself", from);
+    uint64_t start_ns = now_ns();
+    c->ops->recv(c, x, n_bytes, from);
+    c->wait_ns += now_ns() - start_ns;
+}
+
+void comm_close(struct comm *c)
+{
+    if (c)
+        c->ops->close(c);
+}
