@@ -32,6 +32,7 @@ static int wide_blocks(int n_rows)
 
 ALWAYS_INLINE void load_block(vf *v, const void *b, int64_t at, enum tile_source source)
 {
+#pragma GCC unroll 16
     for (int i = 0; i < BLOCK_VECTORS; i++) {
         if (source == TILE_F32)
             v[i] = vf_load((const float *)b + at + i * VF_N);
@@ -42,6 +43,7 @@ ALWAYS_INLINE void load_block(vf *v, const void *b, int64_t at, enum tile_source
 
 ALWAYS_INLINE void load_pair_block(vf *even, vf *odd, const void *b, int64_t at)
 {
+#pragma GCC unroll 16
     for (int i = 0; i < BLOCK_VECTORS; i++) {
         vu u = *(const vu_memory *)((const uint16_t *)b + at + i * 2 * VF_N);
         even[i] = (vf)(u << 16);
@@ -52,19 +54,24 @@ ALWAYS_INLINE void load_pair_block(vf *even, vf *odd, const void *b, int64_t at)
 ALWAYS_INLINE void add_step(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const float *a, const vf *v,
                             int n_rows, int n_vectors)
 {
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
         vf x = vf_set(a[r]);
+#pragma GCC unroll 16
         for (int j = 0; j < n_vectors; j++)
             acc[r][j] = vf_fma(x, v[j], acc[r][j]);
     }
 }
 
+/* Unrolled whole, so that the sums are registers and not an array. */
 ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_blocks,
                             const enum tile_source source)
 {
     const int n_vectors = n_blocks * BLOCK_VECTORS;
     vf acc[MAX_ROWS][TILE_BLOCKS_MAX * BLOCK_VECTORS];
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
         for (int j = 0; j < n_vectors; j++)
             acc[r][j] = t->accumulate ? vf_load(t->c + r * t->c_row + j * VF_N) : vf_set(0.0f);
     }
@@ -72,6 +79,7 @@ ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_
     const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
     for (int64_t k = 0; k < t->n_k; k++) {
         vf even[TILE_BLOCKS_MAX * BLOCK_VECTORS], odd[TILE_BLOCKS_MAX * BLOCK_VECTORS];
+#pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++) {
             int64_t at = i * t->b_block + k * t->b_step;
             if (n_rows <= 4)
@@ -90,7 +98,9 @@ ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_
             a += t->a_step;
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
         for (int j = 0; j < n_vectors; j++)
             vf_store(t->c + r * t->c_row + j * VF_N, acc[r][j]);
     }

@@ -18,10 +18,13 @@ static int wide_blocks(int n_rows)
     return n_rows <= 4 ? 4 : 2;
 }
 
+/* Unrolled whole, so that the sums are registers and not an array. */
 ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_blocks)
 {
     __m512 acc[MAX_ROWS][TILE_BLOCKS_MAX];
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++)
             acc[r][j] =
                 t->accumulate ? _mm512_loadu_ps(t->c + r * t->c_row + j * 16) : _mm512_setzero_ps();
@@ -30,20 +33,25 @@ ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_
     const uint16_t *b = t->b;
     for (int64_t k = 0; k < t->n_k; k++) {
         __m512bh v[TILE_BLOCKS_MAX];
+#pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++) {
             if (n_rows <= 4)
                 __builtin_prefetch((const char *)(b + j * t->b_block) + PREFETCH_BYTES);
             v[j] = (__m512bh)_mm512_loadu_si512(b + j * t->b_block);
         }
+#pragma GCC unroll 16
         for (int r = 0; r < n_rows; r++) {
             __m512bh x = (__m512bh)_mm512_set1_epi32(a[r]);
+#pragma GCC unroll 16
             for (int j = 0; j < n_blocks; j++)
                 acc[r][j] = _mm512_dpbf16_ps(acc[r][j], x, v[j]);
         }
         a += t->a_step;
         b += t->b_step;
     }
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++)
             _mm512_storeu_ps(t->c + r * t->c_row + j * 16, acc[r][j]);
     }
