@@ -23,6 +23,9 @@ struct processor_limits {
     int max_media;               // pictures and videos of one prompt: 64
     int max_tiles;               // of one prompt, all media: 128
     int max_frames;              // of one video after sampling: 128
+    int64_t max_video_pixels;    // of one frame before resizing: 16 Mi
+    int64_t max_video_frames;    // of one video before sampling: 262144
+    int max_video_seconds;       // of processor time to decode one video: 20
     int64_t max_prompt_tokens;   // set by the gateway from max_model_len
     int max_messages, max_parts; // 1024 turns, 4096 parts
     size_t max_text_bytes;       // 16 MiB of text in one prompt
