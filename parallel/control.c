@@ -22,6 +22,7 @@
 #include "parallel/launch.h"
 
 #define HANDSHAKES_MS 30000
+#define DEAD_LINK_MS 15000
 #define MESSAGE_HEAD_BYTES ((sizeof(struct message) + 15) / 16 * 16) // keeps the payload aligned
 
 struct message *message_new(enum control_type type, uint64_t n_bytes)
@@ -83,9 +84,9 @@ void control_socket_options(int fd)
     static const struct {
         int level, name, value;
     } options[] = {
-        {IPPROTO_TCP, TCP_NODELAY, 1},  {SOL_SOCKET, SO_KEEPALIVE, 1},
-        {IPPROTO_TCP, TCP_KEEPIDLE, 5}, {IPPROTO_TCP, TCP_KEEPINTVL, 2},
-        {IPPROTO_TCP, TCP_KEEPCNT, 3},
+        {IPPROTO_TCP, TCP_NODELAY, 1},   {SOL_SOCKET, SO_KEEPALIVE, 1},
+        {IPPROTO_TCP, TCP_KEEPIDLE, 5}, // seconds
+        {IPPROTO_TCP, TCP_KEEPINTVL, 2}, {IPPROTO_TCP, TCP_USER_TIMEOUT, DEAD_LINK_MS},
     };
     for (size_t i = 0; i < sizeof(options) / sizeof(options[0]); i++)
         if (setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof(int)))

@@ -51,7 +51,7 @@ void control_accept(int listen_fd, const uint8_t *secret, int world, int *fds, i
 int control_connect(const struct control_address *a, int rank, int timeout_ms);
 
 int64_t control_now_ms(void); // monotonic
-/* No delay of small frames; a host or link that is gone shows as an error within about 11 s. */
+/* No delay of small frames; a host or link that is gone shows as an error within about 15 s. */
 void control_socket_options(int fd);
 
 struct gateway_end;
