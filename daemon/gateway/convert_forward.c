@@ -1,0 +1,186 @@
+/*
+ * ForwardRequest: which tensors are taken, of which rows, and which log-probabilities. See
+ * convert.h.
+ */
+#include <string.h>
+
+#include "daemon/gateway/convert.h"
+
+#define LABEL_IGNORED (-100)
+
+struct output_name {
+    const char *name;
+    enum output output;
+    uint32_t captures, vision_captures;
+};
+
+static const struct output_name output_names[] = {
+    {"logits", OUTPUT_LOGITS, CAPTURE_LOGITS, 0},
+    {"hidden_states", OUTPUT_HIDDEN_STATES, CAPTURE_HIDDEN_STATES, 0},
+    {"inputs_embeds", OUTPUT_INPUTS_EMBEDS, CAPTURE_EMBEDS, 0},
+    {"image_features", OUTPUT_IMAGE_FEATURES, 0, 0},
+    {"last_hidden_state", OUTPUT_LAST_HIDDEN_STATE, CAPTURE_HIDDEN_STATES, 0},
+    {"past_key_values", OUTPUT_PAST_KEY_VALUES, CAPTURE_CACHE, 0},
+    {"vision.hidden_states", OUTPUT_VISION_HIDDEN_STATES, 0, VISION_CAPTURE_HIDDEN_STATES},
+    {"vision.layer0", OUTPUT_VISION_LAYER0, 0, VISION_CAPTURE_LAYER0},
+    {"vision.attentions", OUTPUT_VISION_ATTENTIONS, 0, VISION_CAPTURE_ATTENTIONS},
+    {"projector", OUTPUT_PROJECTOR, 0, VISION_CAPTURE_PROJECTOR},
+};
+
+static int out_of_memory(struct error *err)
+{
+    return error_set(err, ERROR_RESOURCE_EXHAUSTED, "the request needs more memory than the limit");
+}
+
+static const struct output_name *find_output(const char *name)
+{
+    for (size_t i = 0; i < sizeof(output_names) / sizeof(output_names[0]); i++)
+        if (strcmp(output_names[i].name, name) == 0)
+            return &output_names[i];
+    return NULL;
+}
+
+static int convert_outputs(const Internvl__V1__ForwardRequest *wire, struct request *r,
+                           uint32_t *outputs, struct error *err)
+{
+    if (wire->n_outputs > LIMIT_OUTPUTS)
+        return error_set(err, ERROR_INVALID_ARGUMENT, "outputs has %zu names; the limit is %d",
+                         wire->n_outputs, LIMIT_OUTPUTS);
+    *outputs = 0;
+    for (size_t i = 0; i < wire->n_outputs; i++) {
+        const struct output_name *o = find_output(wire->outputs[i]);
+
+        if (!o)
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "outputs[%zu] is \"%.48s\", which is not the name of an output", i,
+                             wire->outputs[i]);
+        if ((o->vision_captures || o->output == OUTPUT_IMAGE_FEATURES) && r->n_tiles == 0)
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "outputs[%zu] is \"%s\", but the prompt has no picture", i, o->name);
+        *outputs |= o->output;
+        r->captures |= o->captures;
+        r->vision_captures |= o->vision_captures;
+        r->want_image_features |= o->output == OUTPUT_IMAGE_FEATURES;
+    }
+    return 0;
+}
+
+/* Which rows' logits are taken; *n_rows of them. */
+static int convert_rows(const Internvl__V1__ForwardRequest *wire, struct request *r,
+                        int64_t *n_rows, struct error *err)
+{
+    uint8_t *want = arena_alloc(&r->arena, (size_t)r->n_ids, 1);
+    int64_t last = -1;
+
+    if (!want)
+        return out_of_memory(err);
+    if (wire->_logits_to_keep_case && wire->n_logits_positions)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "logits_to_keep and logits_positions exclude each other");
+    *n_rows = (int64_t)wire->n_logits_positions;
+    for (size_t i = 0; i < wire->n_logits_positions; i++) {
+        int64_t position = wire->logits_positions[i];
+
+        if (position >= r->n_ids || position <= last)
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "logits_positions[%zu] is %lld; positions must rise and be below %d, "
+                             "the prompt's tokens",
+                             i, (long long)position, r->n_ids);
+        want[position] = 1;
+        last = position;
+    }
+    if (!wire->n_logits_positions) {
+        int64_t n = wire->_logits_to_keep_case ? wire->logits_to_keep : 0;
+
+        *n_rows = n == 0 || n > r->n_ids ? r->n_ids : n;
+        memset(want + (r->n_ids - *n_rows), 1, (size_t)*n_rows);
+    }
+    r->want_logits = want;
+    return 0;
+}
+
+/* targets[i] = labels[i + 1], -1 where that is -100: the loss is shifted by one. */
+static int convert_labels(const struct convert *c, const Internvl__V1__ForwardRequest *wire,
+                          struct request *r, struct error *err)
+{
+    int32_t *targets;
+
+    if (!wire->n_labels)
+        return 0;
+    if (wire->n_labels != (size_t)r->n_ids)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "labels has %zu entries; the prompt has %d tokens", wire->n_labels,
+                         r->n_ids);
+    targets = arena_alloc(&r->arena, (size_t)r->n_ids, sizeof(*targets));
+    if (!targets)
+        return out_of_memory(err);
+    for (int32_t i = 0; i < r->n_ids; i++) {
+        int32_t label = wire->labels[i];
+
+        if (label != LABEL_IGNORED && (label < 0 || label >= c->model->text.vocab_size))
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "labels[%d] is %d; it must be -100 or an id below %d", i, label,
+                             c->model->text.vocab_size);
+        if (i > 0)
+            targets[i - 1] = label == LABEL_IGNORED ? -1 : label;
+    }
+    targets[r->n_ids - 1] = -1;
+    r->targets = targets;
+    return 0;
+}
+
+/* Bytes of all tensors asked for, rounded up; every factor is bounded by the model or the limits.
+ */
+static double forward_bytes(const struct convert *c, const struct request *r, uint32_t outputs,
+                            int64_t n_logits)
+{
+    const struct text_config *t = &c->model->text;
+    const struct vision_config *v = &c->model->vision;
+    double n = r->n_ids;
+    double tiles = r->n_tiles;
+    double tile_tokens = v->n_patches + 1;
+    double features = c->model->n_features_per_tile;
+    double merged = (double)v->hidden_size * c->model->downsample_k * c->model->downsample_k;
+    double elements = 0;
+
+    if (outputs & OUTPUT_LOGITS)
+        elements += (double)n_logits * t->vocab_size;
+    if (outputs & (OUTPUT_HIDDEN_STATES | OUTPUT_LAST_HIDDEN_STATE))
+        elements += (t->n_layers + 1) * n * t->hidden_size;
+    if (outputs & OUTPUT_INPUTS_EMBEDS)
+        elements += n * t->hidden_size;
+    if (outputs & OUTPUT_PAST_KEY_VALUES)
+        elements += 2.0 * t->n_layers * n * t->n_kv_heads * t->head_dim;
+    if (outputs & OUTPUT_IMAGE_FEATURES)
+        elements += tiles * features * t->hidden_size;
+    if (outputs & OUTPUT_VISION_HIDDEN_STATES)
+        elements += (v->n_layers + 2) * tiles * tile_tokens * v->hidden_size;
+    if (outputs & OUTPUT_VISION_LAYER0)
+        elements += 8 * tiles * tile_tokens * v->hidden_size;
+    if (outputs & OUTPUT_VISION_ATTENTIONS)
+        elements += (double)v->n_layers * v->n_heads * tiles * tile_tokens * tile_tokens;
+    if (outputs & OUTPUT_PROJECTOR)
+        elements += tiles * features * (3 * merged + t->hidden_size);
+    return elements * sizeof(float);
+}
+
+int convert_forward(const struct convert *c, const Internvl__V1__ForwardRequest *wire,
+                    struct request *r, uint32_t *outputs, struct error *err)
+{
+    int64_t n_logits = 0;
+    double n_bytes;
+
+    r->n = 1;
+    r->max_tokens = 0;
+    r->sampling = (struct sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
+    if (convert_outputs(wire, r, outputs, err) || convert_labels(c, wire, r, err))
+        return -1;
+    if ((*outputs & OUTPUT_LOGITS) && convert_rows(wire, r, &n_logits, err))
+        return -1;
+    n_bytes = forward_bytes(c, r, *outputs, n_logits);
+    if (n_bytes > (double)LIMIT_FORWARD_BYTES)
+        return error_set(err, ERROR_RESOURCE_EXHAUSTED,
+                         "the outputs asked for are %.0f MiB; the limit is %.0f MiB",
+                         n_bytes / 1048576, (double)LIMIT_FORWARD_BYTES / 1048576);
+    return 0;
+}

@@ -1,0 +1,45 @@
+/*
+ * What the handlers of one gateway share. Set before the server starts, then only read; what
+ * changes has its own lock inside.
+ */
+#ifndef INTERNVLD_GATEWAY_GATEWAY_STATE_H
+#define INTERNVLD_GATEWAY_GATEWAY_STATE_H
+
+#include "daemon/engine/engine.h"
+#include "daemon/gateway/convert.h"
+#include "daemon/gateway/gateway.h"
+#include "daemon/gateway/health.h"
+#include "daemon/gateway/reflection.h"
+#include "daemon/gateway/rpc.h"
+#include "daemon/gateway/work_queue.h"
+#include "daemon/processor/processor.h"
+#include "parallel/batch.h"
+#include "parallel/topology.h"
+
+struct gateway {
+    const struct gateway_options *options;
+    const struct model_config *model;
+    const struct topology *topology;
+    const struct processor *processor;
+    struct convert convert;
+    struct engine *engine;
+    struct work_queue *work;
+    struct rpc_server *server;
+    struct health *health;
+    struct reflection *reflection;
+    struct rank_info *ranks; // [world]
+    uint64_t start_ns;       // CLOCK_MONOTONIC
+};
+
+/* rpc_method.message of each method; `arg` is the struct gateway. */
+void generate_message(void *arg, struct rpc_call *c);
+void forward_message(void *arg, struct rpc_call *c);
+void tokenize_message(void *arg, struct rpc_call *c);
+void model_info_message(void *arg, struct rpc_call *c);
+
+/* Processor thread: the prompt of a Generate or Forward into `r`. For a chat, *media [*n_media]
+ * points into r's arena. */
+int prompt_prepare(struct gateway *g, const Internvl__V1__Prompt *wire, struct arena *scratch,
+                   struct request *r, struct media_plan **media, int *n_media, struct error *err);
+
+#endif

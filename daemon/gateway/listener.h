@@ -1,0 +1,25 @@
+/*
+ * The listening socket, its accept loop, and the cap on connections.
+ *
+ * Our own loop because gRPC core's listener never accepts again once the process has run out of
+ * file descriptors (CVE-2023-4785); here a spare descriptor is given up to turn the caller away and
+ * the loop goes on. Accepted sockets are handed over with a callback. Knows no RPC.
+ */
+#ifndef INTERNVLD_GATEWAY_LISTENER_H
+#define INTERNVLD_GATEWAY_LISTENER_H
+
+#include "kernels/error.h"
+
+struct listener;
+
+/* 1 when `address` ("HOST:PORT", "[V6]:PORT", "unix:PATH") can only be reached from this machine, 0
+ * when others can reach it, -1 and an error when it is not an address. */
+int listener_is_local(const char *address, struct error *err);
+/* Binds and listens. A stale unix socket (nobody answers) is replaced. */
+struct listener *listener_open(const char *address, int max_connections, struct error *err);
+const char *listener_address(const struct listener *l); // as bound, with the real port. Borrowed
+/* Starts the thread; `accepted` runs on it and owns fd (non-blocking) from then on. */
+void listener_start(struct listener *l, void (*accepted)(void *arg, int fd), void *arg);
+void listener_close(struct listener *l); // joins the thread; NULL allowed
+
+#endif

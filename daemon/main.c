@@ -1,0 +1,326 @@
+/*
+ * From the command line to a role.
+ *
+ *   alone        check the command line and the checkpoint's config, become mpirun's parent
+ *   in a job     the same checks on every rank (rank 0 speaks), then gateway, vision or language
+ *
+ * The only place that fills the structs each role is told by; environment variables of behaviour
+ * are read here.
+ */
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/gateway/auth.h"
+#include "daemon/gateway/gateway.h"
+#include "daemon/gateway/listener.h"
+#include "daemon/model/config.h"
+#include "daemon/model/language_worker.h"
+#include "daemon/model/model_comm.h"
+#include "daemon/model/plan.h"
+#include "daemon/model/vision_worker.h"
+#include "daemon/options.h"
+#include "daemon/processor/processor.h"
+#include "kernels/log.h"
+#include "parallel/control.h"
+#include "parallel/launch.h"
+#include "parallel/topology.h"
+
+#define EXIT_USAGE 2
+
+/* What the command line and the checkpoint's config make together: the same on every rank. */
+struct settings {
+    struct options options;
+    struct model_config model;
+    struct layout layout;
+    enum dtype dtype;
+    struct plan plan;
+    int32_t max_model_len;
+    struct auth auth;
+};
+
+static int check_listen(const struct options *o, struct error *err)
+{
+    int is_local = listener_is_local(o->listen, err);
+
+    if (is_local < 0)
+        return -1;
+    if (!is_local && !o->auth_token_file && !o->insecure_listen)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--listen %.64s can be reached from other machines: give "
+                         "--auth-token-file, or --insecure-listen",
+                         o->listen);
+    return 0;
+}
+
+/* The plan takes all the memory that KV pages may have; the most sequences may need less. */
+static void limit_pages(struct settings *s)
+{
+    struct plan *p = &s->plan;
+    int64_t page_size = s->options.block_size;
+    int64_t of_one = (s->max_model_len + page_size - 1) / page_size;
+    int64_t of_all = of_one * s->options.max_num_seqs;
+
+    if (of_all >= p->n_pages)
+        return;
+    p->n_pages = (int32_t)of_all;
+    for (int i = 0; i < p->n_ranks; i++)
+        p->ranks[i].kv_bytes = p->ranks[i].page_bytes * (uint64_t)of_all;
+}
+
+static int settings_make(struct settings *s, struct error *err)
+{
+    const struct options *o = &s->options;
+    struct plan_settings p;
+
+    s->layout = (struct layout){.n_vision = (int)o->vision_ranks,
+                                .tensor_parallel = (int)o->tensor_parallel_size,
+                                .pipeline_parallel = (int)o->pipeline_parallel_size};
+    if (check_listen(o, err) || model_config_load(&s->model, o->model, err) ||
+        model_dtype_parse(&s->model, o->dtype, &s->dtype, err))
+        return -1;
+    if (o->auth_token_file && auth_load(&s->auth, o->auth_token_file, err))
+        return -1;
+    s->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : s->model.text.max_positions);
+    p = (struct plan_settings){
+        .layout = s->layout,
+        .dtype = s->dtype,
+        .page_size = (int32_t)o->block_size,
+        .kv_budget_bytes = (uint64_t)o->kv_cache_memory_bytes,
+        .max_model_len = s->max_model_len,
+        .max_num_seqs = (int32_t)o->max_num_seqs,
+        .max_num_batched_tokens = (int32_t)o->max_num_batched_tokens,
+        .max_vision_tiles = (int32_t)o->max_vision_tiles,
+    };
+    if (plan_make(&s->plan, &s->model, &p, err))
+        return -1;
+    limit_pages(s);
+    return 0;
+}
+
+/* ---- roles ---- */
+
+static int run_gateway(const struct settings *s, const struct topology *t,
+                       const struct processor *processor, const struct processor_limits *limits,
+                       struct control *control)
+{
+    const struct options *o = &s->options;
+    const struct text_config *text = &s->model.text;
+    struct gateway_options g = {
+        .listen = o->listen,
+        .port_file = o->port_file,
+        .auth = o->auth_token_file ? &s->auth : NULL,
+        .max_message_bytes = o->max_message_bytes,
+        .max_connections = (int)o->max_connections,
+        .n_processor_threads = (int)o->processor_threads,
+        .drain_timeout_s = (int)o->drain_timeout,
+        .dtype_name = dtype_name(s->dtype),
+        .limits = *limits,
+        .engine =
+            {
+                .page_size = (int32_t)o->block_size,
+                .n_pages = s->plan.n_pages,
+                .max_model_len = s->max_model_len,
+                .max_num_seqs = (int32_t)o->max_num_seqs,
+                .max_num_batched_tokens = (int32_t)o->max_num_batched_tokens,
+                .max_queued_requests = (int32_t)o->max_queued_requests,
+                .n_batches_in_flight = s->layout.pipeline_parallel,
+                .max_vision_tiles = (int32_t)o->max_vision_tiles,
+                .feature_dim = text->hidden_size,
+                .n_features_per_tile = s->model.n_features_per_tile,
+                .rope_dynamic_from =
+                    text->rope.type == ROPE_DYNAMIC ? text->rope.original_max_positions : 0,
+                .eos_ids = s->model.eos_token_ids,
+                .n_eos = s->model.n_eos,
+            },
+    };
+
+    return gateway_run(&g, &s->model, t, processor, control);
+}
+
+/* Cores this process may use, shared among the host's ranks. */
+static int choose_threads(const struct options *o)
+{
+    int n_on_host, index;
+    int n_cores = 1;
+    cpu_set_t cores;
+
+    if (o->threads)
+        return (int)o->threads;
+    launch_host_ranks(&n_on_host, &index);
+    if (sched_getaffinity(0, sizeof(cores), &cores) == 0)
+        n_cores = CPU_COUNT(&cores);
+    return n_cores > n_on_host ? n_cores / n_on_host : 1;
+}
+
+static int run_worker(const struct settings *s, const struct topology *t, struct model_comm *comm,
+                      const float *mean, const float *std, struct control *control)
+{
+    const struct options *o = &s->options;
+    struct worker_options w = {
+        .model_dir = o->model,
+        .model = &s->model,
+        .dtype = s->dtype,
+        .dummy_weights = strcmp(o->load_format, "dummy") == 0,
+        .n_threads = choose_threads(o),
+        .isa = getenv("INTERNVLD_ISA"),
+        .page_size = (int32_t)o->block_size,
+        .n_pages = s->plan.n_pages,
+        .max_model_len = s->max_model_len,
+        .max_num_seqs = (int32_t)o->max_num_seqs,
+        .max_num_batched_tokens = (int32_t)o->max_num_batched_tokens,
+        .max_vision_tiles = (int32_t)o->max_vision_tiles,
+        .pixel_mean = mean,
+        .pixel_std = std,
+        .comm = comm,
+    };
+
+    /* The gateway drains and then says CONTROL_STOP: a signal to all must not take us from it. */
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
+    signal(SIGUSR1, SIG_IGN);
+    return t->role == ROLE_VISION ? vision_worker_run(&w, t, control)
+                                  : language_worker_run(&w, t, control);
+}
+
+/* ---- a rank of the job ---- */
+
+static struct processor_limits make_limits(const struct settings *s)
+{
+    struct processor_limits l = processor_limits_default();
+
+    l.max_image_pixels = s->options.max_image_pixels;
+    l.max_media = (int)s->options.max_media;
+    l.max_tiles = (int)s->options.max_tiles;
+    l.max_frames = (int)s->options.max_frames;
+    /* Past the context, so that a prompt which is too long can still be told its length. */
+    l.max_prompt_tokens = 4 * (int64_t)s->max_model_len;
+    return l;
+}
+
+/* Rank 0 reads the processor's files; the others hear how that went, and the normalisation. */
+static struct processor *open_processor(const struct settings *s, const struct topology *t,
+                                        const struct processor_limits *limits, float *mean,
+                                        float *std, struct error *err)
+{
+    const struct vision_config *v = &s->model.vision;
+    struct processor_model m = {s->model.image_token_id, s->model.image_seq_length, v->n_channels,
+                                v->image_height, v->image_width};
+    struct processor *p = NULL;
+    size_t n_bytes = (size_t)v->n_channels * sizeof(float);
+
+    if (t->role == ROLE_GATEWAY) {
+        p = processor_open(s->options.model, &m, limits, err);
+        if (p) {
+            memcpy(mean, processor_mean(p), n_bytes);
+            memcpy(std, processor_std(p), n_bytes);
+        }
+    }
+    launch_broadcast(err, sizeof(*err));
+    launch_broadcast(mean, n_bytes);
+    launch_broadcast(std, n_bytes);
+    return p;
+}
+
+static int run_role(const struct settings *s, const struct topology *t, struct error *err)
+{
+    struct processor_limits limits = make_limits(s);
+    size_t n_channels = (size_t)s->model.vision.n_channels;
+    float *mean = xcalloc(n_channels, sizeof(*mean));
+    float *std = xcalloc(n_channels, sizeof(*std));
+    struct processor *processor = open_processor(s, t, &limits, mean, std, err);
+    struct model_comm comm = {0};
+    struct control *control;
+    int status = 1;
+
+    if (err->code == ERROR_OK) {
+        model_comm_open(&comm, t,
+                        (size_t)s->options.max_num_batched_tokens *
+                            (size_t)s->model.text.hidden_size * sizeof(float));
+        control = control_open(t, NULL);
+        status = t->role == ROLE_GATEWAY ? run_gateway(s, t, processor, &limits, control)
+                                         : run_worker(s, t, &comm, mean, std, control);
+        control_close(control);
+        model_comm_close(&comm);
+    }
+    if (processor)
+        processor_close(processor);
+    free(mean);
+    free(std);
+    return status;
+}
+
+static void say_error(int rank, const struct error *err, int is_usage)
+{
+    if (rank != 0)
+        return;
+    fprintf(stderr, "internvld: %s\n", err->msg);
+    if (is_usage)
+        options_usage(stderr);
+}
+
+/* Every rank meets the same errors of settings and layout; rank 0 speaks for all. */
+static int run_rank(struct settings *s, int is_usage_error, struct error *err)
+{
+    struct topology t;
+    sigset_t stops;
+    int rank, world;
+    int status = 1;
+
+    /* Before any thread exists, the MPI library's included: they all inherit it. */
+    sigemptyset(&stops);
+    sigaddset(&stops, SIGTERM);
+    sigaddset(&stops, SIGINT);
+    sigaddset(&stops, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &stops, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    launch_init(&rank, &world);
+    if (is_usage_error)
+        status = EXIT_USAGE;
+    else if (!settings_make(s, err) && !topology_init(&t, rank, world, &s->layout, err))
+        status = run_role(s, &t, err);
+    if (err->code != ERROR_OK)
+        say_error(rank, err, is_usage_error);
+    launch_finalize();
+    return status;
+}
+
+/* ---- a lone process ---- */
+
+static int run_alone(struct settings *s, char **argv, int is_usage_error, struct error *err)
+{
+    if (is_usage_error || settings_make(s, err)) {
+        say_error(0, err, is_usage_error);
+        return is_usage_error ? EXIT_USAGE : 1;
+    }
+    if (s->options.plan) {
+        plan_print(stdout, &s->plan, &s->model);
+        return 0;
+    }
+    return launch_mpirun(layout_world(&s->layout), argv);
+}
+
+int main(int argc, char **argv)
+{
+    static struct settings s;
+    struct error err = {0};
+    int status;
+    int is_usage_error = options_parse(&s.options, argc, argv, &err) != 0;
+
+    log_init();
+    if (!is_usage_error && (s.options.help || s.options.version)) {
+        if (s.options.help)
+            options_help(stdout);
+        else
+            printf("internvld %s\n", INTERNVLD_VERSION);
+        return 0;
+    }
+    if (launch_is_job() && !s.options.plan)
+        status = run_rank(&s, is_usage_error, &err);
+    else
+        status = run_alone(&s, argv, is_usage_error, &err);
+    plan_release(&s.plan);
+    return status;
+}
