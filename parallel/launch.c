@@ -48,7 +48,8 @@ static int n_cores(void)
 }
 
 /* NULL-terminated; the words are borrowed, the array is the caller's. All ranks are on this host:
- * shared memory carries the tensors, and mpirun listens on loopback alone. */
+ * shared memory carries the tensors, mpirun and its ranks talk over loopback (though Open MPI 4's
+ * mpirun opens a port of its own on every address, and has no setting against that). */
 static char **mpirun_words(char *n_ranks, char *self, int yield, char **argv)
 {
     char *const fixed[] = {
