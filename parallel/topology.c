@@ -101,7 +101,7 @@ const char *role_name(enum role r)
 
 const char *topology_describe(const struct topology *t, int rank, char *buf, int n_bytes)
 {
-    struct topology of;
+    struct topology of = {0};
     if (n_bytes < 1)
         BUG("buffer of %d bytes", n_bytes);
     if (topology_init(&of, rank, t->world, &t->layout, NULL))
