@@ -2,11 +2,12 @@
 # adds a test NAME.N for each N. Ranks may outnumber the cores. Exit 77 is a skip.
 include_guard(GLOBAL)
 
-# Also for tests that start mpirun themselves.
+# Also for tests that start mpirun themselves. In the cache, because folders do not share variables.
 set(INTERNVLD_MPIRUN_FLAGS
   --oversubscribe --allow-run-as-root --bind-to none --quiet
   --mca btl self,vader --mca btl_vader_single_copy_mechanism none --mca oob_tcp_if_include lo
-  --mca mpi_yield_when_idle 1 --mca odls_base_sigkill_timeout 0)
+  --mca mpi_yield_when_idle 1 --mca odls_base_sigkill_timeout 0
+  CACHE INTERNAL "arguments of mpirun in tests")
 
 function(add_mpi_test)
   cmake_parse_arguments(arg "" "NAME;TIMEOUT" "RANKS;COMMAND;LABELS" ${ARGN})
