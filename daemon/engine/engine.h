@@ -28,7 +28,7 @@ struct engine_config {
     int32_t feature_dim;            // hidden size of the language model
     int32_t n_features_per_tile;
     int32_t rope_dynamic_from; // tokens; past it rope depends on the length ("dynamic"). 0: never
-    const int32_t *eos_ids; // borrowed for the engine's life
+    const int32_t *eos_ids;    // borrowed for the engine's life
     int32_t n_eos;
 };
 

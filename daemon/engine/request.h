@@ -55,8 +55,8 @@ struct request {
 
     /* Forward: nothing is generated (max_tokens 0); tensors are taken on the way */
     uint32_t captures, vision_captures;
-    int want_image_features; // the engine pushes "image_features" [n_tiles * tokens a tile, dim], n_tiles
-                             // tiles, to the stream
+    int want_image_features; // the engine pushes "image_features" [n_tiles * tokens a tile, dim],
+                             // n_tiles tiles, to the stream
     const int32_t *targets;     // [n_ids] as batch.targets, or NULL
     const uint8_t *want_logits; // [n_ids], or NULL
 

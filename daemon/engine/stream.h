@@ -25,12 +25,12 @@ typedef void (*stream_notify)(void *arg);
 struct usage {
     int32_t prompt_tokens, image_tokens, completion_tokens, cached_tokens, tiles;
 };
-struct timing { // microseconds, all from arrival unless said otherwise
-    uint64_t queue_us /* waiting for its first step */, media_us /* decoding files */,
-        vision_us /* tiles sent to
-features back */
-        ,
-        prefill_us /* first step to last prompt token */, first_token_us, total_us;
+struct timing {          // microseconds, all from arrival unless said otherwise
+    uint64_t queue_us;   // waiting for its first step
+    uint64_t media_us;   // decoding files
+    uint64_t vision_us;  // tiles sent to features back
+    uint64_t prefill_us; // first step to last prompt token
+    uint64_t first_token_us, total_us;
     uint32_t preemptions;
 };
 
