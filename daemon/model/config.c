@@ -220,9 +220,9 @@ static void read_rope(struct text_config *t, const struct reader *r)
 {
     static const char *const types[] = {"default", "dynamic", "linear", "yarn", NULL};
     struct rope_config *rope = &t->rope;
-    struct reader s = sub_reader(r, "rope_parameters", "text_config.rope_parameters.");
+    struct reader s = sub_reader(r, "rope_parameters", "config.json: text_config.rope_parameters.");
     if (!s.object)
-        s = sub_reader(r, "rope_scaling", "text_config.rope_scaling.");
+        s = sub_reader(r, "rope_scaling", "config.json: text_config.rope_scaling.");
     rope->theta = get_float(r, "rope_theta", 10000, 1, 1e12);
     rope->factor = 1;
     rope->original_max_positions = t->max_positions;
@@ -433,8 +433,8 @@ static void read_features(struct model_config *c, const struct reader *r)
 static void read_hf(struct model_config *c, const struct reader *r)
 {
     static const char *const strategies[] = {"default", "full", NULL};
-    struct reader vision = sub_reader(r, "vision_config", "vision_config.");
-    struct reader text = sub_reader(r, "text_config", "text_config.");
+    struct reader vision = sub_reader(r, "vision_config", "config.json: vision_config.");
+    struct reader text = sub_reader(r, "text_config", "config.json: text_config.");
     if (!vision.object || !text.object) {
         refuse(r, "%s: missing", vision.object ? "text_config" : "vision_config");
         return;
@@ -463,8 +463,8 @@ static void read_hf(struct model_config *c, const struct reader *r)
 static void read_opengvlab(struct model_config *c, const struct reader *r)
 {
     static const char *const shuffles[] = {"v2", NULL};
-    struct reader vision = sub_reader(r, "vision_config", "vision_config.");
-    struct reader text = sub_reader(r, "llm_config", "llm_config.");
+    struct reader vision = sub_reader(r, "vision_config", "config.json: vision_config.");
+    struct reader text = sub_reader(r, "llm_config", "config.json: llm_config.");
     if (!vision.object || !text.object) {
         refuse(r, "%s: missing", vision.object ? "llm_config" : "vision_config");
         return;
