@@ -14,18 +14,28 @@
 
 /* ---- scratch ---- */
 
+/* More rows than this at once make no product faster; larger batches are cut. */
+#define SCRATCH_TOKENS 8192
+
+static int scratch_tiles(const struct vision_config *v, int max_tiles)
+{
+    int fit = SCRATCH_TOKENS / (v->n_patches + 1);
+    fit = fit > 1 ? fit : 1;
+    return fit < max_tiles ? fit : max_tiles;
+}
+
 static void lay_out(struct vision_scratch *s, struct carve *c, const struct model_config *m,
-                    int max_tiles)
+                    int n_tiles)
 {
     const struct vision_config *v = &m->vision;
     int64_t dim = v->hidden_size, text = m->text.hidden_size;
     int64_t patch = (int64_t)v->n_channels * v->patch_height * v->patch_width;
-    int64_t n = (int64_t)max_tiles * (v->n_patches + 1);
+    int64_t n = (int64_t)n_tiles * (v->n_patches + 1);
     int64_t largest = (int64_t)VISION_MAX_SCALE * v->n_patches + 1;
     int64_t pixels = (int64_t)v->n_channels * v->image_height * v->image_width;
     n = n > largest ? n : largest;
     /* A tile that is not the native size may have a ragged rest of up to one patch a side. */
-    int64_t n_pixels = 2 * pixels * (max_tiles > VISION_MAX_SCALE ? max_tiles : VISION_MAX_SCALE);
+    int64_t n_pixels = 2 * pixels * (n_tiles > VISION_MAX_SCALE ? n_tiles : VISION_MAX_SCALE);
     s->n_tokens = n;
     s->pixels = carve(c, n_pixels, sizeof(float));
     s->patches = carve(c, n * patch, sizeof(float));
@@ -45,7 +55,7 @@ size_t vision_scratch_bytes(const struct model_config *c, int max_tiles)
 {
     struct vision_scratch s;
     struct carve sum = {0};
-    lay_out(&s, &sum, c, max_tiles);
+    lay_out(&s, &sum, c, scratch_tiles(&c->vision, max_tiles));
     return sum.used_bytes;
 }
 
@@ -115,7 +125,7 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
     m->scratch_bytes = vision_scratch_bytes(c, max_tiles);
     m->scratch_base = op_alloc(b, m->scratch_bytes);
     struct carve carve = {.base = m->scratch_base};
-    lay_out(&m->scratch, &carve, c, max_tiles);
+    lay_out(&m->scratch, &carve, c, scratch_tiles(v, max_tiles));
 }
 
 void vision_release(struct vision_model *m)

@@ -63,7 +63,8 @@ struct vision_model {
  * Forward alone). */
 #define VISION_MAX_SCALE 4
 
-/* Scratch for max_tiles native tiles at once (and one of VISION_MAX_SCALE). */
+/* Scratch for max_tiles native tiles at once, or as many as make 8192 tokens, and for one tile of
+ * VISION_MAX_SCALE. */
 size_t vision_scratch_bytes(const struct model_config *c, int max_tiles);
 
 /* Binds from `w`. pixel_mean and pixel_std are borrowed and may be NULL when no U8 tile will come.
