@@ -1,0 +1,50 @@
+"""An idle daemon burns no cores: CPU time of every process of the job over five seconds, from /proc."""
+
+import os
+import pathlib
+import time
+
+import daemon
+from support import Client, chat, example, main, unittest
+
+SECONDS = 5.0
+LIMIT = 0.02  # of one core
+
+
+def cpu_s(pid):
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime + stime
+
+
+class Idle(unittest.TestCase):
+    def measure(self, **layout):
+        with daemon.Daemon(**layout) as d:
+            client = Client(d.address)
+            roles = {r.rank: r.role for r in client.model().ranks}
+            client.generate(chat(example("scene-two.png"), "Describe the image."))  # everything was used once
+            client.wait_idle()
+            client.close()
+            time.sleep(1)
+            ranks = {pid: rank for rank, pid in d.ranks().items()}
+            processes = sorted(d.processes())
+            before = {pid: cpu_s(pid) for pid in processes}
+            start = time.monotonic()
+            time.sleep(SECONDS)
+            elapsed = time.monotonic() - start
+            share = {pid: (cpu_s(pid) - before[pid]) / elapsed for pid in processes}
+        for pid in processes:
+            name = f"rank {ranks[pid]} ({roles[ranks[pid]]})" if pid in ranks else "launcher"
+            print(f"  {name}: {100 * share[pid]:.2f} % of a core", flush=True)
+        for pid in processes:
+            if pid in ranks:
+                self.assertLess(share[pid], LIMIT, roles[ranks[pid]])
+
+    def test_four_ranks(self):
+        self.measure(tensor=2)
+
+    def test_seven_ranks(self):
+        self.measure(tensor=2, pipeline=2, vision=2)
+
+
+if __name__ == "__main__":
+    main()

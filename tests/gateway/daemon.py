@@ -1,0 +1,136 @@
+"""Starts and stops a real internvld for a test.
+
+A daemon is started on a free port of 127.0.0.1, found through its --port-file. Every process of its job carries
+a mark in its environment: that is how ranks and orphans are found, and nothing without our mark is ever signalled.
+"""
+
+import atexit
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DEMO_MODEL = ROOT / "deploy/demo/model"
+EXAMPLES = ROOT / "deploy/demo/examples"
+MARK = "INTERNVLD_TEST_MARK"
+
+
+def program(name):
+    path = os.environ.get(name)
+    if not path:
+        raise SystemExit(f"{name} is not set: it is the path of the program under test (ctest sets it)")
+    return path
+
+
+class Daemon:
+    """with Daemon(tensor=2) as d: … d.address …; leaving the block drains it."""
+
+    def __init__(self, model=DEMO_MODEL, tensor=1, pipeline=1, vision=1, dtype=None, extra=()):
+        self.mark = uuid.uuid4().hex
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="internvld-test-"))
+        atexit.register(self._clean_up, folder)
+        self.log_path, port_file = folder / "log", folder / "address"
+        self.command = [program("INTERNVLD_DAEMON"), "--model", str(model), "--listen", "127.0.0.1:0",
+                        "--port-file", str(port_file), "--tensor-parallel-size", str(tensor),
+                        "--pipeline-parallel-size", str(pipeline), "--vision-ranks", str(vision)]
+        if dtype:
+            self.command += ["--dtype", dtype]
+        self.command += [str(x) for x in extra]
+        self.status = None
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            env={**os.environ, MARK: self.mark}, start_new_session=True)
+        self.address = self._wait_for_address(port_file)
+
+    def _clean_up(self, folder):
+        """At the end of the test program, however it ends."""
+        if self.status is None:
+            self.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _wait_for_address(self, port_file, limit_s=180):
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end:
+            text = port_file.read_text() if port_file.exists() else ""
+            if text.endswith("\n"):
+                return text.strip()
+            if self.process.poll() is not None:
+                self.status = self.process.returncode
+                raise AssertionError(f"{' '.join(self.command)}\nexited with {self.status}:\n{self.log()}")
+            time.sleep(0.02)
+        self.kill()
+        raise AssertionError(f"{' '.join(self.command)}\nwas not ready after {limit_s} s:\n{self.log()}")
+
+    def log(self):
+        return self.log_path.read_text(errors="replace")
+
+    def processes(self):
+        """{pid: environment} of everything alive in this job."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit():
+                continue
+            try:
+                raw = pathlib.Path(f"/proc/{entry}/environ").read_bytes()
+                state = pathlib.Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[0]
+            except (OSError, IndexError):
+                continue
+            environment = dict(x.split("=", 1) for x in raw.decode(errors="replace").split("\0") if "=" in x)
+            if environment.get(MARK) == self.mark and state not in "ZX":
+                found[int(entry)] = environment
+        return found
+
+    def ranks(self):
+        """{rank: pid}"""
+        by_rank = {}
+        for pid, environment in self.processes().items():
+            rank = environment.get("OMPI_COMM_WORLD_RANK")
+            if rank is not None:
+                by_rank[int(rank)] = min(pid, by_rank.get(int(rank), pid))
+        return by_rank
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, limit_s=120):
+        """The exit status; kills the job and fails when it does not come."""
+        try:
+            self.status = self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the daemon did not end within {limit_s} s:\n{self.log()}") from None
+        return self.status
+
+    def stop(self):
+        if self.status is None:
+            self.terminate()
+            self.wait()
+        return self.status
+
+    def kill(self):
+        for pid in self.processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.status = self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        if self.status is None and kind is not None:
+            print(f"---- the daemon's log\n{self.log()}----", flush=True)
+        status = self.stop()
+        left = self.processes()
+        if left:
+            self.kill()
+        text = self.log()
+        if kind is None:
+            assert not left, f"processes of the job outlived it: {sorted(left)}"
+            assert status == 0, f"the daemon exited with {status}:\n{text}"

@@ -1,0 +1,272 @@
+"""One reference checkpoint, served in float32 at every layout, held against the recorded tensors and texts.
+
+    reference.py CHECKPOINT [LAYOUT]...        a layout is T x P x V: 2x1x1; default: all of LAYOUTS
+
+Forward gives the tensors, Generate the greedy continuations. Tolerances are those of the reference's README. The
+largest error of every tensor is printed, at its worst layout.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import numpy
+
+import daemon
+from support import Client, Picture, Video, at_once, part, pb
+
+SKIPPED = 77
+LAYOUTS = ["1x1x1", "2x1x1", "4x1x1", "1x2x1", "2x2x1", "1x1x2", "2x2x2"]
+SANITIZED_LAYOUTS = ["1x1x1", "2x2x2"]
+HIDDEN_ABS, HIDDEN_REL, LOGITS_ABS, LOSS_ABS, MARGIN = 1e-4, 1e-5, 5e-4, 1e-4, 2e-3
+
+
+def reference_folder():
+    beside = daemon.ROOT.parent / "shared/reference"
+    named = os.environ.get("INTERNVLD_REFERENCE")
+    for folder in ([pathlib.Path(named)] if named else []) + [daemon.ROOT / "tests/data/reference", beside]:
+        if (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+def read_safetensors(path):
+    raw = path.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    kinds = {"F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+    out = {}
+    for name, x in json.loads(raw[8:8 + n]).items():
+        if name != "__metadata__" and x["dtype"] in kinds:
+            start, end = x["data_offsets"]
+            out[name] = numpy.frombuffer(raw[8 + n + start:8 + n + end], kinds[x["dtype"]]).reshape(x["shape"])
+    return out
+
+
+class Report:
+    """Worst error of every tensor, and what went wrong."""
+
+    def __init__(self):
+        self.worst, self.failures, self.n_checks, self.n_generations, self.skipped = {}, [], 0, 0, {}
+
+    def compare(self, layout, name, got, expected, kind):
+        self.n_checks += 1
+        if got is None:
+            self.failures.append(f"{layout}: {name}: missing")
+            return
+        if got.size != expected.size:
+            self.failures.append(f"{layout}: {name}: shape {got.shape}, expected {expected.shape}")
+            return
+        error = float(numpy.abs(got.reshape(expected.shape).astype(numpy.float64) - expected).max())
+        scale = float(numpy.abs(expected).max())
+        limit = LOGITS_ABS if kind == "logits" else HIDDEN_ABS
+        good = error <= limit and (kind == "logits" or error <= HIDDEN_REL * scale)
+        if error >= self.worst.get(name, (-1.0,))[0]:
+            self.worst[name] = (error, scale, layout)
+        if not good or not numpy.isfinite(got).all():
+            self.failures.append(f"{layout}: {name}: largest error {error:.3g} (largest value {scale:.3g})")
+
+    def equal(self, layout, name, got, expected):
+        self.n_checks += 1
+        if got != expected:
+            self.failures.append(f"{layout}: {name}: {got}, expected {expected}")
+
+    def generation(self, layout, name, got, record, end_ids):
+        """Equal ids, unless the first difference is at a step that the reference itself decided by a hair."""
+        self.n_generations += 1
+        expected = list(record["ids"])
+        got, expected = cut_at_end(got, end_ids), cut_at_end(expected, end_ids)
+        if got == expected:
+            return
+        step = next((i for i, (a, b) in enumerate(zip(got, expected)) if a != b), min(len(got), len(expected)))
+        margin = record["margins"][step] if step < len(record["margins"]) else float("inf")
+        if margin < MARGIN:
+            print(f"  {layout}: {name}: differs at step {step}, where the margin is {margin:.2g}")
+            return
+        self.failures.append(f"{layout}: {name}: differs at step {step} (margin {margin:.3g}): {got} instead of "
+                             f"{expected}")
+
+    def skip(self, what):
+        self.skipped[what] = self.skipped.get(what, 0) + 1
+
+    def print(self):
+        for name, (error, scale, layout) in sorted(self.worst.items()):
+            print(f"  {name:32} largest error {error:9.3g}   largest value {scale:9.3g}   at {layout}")
+        for what, n in sorted(self.skipped.items()):
+            print(f"  skipped: {what} ({n} times)")
+        print(f"  {self.n_checks} tensors and values, {self.n_generations} generations, {len(self.failures)} failures")
+        for failure in self.failures:
+            print(f"FAILED {failure}")
+
+
+def cut_at_end(ids, end_ids):
+    """Without the end token and what follows: the reference pads finished rows."""
+    for i, x in enumerate(ids):
+        if x in end_ids:
+            return list(ids[:i])
+    return list(ids)
+
+
+def token_prompt(ids, pixels=None):
+    prompt = pb.TokenPrompt(token_ids=[int(x) for x in ids])
+    if pixels is not None:
+        pixels = numpy.ascontiguousarray(pixels, "<f4")
+        prompt.pixel_values.CopyFrom(pb.Tensor(shape=pixels.shape, dtype="float32", data=pixels.tobytes()))
+    return pb.Prompt(tokens=prompt)
+
+
+def check_vision(client, layout, goldens, report, config):
+    """Hidden states of the tower and the projector's steps, for the three recorded tiles."""
+    vision, projector = goldens["vision"], goldens["projector"]
+    pixels = vision["pixel_values"]
+    image, per_tile = config["image_token_id"], config["image_seq_length"]
+    ids = [0] + [image] * (len(pixels) * per_tile) + [0]
+    tensors, _ = client.forward(token_prompt(ids, pixels), ["vision.hidden_states", "vision.layer0", "projector",
+                                                            "image_features", "vision.attentions"])
+    for name, expected in vision.items():
+        ours = "vision." + name
+        if name.startswith(("hidden_states.", "layer0.")) or name in ("last_hidden_state", "embed.patches"):
+            if ours not in tensors and name.startswith("layer0.") or name == "embed.patches" and ours not in tensors:
+                report.skip(f"vision.{name} is not an output")
+            else:
+                report.compare(layout, ours, tensors.get(ours), expected, "hidden")
+        elif name.startswith("attentions."):  # recorded for the first tile alone
+            got = tensors.get(ours)
+            report.compare(layout, ours, None if got is None else got.reshape(-1)[:expected.size], expected, "hidden")
+    for name, expected in projector.items():
+        if name == "image_features":
+            report.compare(layout, name, tensors.get(name), expected, "hidden")
+        elif f"projector.{name}" in tensors:
+            report.compare(layout, f"projector.{name}", tensors[f"projector.{name}"], expected, "hidden")
+
+
+def check_language(client, layout, goldens, report):
+    """Embeddings after the scatter, hidden states, cache, logits, logits_to_keep, the loss."""
+    lm, scalars, pixels = goldens["lm"], goldens["scalars"], goldens["vision"]["pixel_values"][:2]
+    ids = lm["input_ids"].reshape(-1)
+    prompt = token_prompt(ids, pixels)
+    tensors, done = client.forward(prompt, ["hidden_states", "inputs_embeds", "past_key_values", "logits",
+                                            "last_hidden_state"], labels=[int(x) for x in lm["labels"].reshape(-1)])
+    report.compare(layout, "inputs_embeds", tensors.get("inputs_embeds"), lm["inputs_embeds"], "hidden")
+    n_hidden = 0
+    for name, expected in lm.items():
+        if name.startswith("hidden_states."):
+            report.compare(layout, name, tensors.get(name), expected, "hidden")
+            n_hidden = max(n_hidden, int(name.split(".")[1]))
+        elif name.startswith("cache."):  # [batch, kv heads, seq, head dim]: a row of ours is one position
+            rows = numpy.ascontiguousarray(expected[0].transpose(1, 0, 2)).reshape(expected.shape[2], -1)
+            report.compare(layout, name, tensors.get(name), rows, "hidden")
+    report.compare(layout, "last_hidden_state", tensors.get("last_hidden_state"), lm[f"hidden_states.{n_hidden}"],
+                   "hidden")
+    report.compare(layout, "logits", tensors.get("logits"), lm["logits"], "logits")
+    loss = done.loss if done.HasField("loss") else None
+    report.compare(layout, "loss", None if loss is None else numpy.array([loss]), numpy.array([scalars["loss"]]),
+                   "logits")
+    nll = lm["token_nll"].reshape(-1)
+    got = -numpy.array(done.token_logprobs, numpy.float64)
+    if len(got) == len(nll) + 1:
+        got = got[:len(nll)]
+    report.compare(layout, "token_nll", got, nll, "logits")
+    _, done = client.forward(prompt, [], labels=[int(x) for x in ids])
+    report.compare(layout, "loss_all_labels", numpy.array([done.loss]), numpy.array([scalars["loss_all_labels"]]),
+                   "logits")
+    for keep, fields in (("1", dict(logits_to_keep=1)), ("3", dict(logits_to_keep=3)),
+                         ("index", dict(logits_positions=[0, 5, len(ids) - 1]))):
+        tensors, _ = client.forward(prompt, ["logits"], **fields)
+        report.compare(layout, f"logits_to_keep.{keep}", tensors.get("logits"), lm[f"logits_to_keep.{keep}"], "logits")
+
+
+def generations(goldens, scenarios, folder, config, end_id, pad_id):
+    """(name, prompt, record) of every recorded greedy generation."""
+    pixels = goldens["vision"]["pixel_values"]
+    for name, record in goldens["generate"].items():
+        if name == "batch_stop" or not isinstance(record, dict) or "input_ids" not in record:
+            continue
+        first_tile = 0
+        for row, ids in enumerate(record["input_ids"]):
+            ids = [x for x, keep in zip(ids, record["attention_mask"][row]) if keep]
+            n_tiles = ids.count(config["image_token_id"]) // config["image_seq_length"]
+            own = pixels[first_tile:first_tile + n_tiles] if n_tiles else None
+            first_tile += n_tiles
+            if own is not None and len(own) < n_tiles:
+                raise AssertionError(f"{name}: more tiles than recorded")
+            yield f"generate.{name}[{row}]", token_prompt(ids, own), record["fp32"][row]
+    for scenario in scenarios:
+        for row, messages in enumerate(scenario["conversations"]):
+            prompt = pb.ChatPrompt(messages=[message(m, folder, scenario["processor_kwargs"]) for m in messages])
+            yield f"{scenario['name']}[{row}]", pb.Prompt(chat=prompt), scenario["fp32"][row]
+
+
+def message(m, folder, settings):
+    """A chat message with its media; `settings` are the processor's keyword arguments."""
+    tiling = {k: v for k, v in settings.items() if k in ("crop_to_patches", "min_patches", "max_patches",
+                                                         "use_thumbnail")}
+    video = {k: v for k, v in settings.items() if k in ("num_frames", "fps", "do_sample_frames")}
+    if "do_sample_frames" in video:
+        video["sample_frames"] = video.pop("do_sample_frames")
+    if "initial_shift" in settings:  # True and False are the reference's words for half a step and none
+        shift = settings["initial_shift"]
+        if shift is False:
+            video["initial_shift"] = 0.0
+        elif shift is not True:
+            video["initial_shift"] = float(shift)
+    parts = []
+    content = m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}]
+    for x in content:
+        if x["type"] == "text":
+            parts.append(part(x["text"]))
+            continue
+        data = (folder / "scenarios" / x["path"]).read_bytes()
+        if x["type"] == "image":
+            parts.append(part(Picture(data), tiling=pb.TilingOptions(**tiling) if tiling else None))
+        else:
+            parts.append(part(Video(data), video=video))
+    return pb.Message(role=m["role"], parts=parts)
+
+
+def check_generations(client, layout, cases, report, end_ids):
+    """All of them at once: the batch changes with every step, the answers must not."""
+    def run(case):
+        name, prompt, record = case
+        return name, client.generate(prompt, temperature=0, max_tokens=len(record["ids"])).ids, record
+
+    for start in range(0, len(cases), 16):
+        for name, ids, record in at_once([lambda c=c: run(c) for c in cases[start:start + 16]]):
+            report.generation(layout, name, ids, record, end_ids)
+
+
+def main():
+    name, layouts = sys.argv[1], sys.argv[2:]
+    folder = reference_folder()
+    if folder is None or not (folder / "goldens" / name).is_dir():
+        print("skipped: no reference data (INTERNVLD_REFERENCE, tests/data/reference, ../shared/reference)")
+        sys.exit(SKIPPED)
+    layouts = layouts or (SANITIZED_LAYOUTS if os.environ.get("INTERNVLD_SANITIZED") else LAYOUTS)
+    model, at = folder / "checkpoints" / name, folder / "goldens" / name
+    config = json.loads((model / "config.json").read_text())
+    generation = json.loads((model / "generation_config.json").read_text())
+    end = generation["eos_token_id"]
+    end_ids = set(end if isinstance(end, list) else [end])
+    goldens = {x: read_safetensors(at / f"{x}.safetensors") for x in ("vision", "projector", "lm")}
+    goldens |= {x: json.loads((at / f"{x}.json").read_text()) for x in ("scalars", "generate")}
+    scenarios = json.loads((folder / "scenarios" / f"{name}.json").read_text())
+    cases = list(generations(goldens, scenarios, folder, config, end, generation.get("pad_token_id")))
+    report = Report()
+    for text in layouts:
+        tensor, pipeline, vision = (int(x) for x in text.split("x"))
+        heads = config["text_config"]["num_attention_heads"]
+        if heads % tensor:
+            report.skip(f"T={tensor} does not divide the {heads} heads of {name}")
+            continue
+        with daemon.Daemon(model=model, tensor=tensor, pipeline=pipeline, vision=vision, dtype="float32") as d:
+            client = Client(d.address)
+            check_vision(client, text, goldens, report, config)
+            check_language(client, text, goldens, report)
+            check_generations(client, text, cases, report, end_ids)
+            client.close()
+        print(f"  {name} at T x P x V = {text}: done, {len(report.failures)} failures so far", flush=True)
+    report.print()
+    sys.exit(1 if report.failures else 0)
+
+
+main()
