@@ -95,23 +95,33 @@ static void measure(const struct ticket *t, uint64_t now, struct usage *u, struc
                          .preemptions = t->n_preempted};
 }
 
+static void log_request(const struct request *r, const struct usage *u, const struct timing *m,
+                        enum finish_reason finish, const struct error *err)
+{
+    log_info("engine",
+             "request %s: %d prompt tokens (%d of images), %d drawn, queue %.1f ms, vision %.1f "
+             "ms, prefill %.1f ms, total %.1f ms, preempted %u times, %s%s%s",
+             r->id, u->prompt_tokens, u->image_tokens, u->completion_tokens,
+             (double)m->queue_us / 1e3, (double)m->vision_us / 1e3, (double)m->prefill_us / 1e3,
+             (double)m->total_us / 1e3, m->preemptions,
+             err                     ? error_code_name(err->code)
+             : finish == FINISH_STOP ? "stop"
+                                     : "length",
+             err ? ": " : "", err ? err->msg : "");
+}
+
 /* The ticket's last moment: pages go back, the stream ends, the request is freed. err NULL: all
  * went well. */
 static void end_request(struct engine *e, struct ticket *t, const struct error *err)
 {
     struct usage u;
     struct timing m;
+    enum finish_reason finish = t->finish;
     measure(t, now_ns(), &u, &m);
     vision_stage_forget(&e->vision, t);
     struct request *r = scheduler_remove(&e->scheduler, t);
     stream_finish(r->stream, err, &u, &m);
-    log_info(
-        "engine",
-        "request %s: %d prompt tokens (%d of images), %d drawn, queue %.1f ms, vision %.1f ms, "
-        "prefill %.1f ms, total %.1f ms, %s%s%s",
-        r->id, u.prompt_tokens, u.image_tokens, u.completion_tokens, (double)m.queue_us / 1e3,
-        (double)m.vision_us / 1e3, (double)m.prefill_us / 1e3, (double)m.total_us / 1e3,
-        err ? error_code_name(err->code) : "finished", err ? ": " : "", err ? err->msg : "");
+    log_request(r, &u, &m, finish, err);
     request_free(r);
     e->n_finished++;
 
@@ -359,8 +369,10 @@ static void push_event(struct engine *e, const struct token_event *event)
         scheduler_finish(&e->scheduler, t, event->candidate);
         finish = FINISH_STOP;
     }
-    if (finish != FINISH_NONE)
+    if (finish != FINISH_NONE) {
+        t->finish = finish;
         stream_finish_candidate(stream, event->candidate, finish);
+    }
 }
 
 /* All results of a step are there: tokens go to their streams, ended requests leave. */

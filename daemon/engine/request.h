@@ -57,7 +57,7 @@ struct request {
     uint32_t captures, vision_captures;
     int want_image_features; // the engine pushes "image_features" [n_tiles * tokens a tile, dim],
                              // n_tiles tiles, to the stream
-    const int32_t *targets;     // [n_ids] as batch.targets, or NULL
+    const int32_t *targets;  // [n_ids] as batch.targets, or NULL
     const uint8_t *want_logits; // [n_ids], or NULL
 
     int32_t priority;              // smaller first, then arrival

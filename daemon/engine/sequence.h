@@ -44,7 +44,8 @@ struct ticket {
     int32_t priority, n_prompt;
     struct sequence *sequences; // [n_sequences] one a candidate
     int32_t n_sequences, n_unfinished, n_in_flight;
-    int forked; // the prompt pass has ended: each candidate goes its own way
+    enum finish_reason finish; // of the candidate that ended last
+    int forked;                // the prompt pass has ended: each candidate goes its own way
 
     float *features; // [n_image_tokens, dim] rows of the pictures, or NULL
     int32_t n_tiles, n_tiles_sent, n_tiles_done;
