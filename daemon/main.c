@@ -16,6 +16,7 @@
 #include "daemon/gateway/auth.h"
 #include "daemon/gateway/gateway.h"
 #include "daemon/gateway/listener.h"
+#include "daemon/job.h"
 #include "daemon/model/config.h"
 #include "daemon/model/language_worker.h"
 #include "daemon/model/model_comm.h"
@@ -25,6 +26,7 @@
 #include "daemon/processor/processor.h"
 #include "kernels/log.h"
 #include "parallel/control.h"
+#include "parallel/hosts.h"
 #include "parallel/launch.h"
 #include "parallel/topology.h"
 
@@ -261,10 +263,30 @@ static void say_error(int rank, const struct error *err, int is_usage)
         options_usage(stderr);
 }
 
-/* Every rank meets the same errors of settings and layout; rank 0 speaks for all. */
+/* Collective: a rank that cannot go on takes all with it, with one sentence. Returns 0 to go on. */
+static int agree(const struct settings *s, const struct topology *t, int rank, int world,
+                 struct error *err)
+{
+    struct rank_host mine, *all = xcalloc((size_t)world, sizeof(*all));
+    int n_threads = rank > 0 && err->code == ERROR_OK ? choose_threads(&s->options) : 0;
+    int rc;
+
+    job_describe(&mine, &s->options, dtype_name(s->dtype), s->plan.n_pages, n_threads, err);
+    rc = hosts_exchange(all, &mine, INTERNVLD_VERSION, world, err);
+    if (rc == 0)
+        rc = hosts_check(all, world, err);
+    if (rc == 0 && rank == 0 && s->options.map)
+        hosts_print(stdout, all, t);
+    if (rc == 0 && rank == 0)
+        hosts_warn(all, t);
+    free(all);
+    return rc;
+}
+
+/* Every rank comes to the same errors of settings and layout; rank 0 speaks for all. */
 static int run_rank(struct settings *s, int is_usage_error, struct error *err)
 {
-    struct topology t;
+    struct topology t = {0};
     sigset_t stops;
     int rank, world;
     int status = 1;
@@ -277,10 +299,12 @@ static int run_rank(struct settings *s, int is_usage_error, struct error *err)
     pthread_sigmask(SIG_BLOCK, &stops, NULL);
     signal(SIGPIPE, SIG_IGN);
     launch_init(&rank, &world);
-    if (is_usage_error)
-        status = EXIT_USAGE;
-    else if (!settings_make(s, err) && !topology_init(&t, rank, world, &s->layout, err))
-        status = run_role(s, &t, err);
+    if (!is_usage_error && !settings_make(s, err))
+        topology_init(&t, rank, world, &s->layout, err);
+    if (agree(s, &t, rank, world, err))
+        status = is_usage_error ? EXIT_USAGE : 1;
+    else
+        status = s->options.map ? 0 : run_role(s, &t, err);
     if (err->code != ERROR_OK)
         say_error(rank, err, is_usage_error);
     launch_finalize();

@@ -75,6 +75,9 @@ static const struct option table[] = {
      "Threads of each worker rank. Default: the host's cores divided by the ranks on it."},
     {NULL, "--plan", NULL, OPTION_FLAG, FIELD(plan), NULL, 0, 0,
      "Print each rank's memory for this model and layout, and exit without starting anything."},
+    {NULL, "--map", NULL, OPTION_FLAG, FIELD(map), NULL, 0, 0,
+     "Start the job, check that its ranks fit together, print which rank is what and where, and "
+     "exit before anything is loaded."},
 
     {"Scheduling and memory", "--max-num-seqs", NULL, OPTION_NUMBER, FIELD(max_num_seqs), "N", 1,
      4096, "Most sequences in one batch."},

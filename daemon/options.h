@@ -23,7 +23,7 @@ struct options {
     int64_t insecure_listen; // flags are 0 or 1
     int64_t drain_timeout, processor_threads, max_connections, max_message_bytes;
     int64_t max_image_pixels, max_tiles, max_media, max_frames;
-    int64_t plan, help, version;
+    int64_t plan, map, help, version;
 };
 
 /* Defaults, then argv. Numbers take K, M, G (powers of 1024). An unknown option, a missing or bad

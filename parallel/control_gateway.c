@@ -18,10 +18,11 @@
 #include "kernels/log.h"
 #include "parallel/control_wire.h"
 
-#define PING_MS 500
-#define TICK_MS 250
-#define SLEPT_MS 1000 // since the last control_next(): twice what the caller promises
-#define TIMEOUT_MS 2000
+/* A rank that stops right after an answer is noticed PING_MS + TIMEOUT_MS + TICK_MS later. */
+#define PING_MS 250
+#define TICK_MS 125
+#define SLEPT_MS 500 // since the last control_next(): twice what the caller promises
+#define TIMEOUT_MS 1400
 
 struct outgoing {
     struct outgoing *next;

@@ -3,10 +3,11 @@
  *
  * Owns the connection, the thread and the queue between it and the main thread. The thread answers
  * pings itself, so that a worker in the middle of a long step is known to be alive, and dies when
- * the gateway is gone, so that such a worker does not compute for nobody. Must not know what a
- * payload means.
+ * the gateway is gone or hangs, so that such a worker does not compute for nobody. Must not know
+ * what a payload means.
  */
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -17,6 +18,10 @@
 
 #include "kernels/log.h"
 #include "parallel/control_wire.h"
+
+/* Silence is counted in looks, so that a pause of the whole machine is one look and no silence. */
+#define LOOK_MS 300
+#define N_SILENT_LOOKS_MAX 6
 
 struct received {
     struct received *next;
@@ -84,10 +89,29 @@ static void gateway_closed(struct worker_end *w, const char *why)
         die_gateway_gone(why);
 }
 
+/* Returns when there is something to read; the gateway's pings come several times a second. */
+static void wait_for_gateway(struct worker_end *w)
+{
+    struct pollfd p = {.fd = w->fd, .events = POLLIN};
+    int n_silent = 0;
+    for (;;) {
+        int n = poll(&p, 1, LOOK_MS);
+        if (n > 0)
+            return;
+        if (n < 0 && errno != EINTR)
+            die("poll: %s", strerror(errno));
+        if (n == 0 && ++n_silent >= N_SILENT_LOOKS_MAX) {
+            gateway_closed(w, "it has been silent for 1.8 s");
+            n_silent = 0; /* it may end, and takes its time */
+        }
+    }
+}
+
 /* 1, or 0 when the gateway has closed and may. */
 static int read_exactly(struct worker_end *w, uint8_t *to, uint64_t n_bytes)
 {
     while (n_bytes > 0) {
+        wait_for_gateway(w);
         ssize_t n = recv(w->fd, to, (size_t)n_bytes, 0);
         if (n < 0 && errno == EINTR)
             continue;

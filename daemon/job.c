@@ -1,0 +1,134 @@
+/*
+ * A rank describes itself. See job.h.
+ */
+#include "daemon/job.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "kernels/log.h"
+
+/* FNV-1a, 64 bits: tells files apart that differ by accident, not by design. */
+#define HASH_BASIS 0xcbf29ce484222325u
+#define HASH_PRIME 0x100000001b3u
+
+static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n)
+{
+    const uint8_t *b = bytes;
+
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ b[i]) * HASH_PRIME;
+    return hash;
+}
+
+static uint64_t hash_file(uint64_t hash, int dir_fd, const char *name)
+{
+    uint8_t bytes[4096];
+    ssize_t n;
+    int fd = openat(dir_fd, name, O_RDONLY | O_CLOEXEC);
+
+    if (fd < 0)
+        return hash;
+    while ((n = read(fd, bytes, sizeof(bytes))) > 0)
+        hash = hash_bytes(hash, bytes, (size_t)n);
+    close(fd);
+    return hash;
+}
+
+static int is_weights(const struct dirent *e)
+{
+    static const char end[] = ".safetensors";
+    size_t n = strlen(e->d_name);
+
+    return n >= sizeof(end) - 1 && strcmp(e->d_name + n - (sizeof(end) - 1), end) == 0;
+}
+
+/* config.json's bytes, and the name and size of each safetensors file: reading all weights would
+ * take as long as loading them. */
+static uint64_t hash_checkpoint(const char *dir)
+{
+    struct dirent **entries;
+    uint64_t hash = HASH_BASIS;
+    int dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int n = dir_fd < 0 ? -1 : scandirat(dir_fd, ".", &entries, is_weights, alphasort);
+
+    if (dir_fd >= 0)
+        hash = hash_file(hash, dir_fd, "config.json");
+    for (int i = 0; i < n; i++) {
+        struct stat st;
+
+        if (fstatat(dir_fd, entries[i]->d_name, &st, 0) == 0) {
+            int64_t n_bytes = st.st_size;
+            hash = hash_bytes(hash, entries[i]->d_name, strlen(entries[i]->d_name));
+            hash = hash_bytes(hash, &n_bytes, sizeof(n_bytes));
+        }
+        free(entries[i]);
+    }
+    if (n >= 0)
+        free(entries);
+    if (dir_fd >= 0)
+        close(dir_fd);
+    return hash;
+}
+
+/* GPUs that the driver shows; no driver, none. */
+static int count_devices(void)
+{
+    DIR *d = opendir("/proc/driver/nvidia/gpus");
+    int n = 0;
+
+    if (!d)
+        return 0;
+    for (const struct dirent *e; (e = readdir(d));)
+        n += e->d_name[0] != '.';
+    closedir(d);
+    return n;
+}
+
+static int count_cores(void)
+{
+    cpu_set_t cores;
+
+    return sched_getaffinity(0, sizeof(cores), &cores) == 0 ? CPU_COUNT(&cores) : 1;
+}
+
+static void write_settings(char *text, size_t n_bytes, const struct options *o, const char *dtype,
+                           int32_t n_pages)
+{
+    int n = snprintf(
+        text, n_bytes,
+        "--dtype=%s --load-format=%s --tensor-parallel-size=%lld --pipeline-parallel-size=%lld "
+        "--vision-ranks=%lld --max-model-len=%lld --max-num-seqs=%lld "
+        "--max-num-batched-tokens=%lld "
+        "--block-size=%lld --max-vision-tiles=%lld KV-pages=%d",
+        dtype, o->load_format, (long long)o->tensor_parallel_size,
+        (long long)o->pipeline_parallel_size, (long long)o->vision_ranks,
+        (long long)o->max_model_len, (long long)o->max_num_seqs,
+        (long long)o->max_num_batched_tokens, (long long)o->block_size,
+        (long long)o->max_vision_tiles, n_pages);
+
+    if (n >= (int)n_bytes)
+        BUG("settings of %d bytes", n);
+}
+
+void job_describe(struct rank_host *mine, const struct options *o, const char *dtype,
+                  int32_t n_pages, int n_threads, const struct error *error)
+{
+    memset(mine, 0, sizeof(*mine));
+    gethostname(mine->host, sizeof(mine->host) - 1);
+    mine->error = *error;
+    mine->n_cores = count_cores();
+    mine->n_devices = count_devices();
+    if (error->code != ERROR_OK)
+        return;
+    mine->n_threads = n_threads;
+    mine->checkpoint_hash = hash_checkpoint(o->model);
+    write_settings(mine->settings, sizeof(mine->settings), o, dtype, n_pages);
+}

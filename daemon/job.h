@@ -1,0 +1,21 @@
+/*
+ * Agreement before loading: what this rank is and sees, exchanged with the others.
+ *
+ * Knows which settings must be equal on every rank and what tells one checkpoint from another; how
+ * ranks compare is parallel/hosts.h.
+ */
+#ifndef INTERNVLD_JOB_H
+#define INTERNVLD_JOB_H
+
+#include <stdint.h>
+
+#include "daemon/options.h"
+#include "kernels/error.h"
+#include "parallel/hosts.h"
+
+/* This rank's description. `dtype` is the run's, n_pages the KV pages of each language rank,
+ * n_threads what this rank computes with; none of them count when error.code is set. */
+void job_describe(struct rank_host *mine, const struct options *o, const char *dtype,
+                  int32_t n_pages, int n_threads, const struct error *error);
+
+#endif

@@ -1,0 +1,182 @@
+/*
+ * Do the ranks of a job fit together? See hosts.h.
+ *
+ * Owns the sentences about hosts. Must not know what a setting means, nor MPI: launch carries.
+ */
+#include "parallel/hosts.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/log.h"
+#include "parallel/launch.h"
+
+/* ---- exchange ---- */
+
+int hosts_exchange(struct rank_host *all, const struct rank_host *mine, const char *version,
+                   int world, struct error *err)
+{
+    char own[HOSTS_VERSION_BYTES] = "";
+    char *versions = xcalloc((size_t)world, HOSTS_VERSION_BYTES);
+    int rc = 0;
+    snprintf(own, sizeof(own), "%s", version);
+    launch_all_gather(versions, own, sizeof(own));
+    for (int r = 1; r < world && rc == 0; r++) {
+        const char *other = versions + (size_t)r * HOSTS_VERSION_BYTES;
+        if (strncmp(other, versions, HOSTS_VERSION_BYTES) != 0)
+            rc = error_set(err, ERROR_FAILED_PRECONDITION,
+                           "rank %d runs internvld %.*s, rank 0 runs %.*s", r, HOSTS_VERSION_BYTES,
+                           other, HOSTS_VERSION_BYTES, versions);
+    }
+    free(versions);
+    if (rc == 0)
+        launch_all_gather(all, mine, sizeof(*mine));
+    return rc;
+}
+
+/* ---- check ---- */
+
+static int same_host(const struct rank_host *a, const struct rank_host *b)
+{
+    return strncmp(a->host, b->host, sizeof(a->host)) == 0;
+}
+
+/* A rank's own error; whose it is matters only when it is not everybody's. */
+static int check_errors(const struct rank_host *all, int world, struct error *err)
+{
+    int first = 0;
+    while (first < world && all[first].error.code == ERROR_OK)
+        first++;
+    if (first == world)
+        return 0;
+    const struct error *e = &all[first].error;
+    for (int r = 0; r < world; r++)
+        if (strcmp(all[r].error.msg, e->msg) != 0)
+            return error_set(err, e->code, "rank %d on %s: %s", first, all[first].host, e->msg);
+    *err = *e;
+    return -1;
+}
+
+/* Length of the word at `text`. */
+static int word_length(const char *text)
+{
+    return (int)strcspn(text, " ");
+}
+
+static int check_settings(const struct rank_host *all, int r, struct error *err)
+{
+    const char *a = all[0].settings, *b = all[r].settings;
+    if (strcmp(a, b) == 0)
+        return 0;
+    for (;;) {
+        int n = word_length(a), m = word_length(b);
+        if (n != m || strncmp(a, b, (size_t)n) != 0)
+            return error_set(err, ERROR_FAILED_PRECONDITION,
+                             "rank %d on %s has %.*s, rank 0 on %s has %.*s", r, all[r].host, m, b,
+                             all[0].host, n, a);
+        a += n + (a[n] == ' ');
+        b += m + (b[m] == ' ');
+    }
+}
+
+static int check_devices(const struct rank_host *all, int world, int r, struct error *err)
+{
+    int n_wanted = 0;
+    for (int i = 0; i < world; i++)
+        n_wanted += same_host(&all[i], &all[r]) && all[i].wants_device;
+    if (n_wanted <= all[r].n_devices)
+        return 0;
+    return error_set(err, ERROR_FAILED_PRECONDITION,
+                     "%d ranks on %s want a GPU each and it has %d (rank %d is the first there)",
+                     n_wanted, all[r].host, all[r].n_devices, r);
+}
+
+int hosts_check(const struct rank_host *all, int world, struct error *err)
+{
+    if (check_errors(all, world, err))
+        return -1;
+    for (int r = 1; r < world; r++) {
+        if (check_settings(all, r, err))
+            return -1;
+        if (all[r].checkpoint_hash != all[0].checkpoint_hash)
+            return error_set(err, ERROR_FAILED_PRECONDITION,
+                             "rank %d on %s has another checkpoint than rank 0 on %s (config.json "
+                             "or the sizes of its safetensors files differ)",
+                             r, all[r].host, all[0].host);
+    }
+    for (int r = 0; r < world; r++)
+        if (check_devices(all, world, r, err))
+            return -1;
+    return 0;
+}
+
+/* ---- advice ---- */
+
+static void warn_stage(const struct rank_host *all, const struct topology *t, int stage)
+{
+    const struct rank_host *first = &all[topology_language_rank(t, stage, 0)];
+    for (int shard = 1; shard < t->layout.tensor_parallel; shard++) {
+        const struct rank_host *other = &all[topology_language_rank(t, stage, shard)];
+        if (same_host(first, other))
+            continue;
+        log_warn("hosts",
+                 "stage %d has shards on %s and %s: each layer waits for the network twice; place "
+                 "the shards of a stage on one host",
+                 stage, first->host, other->host);
+        return;
+    }
+}
+
+/* Index of rank r among its host's ranks, and how many those are. */
+static int place_on_host(const struct rank_host *all, int world, int r, int *n_on_host)
+{
+    int index = 0;
+    *n_on_host = 0;
+    for (int i = 0; i < world; i++)
+        if (same_host(&all[i], &all[r])) {
+            index += i < r;
+            *n_on_host += 1;
+        }
+    return index;
+}
+
+void hosts_warn(const struct rank_host *all, const struct topology *t)
+{
+    for (int stage = 0; stage < t->layout.pipeline_parallel; stage++)
+        warn_stage(all, t, stage);
+    for (int r = 0; r < t->world; r++) {
+        int n_on_host, n_threads = 0, most = 0;
+        if (place_on_host(all, t->world, r, &n_on_host) > 0)
+            continue;
+        for (int i = 0; i < t->world; i++) {
+            if (!same_host(&all[i], &all[r]))
+                continue;
+            n_threads += all[i].n_threads;
+            most = all[i].n_threads > most ? all[i].n_threads : most;
+        }
+        if (n_threads > all[r].n_cores && most > 1) /* of one each there is no fewer */
+            log_warn("hosts", "%s has %d worker threads on %d cores", all[r].host, n_threads,
+                     all[r].n_cores);
+    }
+}
+
+void hosts_print(FILE *f, const struct rank_host *all, const struct topology *t)
+{
+    int width = (int)strlen("host");
+    for (int r = 0; r < t->world; r++)
+        if ((int)strlen(all[r].host) > width)
+            width = (int)strlen(all[r].host);
+    fprintf(f, "%4s  %-26s  %-*s  %7s  %7s  %5s  %s\n", "rank", "role", width, "host", "on host",
+            "threads", "cores", "device");
+    for (int r = 0; r < t->world; r++) {
+        char role[64], device[32] = "cpu";
+        int n_on_host, index = place_on_host(all, t->world, r, &n_on_host);
+        if (all[r].wants_device)
+            snprintf(device, sizeof(device), "gpu, 1 of %d", all[r].n_devices);
+        else if (all[r].n_threads == 0)
+            snprintf(device, sizeof(device), "-");
+        fprintf(f, "%4d  %-26s  %-*s  %2d of %-2d  %7d  %5d  %s\n", r,
+                topology_describe(t, r, role, sizeof(role)), width, all[r].host, index + 1,
+                n_on_host, all[r].n_threads, all[r].n_cores, device);
+    }
+}

@@ -1,0 +1,119 @@
+/*
+ * Ranks that fit together and ranks that do not: hosts_check() on made-up jobs.
+ */
+#include "parallel/hosts.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define WORLD 6 /* V=1, T=2, P=2 */
+
+static struct topology topology;
+
+/* Ranks 0 … 3 on "a", 4 and 5 on "b". */
+static void make_job(struct rank_host *all)
+{
+    struct layout l = {1, 2, 2};
+    assert_int_equal(topology_init(&topology, 0, WORLD, &l, NULL), 0);
+    memset(all, 0, WORLD * sizeof(*all));
+    for (int r = 0; r < WORLD; r++) {
+        strcpy(all[r].host, r < 4 ? "a" : "b");
+        strcpy(all[r].settings, "--dtype=bfloat16 --max-num-seqs=64 KV-pages=100");
+        all[r].checkpoint_hash = 7;
+        all[r].n_cores = 8;
+        all[r].n_threads = r > 0;
+        all[r].n_devices = 3;
+        all[r].wants_device = r > 0;
+    }
+}
+
+static void assert_refused(const struct rank_host *all, const char *sentence)
+{
+    struct error err = {0};
+    assert_int_equal(hosts_check(all, WORLD, &err), -1);
+    assert_string_equal(err.msg, sentence);
+}
+
+static void fits(void **state)
+{
+    struct rank_host all[WORLD];
+    struct error err = {0};
+    (void)state;
+    make_job(all);
+    assert_int_equal(hosts_check(all, WORLD, &err), 0);
+    all[5].n_threads = 3; /* may differ */
+    assert_int_equal(hosts_check(all, WORLD, &err), 0);
+}
+
+static void one_rank_fails(void **state)
+{
+    struct rank_host all[WORLD];
+    (void)state;
+    make_job(all);
+    error_set(&all[4].error, ERROR_NOT_FOUND, "config.json is not there");
+    error_set(&all[5].error, ERROR_NOT_FOUND, "config.json is not there");
+    assert_refused(all, "rank 4 on b: config.json is not there");
+    for (int r = 0; r < WORLD; r++)
+        all[r].error = all[4].error;
+    assert_refused(all, "config.json is not there");
+}
+
+static void settings_differ(void **state)
+{
+    struct rank_host all[WORLD];
+    (void)state;
+    make_job(all);
+    strcpy(all[4].settings, "--dtype=bfloat16 --max-num-seqs=6 KV-pages=100");
+    assert_refused(all, "rank 4 on b has --max-num-seqs=6, rank 0 on a has --max-num-seqs=64");
+    strcpy(all[4].settings, "--dtype=bfloat16 --max-num-seqs=64 KV-pages=1000");
+    assert_refused(all, "rank 4 on b has KV-pages=1000, rank 0 on a has KV-pages=100");
+}
+
+static void checkpoints_differ(void **state)
+{
+    struct rank_host all[WORLD];
+    (void)state;
+    make_job(all);
+    all[5].checkpoint_hash = 8;
+    assert_refused(all, "rank 5 on b has another checkpoint than rank 0 on a (config.json or the "
+                        "sizes of its safetensors files differ)");
+}
+
+static void too_few_devices(void **state)
+{
+    struct rank_host all[WORLD];
+    (void)state;
+    make_job(all);
+    all[4].n_devices = all[5].n_devices = 1;
+    assert_refused(all, "2 ranks on b want a GPU each and it has 1 (rank 4 is the first there)");
+}
+
+static void prints_a_line_a_rank(void **state)
+{
+    struct rank_host all[WORLD];
+    char text[4096];
+    (void)state;
+    make_job(all);
+    FILE *f = fmemopen(text, sizeof(text), "w");
+    hosts_print(f, all, &topology);
+    fclose(f);
+    assert_non_null(strstr(text, "\n   0  gateway                     a      1 of 4 "));
+    assert_non_null(strstr(text, "\n   5  language stage 1 shard 1    b      2 of 2 "));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(fits),
+        cmocka_unit_test(one_rank_fails),
+        cmocka_unit_test(settings_differ),
+        cmocka_unit_test(checkpoints_differ),
+        cmocka_unit_test(too_few_devices),
+        cmocka_unit_test(prints_a_line_a_rank),
+    };
+    return cmocka_run_group_tests_name("hosts", tests, NULL, NULL);
+}
