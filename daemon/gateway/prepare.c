@@ -15,8 +15,11 @@ static int prepare_chat(struct gateway *g, const Internvl__V1__ChatPrompt *wire,
     if (convert_conversation(wire, scratch, &conversation, err))
         return -1;
     if (processor_prepare(g->processor, &conversation, &r->arena, &prompt, err)) {
-        if (err->code == ERROR_OUT_OF_RANGE) // too many tokens to count them all
-            err->code = ERROR_INVALID_ARGUMENT;
+        if (err->code == ERROR_OUT_OF_RANGE) // it stopped counting
+            error_set(err, ERROR_INVALID_ARGUMENT,
+                      "the prompt has more than %lld tokens; prompt and answer together may have "
+                      "%d (--max-model-len)",
+                      (long long)g->convert.limits.max_prompt_tokens, g->convert.max_model_len);
         return -1;
     }
     *media = prompt.media;
