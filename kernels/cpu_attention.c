@@ -25,6 +25,15 @@ static float *carve(float **at, int64_t n)
     return p;
 }
 
+/* dst[j][r] <- src[r][j]: n_rows rows of n to n rows of TILE_ROWS_MAX. In fours of rows, so rows of
+ * src up to the next multiple of four are read and their columns of dst written. */
+static void transpose(const struct cpu_state *s, float *dst, const float *src, int64_t src_row,
+                      int n_rows, int64_t n)
+{
+    s->vector->transpose((uint32_t *)dst, TILE_ROWS_MAX, (const uint32_t *)src, src_row,
+                         (n_rows + 3) / 4 * 4, n);
+}
+
 /* ---- causal attention over pages ---- */
 
 struct paged_job {
@@ -45,9 +54,9 @@ struct paged_tile {
     int32_t token[TILE_ROWS_MAX], head[TILE_ROWS_MAX];
     int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // key positions it sees: [lo, hi)
     struct softmax softmax[TILE_ROWS_MAX];
-    float *queries; // [head_dim][n_rows]
+    float *queries; // [head_dim][TILE_ROWS_MAX]
     float *scores;  // [n_rows][page_size]
-    float *p;       // [page_size][n_rows]
+    float *p;       // [page_size][TILE_ROWS_MAX]
     float *sums;    // [n_rows][head_dim rounded up to 16]
     void *v_tail;   // [page_size][16] of the page's type: the last columns, where 16 divides not
 };
@@ -76,8 +85,8 @@ static void add_values(const struct paged_job *job, struct paged_tile *t, const 
     if (from >= to)
         return;
     struct tile product = {
-        .a = t->p + from * t->n_rows + row,
-        .a_step = t->n_rows,
+        .a = t->p + from * TILE_ROWS_MAX + row,
+        .a_step = TILE_ROWS_MAX,
         .b = v + (size_t)(from * dim) * element,
         .b_step = dim,
         .b_block = 16,
@@ -125,36 +134,43 @@ static void tile_take_page(const struct paged_job *job, struct paged_tile *t, in
     if (page < 0 || page >= kv->n_pages)
         BUG("page %d of %d", page, kv->n_pages);
     const size_t at = (size_t)(((int64_t)page * kv->n_kv_heads + t->kv_head) * dim * size);
-    const char *v = (const char *)kv->v + at * dtype_size(kv->dtype);
-    struct tile product = {
-        .a = t->queries,
-        .a_step = t->n_rows,
-        .b = (const char *)kv->k + at * dtype_size(kv->dtype),
-        .b_step = size,
-        .b_block = 16,
-        .c = t->scores,
-        .c_row = size,
-        .n_k = dim,
-    };
-    job->state->tile->run(&product, t->n_rows, (int)(size / 16),
-                          kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16);
+    const size_t element = dtype_size(kv->dtype);
+    const char *v = (const char *)kv->v + at * element;
 
-    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX], all_lo = 0, all_hi = size;
+    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // what each row sees of the page
+    int64_t all_lo = 0, all_hi = size, any_lo = size, any_hi = 0;
     for (int r = 0; r < t->n_rows; r++) {
         lo[r] = clamp(t->lo[r] - first, 0, size);
         hi[r] = clamp(t->hi[r] - first, lo[r], size);
         all_lo = lo[r] > all_lo ? lo[r] : all_lo;
         all_hi = hi[r] < all_hi ? hi[r] : all_hi;
-        if (lo[r] == hi[r])
-            continue;
-        float *scores = t->scores + r * size, *sums = t->sums + r * round_up16(dim);
-        float correction =
-            job->state->vector->softmax_step(scores, lo[r], hi[r], job->scale, &t->softmax[r]);
-        if (correction != 1.0f)
-            job->state->vector->multiply(sums, correction, dim);
-        for (int64_t j = lo[r]; j < hi[r]; j++)
-            t->p[j * t->n_rows + r] = scores[j];
+        any_lo = lo[r] < any_lo ? lo[r] : any_lo;
+        any_hi = hi[r] > any_hi ? hi[r] : any_hi;
     }
+    any_lo = any_lo / 16 * 16;
+    any_hi = round_up16(any_hi);
+    struct tile product = {
+        .a = t->queries,
+        .a_step = TILE_ROWS_MAX,
+        .b = (const char *)kv->k + (at + (size_t)any_lo) * element,
+        .b_step = size,
+        .b_block = 16,
+        .c = t->scores + any_lo,
+        .c_row = size,
+        .n_k = dim,
+    };
+    job->state->tile->run(&product, t->n_rows, (int)((any_hi - any_lo) / 16),
+                          kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16);
+
+    float correction[TILE_ROWS_MAX];
+    job->state->vector->softmax_step(t->scores, size, t->n_rows, lo, hi, job->scale, t->softmax,
+                                     correction);
+    for (int r = 0; r < t->n_rows; r++) {
+        if (correction[r] != 1.0f)
+            job->state->vector->multiply(t->sums + r * round_up16(dim), correction[r], dim);
+    }
+    transpose(job->state, t->p + any_lo * TILE_ROWS_MAX, t->scores + any_lo, size, t->n_rows,
+              any_hi - any_lo);
     copy_value_tail(kv, t, v);
     if (all_lo >= all_hi)
         all_lo = all_hi = size; // no key that every row sees: row by row
@@ -172,12 +188,12 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
     int64_t lo = t->lo[0], hi = t->hi[0];
     for (int r = 0; r < t->n_rows; r++) {
         const float *q = cpu_row(job->q, t->token[r]) + t->head[r] * dim;
-        for (int64_t d = 0; d < dim; d++)
-            t->queries[d * t->n_rows + r] = q[d];
+        memcpy(t->sums + r * dim16, q, (size_t)dim * sizeof(float));
         t->softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
         lo = t->lo[r] < lo ? t->lo[r] : lo;
         hi = t->hi[r] > hi ? t->hi[r] : hi;
     }
+    transpose(job->state, t->queries, t->sums, dim16, t->n_rows, dim);
     memset(t->sums, 0, (size_t)(t->n_rows * dim16) * sizeof(float));
     for (int64_t page = lo / kv->page_size; page * kv->page_size < hi; page++)
         tile_take_page(job, t, page);
@@ -257,9 +273,9 @@ struct full_job {
 struct full_head {
     float *keys;    // [n_tokens / 16][head_dim][16]
     float *values;  // [n_tokens][head_dim rounded up to 16]
-    float *queries; // [head_dim][rows]
+    float *queries; // [head_dim][TILE_ROWS_MAX]
     float *scores;  // [rows][n_tokens rounded up to 16]
-    float *p;       // [n_tokens][rows]
+    float *p;       // [n_tokens][TILE_ROWS_MAX]
     float *sums;    // [rows][head_dim rounded up to 16]
 };
 
@@ -283,11 +299,11 @@ static void head_pack(const struct full_job *job, struct full_head *h, int64_t f
     const int64_t dim = job->head_dim, dim16 = round_up16(dim), n = job->n_tokens;
     if (n % 16)
         memset(h->keys + n / 16 * dim * 16, 0, (size_t)dim * 16 * sizeof(float));
+    for (int64_t i = 0; i < n; i += 16)
+        job->state->vector->transpose((uint32_t *)h->keys + i * dim, 16,
+                                      (const uint32_t *)cpu_row(job->k, first_row + i) + column,
+                                      job->k->row_stride, n - i < 16 ? n - i : 16, dim);
     for (int64_t i = 0; i < n; i++) {
-        const float *k = cpu_row(job->k, first_row + i) + column;
-        float *keys = h->keys + i / 16 * dim * 16 + i % 16;
-        for (int64_t d = 0; d < dim; d++)
-            keys[d * 16] = k[d];
         float *values = h->values + i * dim16;
         memcpy(values, cpu_row(job->v, first_row + i) + column, (size_t)dim * sizeof(float));
         memset(values + dim, 0, (size_t)(dim16 - dim) * sizeof(float));
@@ -301,14 +317,19 @@ static void head_rows(const struct full_job *job, struct full_head *h, int64_t f
     const int64_t dim = job->head_dim, dim16 = round_up16(dim);
     const int64_t n = job->n_tokens, n16 = round_up16(n);
     struct softmax softmax[TILE_ROWS_MAX];
+    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX];
+    float correction[TILE_ROWS_MAX]; // no older sums: unused
     for (int r = 0; r < n_rows; r++) {
         const float *q = cpu_row(job->q, first_row + row + r) + column;
-        for (int64_t d = 0; d < dim; d++)
-            h->queries[d * n_rows + r] = q[d];
+        memcpy(h->sums + r * dim16, q, (size_t)dim * sizeof(float));
+        softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
+        lo[r] = 0;
+        hi[r] = n;
     }
+    transpose(job->state, h->queries, h->sums, dim16, n_rows, dim);
     struct tile scores = {
         .a = h->queries,
-        .a_step = n_rows,
+        .a_step = TILE_ROWS_MAX,
         .b = h->keys,
         .b_step = 16,
         .b_block = dim * 16,
@@ -317,18 +338,14 @@ static void head_rows(const struct full_job *job, struct full_head *h, int64_t f
         .n_k = dim,
     };
     job->state->tile->run(&scores, n_rows, (int)(n16 / 16), TILE_F32);
-    for (int r = 0; r < n_rows; r++) {
-        float *p = h->scores + r * n16;
-        softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
-        job->state->vector->softmax_step(p, 0, n, job->scale, &softmax[r]);
-        for (int64_t j = 0; j < n; j++)
-            h->p[j * n_rows + r] = p[j];
-        if (probs)
-            job->state->vector->divide(probs + (row + r) * n, p, softmax[r].l, n);
-    }
+    job->state->vector->softmax_step(h->scores, n16, n_rows, lo, hi, job->scale, softmax,
+                                     correction);
+    for (int r = 0; r < n_rows && probs; r++)
+        job->state->vector->divide(probs + (row + r) * n, h->scores + r * n16, softmax[r].l, n);
+    transpose(job->state, h->p, h->scores, n16, n_rows, n);
     struct tile values = {
         .a = h->p,
-        .a_step = n_rows,
+        .a_step = TILE_ROWS_MAX,
         .b = h->values,
         .b_step = dim16,
         .b_block = 16,

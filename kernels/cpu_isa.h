@@ -67,14 +67,18 @@ struct cpu_vector_ops {
                        float eps);
     /* x1, x2 [n] <- x1 cos - x2 sin, x2 cos + x1 sin */
     void (*rotate)(float *x1, float *x2, const float *cos, const float *sin, int64_t n);
-    /* Takes scores [lo, hi) of one row (0 <= lo < hi) times `scale` into *s and replaces them by
-     * e^(score - m); scores below lo in lo's block and above hi in hi's are left undefined. The
-     * row is read in whole blocks of 16. Returns e^(old m - new m), what older sums are to be
-     * multiplied with. */
-    float (*softmax_step)(float *scores, int64_t lo, int64_t hi, float scale, struct softmax *s);
+    /* Each row r takes in its scores [lo[r], hi[r]) times `scale` and replaces them by
+     * e^(score - m); correction[r] is e^(old m - new m), what its older sums are to be multiplied
+     * with (1 where lo = hi). Scores are read and written in whole blocks of 16; those of a row's
+     * blocks that are outside its range are left undefined. n_rows <= TILE_ROWS_MAX. */
+    void (*softmax_step)(float *scores, int64_t row_stride, int n_rows, const int64_t *lo,
+                         const int64_t *hi, float scale, struct softmax *s, float *correction);
     void (*to_bf16)(uint16_t *dst, const float *src, int64_t n);
     void (*round_bf16)(float *dst, const float *src, int64_t n); // rounded, still float32
-    void (*exp)(float *y, const float *x, int64_t n);            // what softmax and activations use
+    /* dst[j][r] <- src[r][j] for n_rows rows of n words of 4 bytes. */
+    void (*transpose)(uint32_t *dst, int64_t dst_row, const uint32_t *src, int64_t src_row,
+                      int64_t n_rows, int64_t n);
+    void (*exp)(float *y, const float *x, int64_t n); // what softmax and activations use
 };
 
 extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512,

@@ -190,10 +190,7 @@ static void pack_chunk(const struct matmul_job *job, uint32_t *dst, const float 
             job->vector->round_bf16((float *)words[r], x + r * stride, n_k);
         }
     }
-    for (int64_t i = 0; i < n_words; i++) {
-        for (int r = 0; r < n_rows; r++)
-            dst[i * n_rows + r] = words[r][i];
-    }
+    job->vector->transpose(dst, n_rows, words[0], CHUNK, n_rows, n_words);
 }
 
 /* One thread's part of the columns of every panel. */

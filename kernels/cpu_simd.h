@@ -61,6 +61,20 @@ ALWAYS_INLINE vf vf_min(vf a, vf b) // a < b ? a : b
     return _mm512_min_ps(a, b);
 }
 
+ALWAYS_INLINE vf vf_swap(vf x, const int step) // element i is x[i ^ step]
+{
+    switch (step) {
+    case 8:
+        return _mm512_shuffle_f32x4(x, x, 0x4e);
+    case 4:
+        return _mm512_shuffle_f32x4(x, x, 0xb1);
+    case 2:
+        return _mm512_permute_ps(x, 0x4e);
+    default:
+        return _mm512_permute_ps(x, 0xb1);
+    }
+}
+
 #elif defined(__AVX2__)
 
 ALWAYS_INLINE vf vf_set(float x)
@@ -81,6 +95,18 @@ ALWAYS_INLINE vf vf_max(vf a, vf b)
 ALWAYS_INLINE vf vf_min(vf a, vf b)
 {
     return _mm256_min_ps(a, b);
+}
+
+ALWAYS_INLINE vf vf_swap(vf x, const int step)
+{
+    switch (step) {
+    case 4:
+        return _mm256_permute2f128_ps(x, x, 1);
+    case 2:
+        return _mm256_permute_ps(x, 0x4e);
+    default:
+        return _mm256_permute_ps(x, 0xb1);
+    }
 }
 
 #else
@@ -106,6 +132,11 @@ ALWAYS_INLINE vf vf_min(vf a, vf b)
 {
     vi m = a < b;
     return (vf)((m & (vi)a) | (~m & (vi)b));
+}
+
+ALWAYS_INLINE vf vf_swap(vf x, const int step)
+{
+    return (vf){x[0 ^ step], x[1 ^ step], x[2 ^ step], x[3 ^ step]};
 }
 
 #endif
@@ -160,16 +191,26 @@ struct sum16 {
     vf v[BLOCK_VECTORS];
 };
 
-/* Their sum as a fixed tree: halves of 8, 4, 2, 1. */
-ALWAYS_INLINE float sum16_total(const struct sum16 *s)
+/* Their sum as a fixed tree: i + (i + 8), then 4, 2, 1 apart. */
+ALWAYS_INLINE float sum16_total(struct sum16 s)
 {
-    float x[16];
-    for (int i = 0; i < BLOCK_VECTORS; i++)
-        vf_store(x + i * VF_N, s->v[i]);
-    for (int half = 8; half >= 1; half /= 2) {
+    for (int half = BLOCK_VECTORS / 2; half >= 1; half /= 2) {
         for (int i = 0; i < half; i++)
-            x[i] += x[i + half];
+            s.v[i] += s.v[i + half];
     }
+    vf x = s.v[0];
+#pragma GCC unroll 4
+    for (int step = VF_N / 2; step >= 1; step /= 2)
+        x += vf_swap(x, step);
+    return x[0];
+}
+
+/* The largest element; a NaN counts only if all are. */
+ALWAYS_INLINE float vf_largest(vf x)
+{
+#pragma GCC unroll 4
+    for (int step = VF_N / 2; step >= 1; step /= 2)
+        x = vf_max(x, vf_swap(x, step));
     return x[0];
 }
 

@@ -102,7 +102,7 @@ static void rms_norm(float *y, const float *x, const float *weight, int64_t n, f
         int part = (int)(i / VF_N % BLOCK_VECTORS);
         sum.v[part] = vf_fma(v, v, sum.v[part]);
     }
-    float inverse = 1.0f / sqrtf(sum16_total(&sum) / (float)n + eps);
+    float inverse = 1.0f / sqrtf(sum16_total(sum) / (float)n + eps);
     for (int64_t i = 0; i < n; i += VF_N)
         store_at(y, i, n, load_at(weight, i, n) * (load_at(x, i, n) * inverse));
 }
@@ -113,7 +113,7 @@ static void layer_norm(float *y, const float *x, const float *weight, const floa
     struct sum16 sum = {{{0}}}, squares = {{{0}}};
     for (int64_t i = 0; i < n; i += VF_N)
         sum.v[i / VF_N % BLOCK_VECTORS] += load_at(x, i, n);
-    float mean = sum16_total(&sum) / (float)n;
+    float mean = sum16_total(sum) / (float)n;
     for (int64_t i = 0; i < n; i += VF_N) {
         vf d = load_at(x, i, n) - mean;
         if (n - i < VF_N) { // what lies past the row is not mean away from it
@@ -124,7 +124,7 @@ static void layer_norm(float *y, const float *x, const float *weight, const floa
         int part = (int)(i / VF_N % BLOCK_VECTORS);
         squares.v[part] = vf_fma(d, d, squares.v[part]);
     }
-    float inverse = 1.0f / sqrtf(sum16_total(&squares) / (float)n + eps);
+    float inverse = 1.0f / sqrtf(sum16_total(squares) / (float)n + eps);
     for (int64_t i = 0; i < n; i += VF_N) {
         vf v = (load_at(x, i, n) - mean) * inverse;
         store_at(y, i, n, v * load_at(weight, i, n) + load_at(bias, i, n));
@@ -155,33 +155,53 @@ ALWAYS_INLINE vf mask_outside(vf x, int64_t first, int64_t lo, int64_t hi)
     return vf_load(kept);
 }
 
-static float softmax_step(float *scores, int64_t lo, int64_t hi, float scale, struct softmax *s)
+/* Scales and masks [lo, hi), to whole blocks; returns the largest of them and m. */
+ALWAYS_INLINE float softmax_largest(float *scores, int64_t lo, int64_t hi, float scale, float m)
 {
-    const int64_t first = lo / 16 * 16, end = (hi + 15) / 16 * 16;
-    vf largest = vf_set(s->m);
-    for (int64_t i = first; i < end; i += VF_N) {
+    vf largest = vf_set(m);
+    for (int64_t i = lo / 16 * 16; i < (hi + 15) / 16 * 16; i += VF_N) {
         vf v = mask_outside(vf_load(scores + i) * scale, i, lo, hi);
         vf_store(scores + i, v);
         largest = vf_max(v, largest);
     }
-    float lanes[VF_N];
-    vf_store(lanes, largest);
-    float m = lanes[0];
-    for (int i = 1; i < VF_N; i++)
-        m = lanes[i] > m ? lanes[i] : m;
+    return vf_largest(largest);
+}
 
+ALWAYS_INLINE float softmax_exp(float *scores, int64_t lo, int64_t hi, float m)
+{
     struct sum16 sum = {{{0}}};
-    for (int64_t i = first; i < end; i += 16) {
+    for (int64_t i = lo / 16 * 16; i < (hi + 15) / 16 * 16; i += 16) {
         for (int j = 0; j < BLOCK_VECTORS; j++) {
             vf p = vf_exp(vf_load(scores + i + j * VF_N) - m);
             vf_store(scores + i + j * VF_N, p);
             sum.v[j] += p;
         }
     }
-    float correction = vf_exp(vf_set(s->m - m))[0];
-    s->l = s->l * correction + sum16_total(&sum);
-    s->m = m;
-    return correction;
+    return sum16_total(sum);
+}
+
+/* In three passes over the rows, so that one row's reductions overlap with the next's. */
+static void softmax_step(float *scores, int64_t row_stride, int n_rows, const int64_t *lo,
+                         const int64_t *hi, float scale, struct softmax *s, float *correction)
+{
+    float fall[16] = {0}, sums[TILE_ROWS_MAX] = {0};
+    for (int r = 0; r < n_rows; r++) {
+        if (lo[r] == hi[r])
+            continue;
+        float m = softmax_largest(scores + r * row_stride, lo[r], hi[r], scale, s[r].m);
+        fall[r] = s[r].m == m ? 0.0f : s[r].m - m;
+        s[r].m = m;
+    }
+    for (int r = 0; r < n_rows; r++) {
+        if (lo[r] < hi[r])
+            sums[r] = softmax_exp(scores + r * row_stride, lo[r], hi[r], s[r].m);
+    }
+    for (int r = 0; r < 16; r += VF_N)
+        vf_store(fall + r, vf_exp(vf_load(fall + r)));
+    for (int r = 0; r < n_rows; r++) {
+        correction[r] = fall[r];
+        s[r].l = s[r].l * fall[r] + sums[r];
+    }
 }
 
 static void to_bf16(uint16_t *dst, const float *src, int64_t n)
@@ -199,6 +219,40 @@ static void round_bf16(float *dst, const float *src, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VF_N)
         store_at(dst, i, n, (vf)vf_round_bf16(load_at(src, i, n)));
+}
+
+/* Four by four; what is left of rows or columns goes one by one. */
+static void transpose(uint32_t *dst, int64_t dst_row, const uint32_t *src, int64_t src_row,
+                      int64_t n_rows, int64_t n)
+{
+    typedef uint32_t v4 __attribute__((vector_size(16), aligned(4), may_alias));
+    int64_t r = 0;
+    for (; r + 4 <= n_rows; r += 4) {
+        const uint32_t *from = src + r * src_row;
+        int64_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+            v4 a = *(const v4 *)(from + j), b = *(const v4 *)(from + src_row + j);
+            v4 c = *(const v4 *)(from + 2 * src_row + j);
+            v4 d = *(const v4 *)(from + 3 * src_row + j);
+            v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+            v4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+            uint32_t *to = dst + j * dst_row + r;
+            *(v4 *)to = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+            *(v4 *)(to + dst_row) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+            ab = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+            cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+            *(v4 *)(to + 2 * dst_row) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+            *(v4 *)(to + 3 * dst_row) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+        }
+        for (; j < n; j++) {
+            for (int i = 0; i < 4; i++)
+                dst[j * dst_row + r + i] = from[i * src_row + j];
+        }
+    }
+    for (; r < n_rows; r++) {
+        for (int64_t j = 0; j < n; j++)
+            dst[j * dst_row + r] = src[r * src_row + j];
+    }
 }
 
 static void exponential(float *y, const float *x, int64_t n)
@@ -219,5 +273,6 @@ const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .softmax_step = softmax_step,
     .to_bf16 = to_bf16,
     .round_bf16 = round_bf16,
+    .transpose = transpose,
     .exp = exponential,
 };
