@@ -507,13 +507,13 @@ static int load(struct tokenizer *t, const cJSON *root, struct error *err)
     return 0;
 }
 
-struct tokenizer *tokenizer_open(const char *dir, struct error *err)
+struct tokenizer *tokenizer_from_json(const char *text, size_t n_bytes, struct error *err)
 {
-    cJSON *root = config_file_parse(dir, FILE_NAME, MAX_FILE_BYTES, err);
+    cJSON *root = cJSON_ParseWithLength(text, n_bytes);
 
-    if (!root) {
-        if (err->code == ERROR_OK)
-            error_set(err, ERROR_FAILED_PRECONDITION, "%s/" FILE_NAME ": no such file", dir);
+    if (!cJSON_IsObject(root)) {
+        refuse(err, "not a JSON object");
+        cJSON_Delete(root);
         return NULL;
     }
     struct tokenizer *t = xcalloc(1, sizeof(*t));
@@ -523,6 +523,22 @@ struct tokenizer *tokenizer_open(const char *dir, struct error *err)
         t = NULL;
     }
     cJSON_Delete(root);
+    return t;
+}
+
+struct tokenizer *tokenizer_open(const char *dir, struct error *err)
+{
+    size_t n_bytes;
+    char *text = config_file_read(dir, FILE_NAME, MAX_FILE_BYTES, &n_bytes, err);
+
+    if (!text) {
+        if (err->code == ERROR_OK)
+            error_set(err, ERROR_FAILED_PRECONDITION, "%s/" FILE_NAME ": no such file", dir);
+        return NULL;
+    }
+    struct tokenizer *t = tokenizer_from_json(text, n_bytes, err);
+
+    free(text);
     return t;
 }
 

@@ -44,6 +44,8 @@ struct tokenizer {
     pcre2_code *pattern;
 };
 
+/* tokenizer_open() behind the reading of the file: the text of a tokenizer.json. */
+struct tokenizer *tokenizer_from_json(const char *text, size_t n_bytes, struct error *err);
 /* Id of a vocabulary entry with exactly these bytes, or -1. */
 int32_t tokenizer_vocab_find(const struct tokenizer *t, const char *bytes, size_t n_bytes);
 /* The byte that a character of the byte-level alphabet stands for, or -1 (GPT-2's

@@ -18,7 +18,13 @@ const char *reference_path(const char *name)
     const char *dir = getenv("INTERNVLD_REFERENCE");
     char *path = paths[next++ % 4];
 
-    snprintf(path, PATH_MAX, "%s/%s", dir && *dir ? dir : INTERNVLD_REFERENCE_DIR, name);
+    if (!dir || !*dir)
+        dir = INTERNVLD_REFERENCE_DIR;
+    snprintf(path, PATH_MAX, "%s/%s", dir, name);
+    if (access(path, R_OK))
+        snprintf(path, PATH_MAX, "%s/%s", INTERNVLD_SHARED_REFERENCE_DIR, name);
+    if (access(path, R_OK))
+        snprintf(path, PATH_MAX, "%s/%s", dir, name);
     return path;
 }
 

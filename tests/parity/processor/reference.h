@@ -3,7 +3,8 @@
  * there is said in one line and the test goes on without it.
  *
  * The directory is INTERNVLD_REFERENCE, else what the build found (tests/data/reference, else
- * ../shared/reference beside the checkout).
+ * ../shared/reference beside the checkout); a file that it lacks (Qwen2's vocabulary is never in
+ * the tree) is looked for in the latter too.
  */
 #ifndef INTERNVLD_TESTS_PARITY_REFERENCE_H
 #define INTERNVLD_TESTS_PARITY_REFERENCE_H

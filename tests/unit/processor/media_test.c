@@ -285,6 +285,72 @@ static void test_not_a_video(void **state)
     video_close(NULL);
 }
 
+static int count_frame(void *arg, int k, const struct rgb_view *frame, struct error *err)
+{
+    int *n = arg;
+
+    (void)err;
+    assert_true(frame->width == 32 && frame->height == 16);
+    assert_int_equal(k, (*n)++);
+    return 0;
+}
+
+/* Small clips of every container; two of them do not say how many frames they have. Cut anywhere,
+ * they are refused or end early, and no more. */
+static void test_containers(void **state)
+{
+    static const struct {
+        const char *file;
+        int n_frames;
+    } clips[] = {{"mpeg4.mp4", 4}, {"h264.mp4", 3}, {"mjpeg.avi", 2}, {"vp8.webm", 3}, {"gif", 3}};
+    static const struct video_limits limits = {
+        .max_pixels = 32 * 16, .max_frames = 4, .max_seconds = 20};
+    static const struct video_limits small = {
+        .max_pixels = 32 * 16 - 1, .max_frames = 4, .max_seconds = 20};
+    static const struct video_limits few = {
+        .max_pixels = 32 * 16, .max_frames = 1, .max_seconds = 20};
+    static const int64_t indices[] = {0, 1, 2, 3};
+
+    (void)state;
+    for (size_t i = 0; i < sizeof(clips) / sizeof(clips[0]); i++) {
+        static uint8_t bytes[1 << 16];
+        char path[512];
+        struct video_info info;
+        struct error err = {0};
+        int n_seen = 0;
+
+        snprintf(path, sizeof(path), "%s/tests/fuzz/processor/corpus/video/%s",
+                 INTERNVLD_SOURCE_DIR, clips[i].file);
+        FILE *f = fopen(path, "rb");
+
+        assert_non_null(f);
+        size_t n = fread(bytes, 1, sizeof(bytes), f);
+
+        fclose(f);
+        struct video *v = video_open(bytes, n, &limits, VIDEO_WHOLE, &info, &err);
+
+        if (!v)
+            fail_msg("%s: %s", clips[i].file, err.msg);
+        assert_int_equal(info.n_frames, clips[i].n_frames);
+        assert_true(info.fps > 4.9 && info.fps < 5.1);
+        if (video_read(v, indices, clips[i].n_frames, count_frame, &n_seen, &err))
+            fail_msg("%s: %s", clips[i].file, err.msg);
+        assert_int_equal(n_seen, clips[i].n_frames);
+        video_close(v);
+        assert_null(video_open(bytes, n, &small, VIDEO_WHOLE, &info, &err));
+        assert_non_null(strstr(err.msg, "32 x 16"));
+        assert_null(video_open(bytes, n, &few, VIDEO_WHOLE, &info, &err));
+        assert_non_null(strstr(err.msg, "more than 1 frames"));
+        for (size_t k = 0; k < n; k += 1 + n / 100) {
+            n_seen = 0;
+            v = video_open(bytes, k, &limits, VIDEO_WHOLE, &info, &err);
+            if (v)
+                video_read(v, indices, clips[i].n_frames, count_frame, &n_seen, &err);
+            video_close(v);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -292,6 +358,7 @@ int main(void)
         cmocka_unit_test(test_tiling),           cmocka_unit_test(test_exif),
         cmocka_unit_test(test_damaged_pictures), cmocka_unit_test(test_picture_limits),
         cmocka_unit_test(test_sampling),         cmocka_unit_test(test_not_a_video),
+        cmocka_unit_test(test_containers),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
