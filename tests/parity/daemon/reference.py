@@ -2,8 +2,8 @@
 
     reference.py CHECKPOINT [LAYOUT]...        a layout is T x P x V: 2x1x1; default: all of LAYOUTS
 
-Forward gives the tensors, Generate the greedy continuations. Tolerances are those of the reference's README. The
-largest error of every tensor is printed, at its worst layout.
+Forward gives the tensors, Generate the greedy continuations. Tolerances are those of the reference's README. Between
+layouts not a bit may differ. The largest error of every tensor is printed.
 """
 
 import json
@@ -47,7 +47,8 @@ class Report:
     """Worst error of every tensor, and what went wrong."""
 
     def __init__(self):
-        self.worst, self.failures, self.n_checks, self.n_generations, self.skipped = {}, [], 0, 0, {}
+        self.worst, self.bits, self.failures, self.skipped = {}, {}, [], {}
+        self.n_checks = self.n_generations = 0
 
     def compare(self, layout, name, got, expected, kind):
         self.n_checks += 1
@@ -61,15 +62,12 @@ class Report:
         scale = float(numpy.abs(expected).max())
         limit = LOGITS_ABS if kind == "logits" else HIDDEN_ABS
         good = error <= limit and (kind == "logits" or error <= HIDDEN_REL * scale)
-        if error >= self.worst.get(name, (-1.0,))[0]:
+        if error > self.worst.get(name, (-1.0,))[0]:
             self.worst[name] = (error, scale, layout)
+        if self.bits.setdefault(name, (layout, got.tobytes()))[1] != got.tobytes():
+            self.failures.append(f"{layout}: {name}: not the bits of layout {self.bits[name][0]}")
         if not good or not numpy.isfinite(got).all():
             self.failures.append(f"{layout}: {name}: largest error {error:.3g} (largest value {scale:.3g})")
-
-    def equal(self, layout, name, got, expected):
-        self.n_checks += 1
-        if got != expected:
-            self.failures.append(f"{layout}: {name}: {got}, expected {expected}")
 
     def generation(self, layout, name, got, record, end_ids):
         """Equal ids, unless the first difference is at a step that the reference itself decided by a hair."""
@@ -91,7 +89,7 @@ class Report:
 
     def print(self):
         for name, (error, scale, layout) in sorted(self.worst.items()):
-            print(f"  {name:32} largest error {error:9.3g}   largest value {scale:9.3g}   at {layout}")
+            print(f"  {name:32} largest error {error:9.3g}   largest value {scale:9.3g}   first at {layout}")
         for what, n in sorted(self.skipped.items()):
             print(f"  skipped: {what} ({n} times)")
         print(f"  {self.n_checks} tensors and values, {self.n_generations} generations, {len(self.failures)} failures")
@@ -126,18 +124,13 @@ def check_vision(client, layout, goldens, report, config):
     for name, expected in vision.items():
         ours = "vision." + name
         if name.startswith(("hidden_states.", "layer0.")) or name in ("last_hidden_state", "embed.patches"):
-            if ours not in tensors and name.startswith("layer0.") or name == "embed.patches" and ours not in tensors:
-                report.skip(f"vision.{name} is not an output")
-            else:
-                report.compare(layout, ours, tensors.get(ours), expected, "hidden")
+            report.compare(layout, ours, tensors.get(ours), expected, "hidden")
         elif name.startswith("attentions."):  # recorded for the first tile alone
             got = tensors.get(ours)
             report.compare(layout, ours, None if got is None else got.reshape(-1)[:expected.size], expected, "hidden")
     for name, expected in projector.items():
-        if name == "image_features":
-            report.compare(layout, name, tensors.get(name), expected, "hidden")
-        elif f"projector.{name}" in tensors:
-            report.compare(layout, f"projector.{name}", tensors[f"projector.{name}"], expected, "hidden")
+        ours = name if name == "image_features" else f"projector.{name}"
+        report.compare(layout, ours, tensors.get(ours), expected, "hidden")
 
 
 def check_language(client, layout, goldens, report):
@@ -176,7 +169,7 @@ def check_language(client, layout, goldens, report):
         report.compare(layout, f"logits_to_keep.{keep}", tensors.get("logits"), lm[f"logits_to_keep.{keep}"], "logits")
 
 
-def generations(goldens, scenarios, folder, config, end_id, pad_id):
+def generations(goldens, scenarios, folder, config):
     """(name, prompt, record) of every recorded greedy generation."""
     pixels = goldens["vision"]["pixel_values"]
     for name, record in goldens["generate"].items():
@@ -250,7 +243,7 @@ def main():
     goldens = {x: read_safetensors(at / f"{x}.safetensors") for x in ("vision", "projector", "lm")}
     goldens |= {x: json.loads((at / f"{x}.json").read_text()) for x in ("scalars", "generate")}
     scenarios = json.loads((folder / "scenarios" / f"{name}.json").read_text())
-    cases = list(generations(goldens, scenarios, folder, config, end, generation.get("pad_token_id")))
+    cases = list(generations(goldens, scenarios, folder, config))
     report = Report()
     for text in layouts:
         tensor, pipeline, vision = (int(x) for x in text.split("x"))
