@@ -41,7 +41,7 @@ struct worker_end {
 
 static _Noreturn void die_gateway_gone(const char *why)
 {
-    die("the gateway is gone: %s", why);
+    die("rank 0 (the gateway) is gone: %s", why);
 }
 
 /* Takes n sent bytes off the front. */

@@ -1,0 +1,131 @@
+#!/bin/sh
+# Keeps a job running: starts COMMAND (mpirun …, srun …, or internvld alone), and starts it again when it fails.
+#
+#   sh deploy/supervise.sh [--once] [--port-file FILE] [--start-limit SECONDS] [--] COMMAND [ARGUMENT]...
+#
+#   SIGTERM, SIGINT, SIGHUP, SIGUSR1   the first drains the job (SIGUSR1 to COMMAND: mpirun and srun hand it to
+#                                      every rank at once, where SIGTERM would end them), the second ends it
+#   exit status                        0 after a drain; COMMAND's when it was a wrong command line (2) or --once
+#   --once                             no restart: for systemd and Slurm, which have their own
+#   --start-limit SECONDS              kill a start that has not written --port-file FILE by then [600]
+#
+# mpirun cannot be left alone: when the link to a host is dead it waits for that host for ever, though all of its
+# ranks here have ended. So when COMMAND has had ranks here and has had none for three seconds, it is killed.
+# A job that fails soon after its start is started again after 1, 2, 4 … 60 seconds.
+set -u
+
+say() { printf 'supervise: %s\n' "$*" >&2; }
+
+once=0 port_file='' start_limit=600
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --once) once=1 ;;
+    --port-file) port_file=$2 && shift ;;
+    --start-limit) start_limit=$2 && shift ;;
+    -h | --help)
+        sed -n '2,15s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+    --)
+        shift
+        break
+        ;;
+    -*)
+        say "unknown option $1"
+        exit 2
+        ;;
+    *) break ;;
+    esac
+    shift
+done
+if [ $# = 0 ]; then
+    say "a command is needed (--help)"
+    exit 2
+fi
+
+child=0 n_asked=0
+ask() {
+    n_asked=$((n_asked + 1))
+    [ "$child" = 0 ] && return
+    if [ $n_asked = 1 ]; then
+        say "draining (once more to end the job at once)"
+        kill -USR1 "$child" 2>/dev/null
+    else
+        say "ending the job"
+        kill -TERM "$child" 2>/dev/null
+    fi
+}
+trap ask TERM INT HUP USR1
+
+now() { cut -d. -f1 /proc/uptime; }
+nap() { # so that a signal is heard at once
+    sleep "$1" &
+    wait $! 2>/dev/null
+}
+
+is_alive() { # a zombie is not
+    state=$(sed 's/.*) //; s/ .*//' "/proc/$1/stat" 2>/dev/null) && [ -n "$state" ] && [ "$state" != Z ]
+}
+has_ranks() { # of mpirun, on this host; a zombie's environment is empty
+    for pid in $(pgrep -P "$1"); do
+        grep -qsa 'OMPI_COMM_WORLD_RANK=' "/proc/$pid/environ" && return 0
+    done
+    return 1
+}
+
+# Until COMMAND ends; ends it itself where it would not. Sets `status`.
+watch() {
+    had_ranks=0 n_without=0 started=$(now) is_ready=0
+    while is_alive "$child"; do
+        if has_ranks "$child"; then
+            had_ranks=1 n_without=0
+        elif [ $had_ranks = 1 ]; then
+            n_without=$((n_without + 1))
+        fi
+        if [ $n_without -gt 3 ]; then
+            say "$command_name has no rank left here and does not end (a host that cannot be reached?): killing it"
+            kill -KILL "$child" 2>/dev/null
+        fi
+        if [ -n "$port_file" ] && [ $is_ready = 0 ]; then
+            if [ -s "$port_file" ]; then
+                is_ready=1
+            elif [ $(($(now) - started)) -gt "$start_limit" ]; then
+                say "not ready after $start_limit s: killing $command_name"
+                kill -KILL "$child" 2>/dev/null
+            fi
+        fi
+        nap 1
+    done
+    wait "$child"
+    status=$?
+    child=0
+}
+
+command_name=$(basename "$1") delay=1
+while :; do
+    began=$(now)
+    [ -z "$port_file" ] || rm -f "$port_file"
+    # Its own session: the terminal's Ctrl-C comes to us alone.
+    setsid "$@" &
+    child=$!
+    [ $n_asked = 0 ] || kill -USR1 "$child" 2>/dev/null
+    watch
+    [ $status != 0 ] && [ -n "$port_file" ] && rm -f "$port_file"
+    if [ $once = 1 ]; then
+        exit $status
+    fi
+    if [ $status = 0 ] || [ $n_asked -gt 0 ]; then
+        say "$command_name ended with $status"
+        exit $status
+    fi
+    if [ $status = 2 ]; then
+        say "$command_name refused its command line"
+        exit 2
+    fi
+    [ $(($(now) - began)) -gt 60 ] && delay=1
+    say "$command_name ended with $status after $(($(now) - began)) s: starting it again in $delay s"
+    nap $delay
+    [ $n_asked -gt 0 ] && exit $status
+    delay=$((delay * 2))
+    [ $delay -gt 60 ] && delay=60
+done
