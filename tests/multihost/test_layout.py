@@ -2,9 +2,11 @@
 bit; ranks that do not fit together are one line; a drain under load loses nothing."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -52,6 +54,18 @@ class Layout(unittest.TestCase):
                 self.assertEqual({r.host for r in client.model().ranks}, set(hosts.names))
                 client.close()
             self.assertNotIn("each layer waits", job.log())
+
+    def test_layout_file(self):
+        """deploy/launch.sh places ranks as deploy/layouts/ says."""
+        with Hosts(2) as hosts:
+            done = subprocess.run(
+                hosts.command(0, "sh", daemon.ROOT / "deploy/launch.sh", "two-by-two", "--hosts", ",".join(hosts.names),
+                              "--agent", hosts.agent, "--network", "eth0", "--", "--model", daemon.DEMO_MODEL, "--map"),
+                env={**os.environ, "INTERNVLD": daemon.program("INTERNVLD_DAEMON")}, capture_output=True, text=True,
+                stdin=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            placed = re.findall(r"^ +(\d+)  .*? (iv\S+) +\d+ of \d+", done.stdout, re.M)
+            self.assertEqual(placed, [(str(r), hosts.names[r > 3]) for r in range(6)], done.stdout)
 
     def test_three_hosts(self):
         with daemon.Daemon() as alone:
