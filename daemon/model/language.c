@@ -155,17 +155,21 @@ static void begin(struct step *s)
 }
 
 /* cos and sin of every token, in float32 as Transformers. Frequencies depend on the sequence only
- * with dynamic scaling. */
+ * with dynamic scaling, past the original length. */
 static void prepare_rope(struct step *s)
 {
     struct language_model *m = s->m;
     const struct batch *b = s->batch;
+    const struct rope_config *rope = &m->config->rope;
     int half = m->config->head_dim / 2;
     for (int32_t i = 0; i < b->n_sequences; i++) {
-        float scale =
-            rope_frequencies(&m->config->rope, m->config->head_dim, b->rope_len[i], m->inv_freq);
+        const float *freq = m->inv_freq;
+        if (rope->type == ROPE_DYNAMIC && b->rope_len[i] > rope->original_max_positions) {
+            rope_frequencies(rope, m->config->head_dim, b->rope_len[i], m->grown_freq);
+            freq = m->grown_freq;
+        }
         for (int32_t r = b->query_start[i]; r < b->query_start[i + 1]; r++)
-            rope_angles(m->inv_freq, scale, m->config->head_dim, b->positions[r],
+            rope_angles(freq, m->rope_scale, m->config->head_dim, b->positions[r],
                         m->host_cos + (int64_t)r * half, m->host_sin + (int64_t)r * half);
     }
     size_t n_bytes = (size_t)s->n * (size_t)half * sizeof(float);
@@ -259,6 +263,19 @@ static void mlp(struct step *s, const struct language_layer *l)
         op_add_bias(b, &s->sum, l->down_bias);
 }
 
+/* The slots of all tokens are k times the rows that an all-reduce is made for: k of them. */
+static void mixture(struct step *s, const struct language_layer *l)
+{
+    struct language_model *m = s->m;
+    struct tensor slots;
+    experts_forward(&l->experts, &m->scratch.experts, m->backend, m->config, &s->normed, &slots);
+    for (int i = 0; i < m->config->n_experts_per_token; i++) {
+        struct tensor part = tensor_rows(&slots, i * s->n, s->n);
+        all_reduce(s, &part);
+    }
+    experts_combine(&m->scratch.experts, m->backend, m->config, &slots, &s->sum);
+}
+
 static void run_layers(struct step *s)
 {
     struct language_model *m = s->m;
@@ -272,7 +289,10 @@ static void run_layers(struct step *s)
         attention(s, l, &m->kv.layers[j], i);
         op_add(b, &s->x, &s->sum);
         op_rms_norm(b, &s->normed, &s->x, l->post_norm, eps);
-        mlp(s, l);
+        if (l->experts.n_experts)
+            mixture(s, l);
+        else
+            mlp(s, l);
         op_add(b, &s->x, &s->sum);
     }
 }

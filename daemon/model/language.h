@@ -17,6 +17,7 @@
 #include "daemon/model/capture.h"
 #include "daemon/model/carve.h"
 #include "daemon/model/config.h"
+#include "daemon/model/experts.h"
 #include "daemon/model/kv_cache.h"
 #include "daemon/model/model_comm.h"
 #include "daemon/model/sampler.h"
@@ -37,18 +38,20 @@ struct language_layer {
     struct linear output;           // [dim, heads * head_dim], lanes
     struct linear gate_up;          // [2 * columns, dim]
     struct linear down;             // [dim, columns], lanes
+    struct expert_layer experts;    // in place of gate_up and down where n_experts > 0
     float *output_bias, *down_bias; // [dim] or NULL: added once, after the all-reduce
     int32_t window;                 // tokens, 0: none
 };
 
 struct language_scratch {
-    float *x;            // [max_tokens, dim] the residual stream
-    float *normed;       // [max_tokens, dim]
-    float *sum;          // [max_tokens, dim] what an all-reduce sums
-    float *qkv;          // [max_tokens, (heads + 2 kv heads) * head_dim]
-    float *attention;    // [max_tokens, heads * head_dim]
-    float *gate_up;      // [max_tokens, 2 * columns]
-    float *gated;        // [max_tokens, columns]
+    float *x;         // [max_tokens, dim] the residual stream
+    float *normed;    // [max_tokens, dim]
+    float *sum;       // [max_tokens, dim] what an all-reduce sums
+    float *qkv;       // [max_tokens, (heads + 2 kv heads) * head_dim]
+    float *attention; // [max_tokens, heads * head_dim]
+    float *gate_up;   // [max_tokens, 2 * columns]
+    float *gated;     // [max_tokens, columns]
+    struct expert_scratch experts;
     float *cos, *sin;    // [max_tokens, head_dim / 2]
     float *features;     // [max_tokens, dim]
     float *logits;       // [n_logit_rows, vocab.n] of this shard
@@ -78,11 +81,12 @@ struct language_model {
     size_t scratch_bytes, weight_bytes;
 
     /* Host memory of a step. */
-    float *host_cos, *host_sin;                      // [max_tokens, head_dim / 2]
-    float *inv_freq;                                 // [head_dim / 2]
-    float *host_logits;                              // [T, n_logit_rows, vocab.n]
-    float *row;                                      // [vocab_size]
-    float *target_logprobs;                          // [max_tokens]
+    float *host_cos, *host_sin;   // [max_tokens, head_dim / 2]
+    float *inv_freq, *grown_freq; // [head_dim / 2] of short sequences; of one long one
+    float rope_scale;             // of cos and sin
+    float *host_logits;           // [T, n_logit_rows, vocab.n]
+    float *row;                   // [vocab_size]
+    float *target_logprobs;       // [max_tokens]
     int32_t *needed, *feature_tokens, *feature_from; // [max_tokens]
     int32_t *sequence_of;                            // [max_tokens]
     struct sample_result *samples;                   // [samples_capacity]

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "daemon/model/language.h"
+#include "daemon/model/rope.h"
 #include "kernels/log.h"
 
 static int64_t logit_rows(const struct language_limits *limits)
@@ -27,6 +28,7 @@ static void lay_out(struct language_scratch *s, struct carve *c, const struct te
     s->attention = carve(c, n * q_dim, sizeof(float));
     s->gate_up = carve(c, 2 * n * columns, sizeof(float));
     s->gated = carve(c, n * columns, sizeof(float));
+    expert_scratch_lay_out(&s->experts, c, t, cut, n);
     s->cos = carve(c, n * d / 2, sizeof(float));
     s->sin = carve(c, n * d / 2, sizeof(float));
     s->features = carve(c, n * dim, sizeof(float));
@@ -74,8 +76,13 @@ static void bind_layer(struct language_model *m, struct weights *w, enum dtype d
     weights_linear(w, m->backend, &l->output, dtype, &output, &m->cut, t, &m->cut.dense.head_lanes);
     l->output_bias = vector(m, w, p, "self_attn.o_proj.bias");
     l->post_norm = vector(m, w, p, "post_attention_layernorm.weight");
-    weights_linear(w, m->backend, &l->gate_up, dtype, &gate_up, &m->cut, t, NULL);
-    weights_linear(w, m->backend, &l->down, dtype, &down, &m->cut, t, &m->cut.dense.column_lanes);
+    if (text_config_layer_kind(t, i) == LAYER_MOE) {
+        expert_layer_bind(&l->experts, w, m->backend, dtype, p, &m->cut, t);
+    } else {
+        weights_linear(w, m->backend, &l->gate_up, dtype, &gate_up, &m->cut, t, NULL);
+        weights_linear(w, m->backend, &l->down, dtype, &down, &m->cut, t,
+                       &m->cut.dense.column_lanes);
+    }
     l->down_bias = vector(m, w, p, "mlp.down_proj.bias");
     l->window = t->sliding_window && i >= t->first_window_layer ? t->sliding_window : 0;
 }
@@ -95,7 +102,10 @@ static void allocate_host(struct language_model *m)
     size_t rows = (size_t)logit_rows(&m->limits);
     m->host_cos = xcalloc(n * half, sizeof(float));
     m->host_sin = xcalloc(n * half, sizeof(float));
+    expert_scratch_allocate_host(&m->scratch.experts, m->config, m->limits.max_tokens);
     m->inv_freq = xcalloc(half, sizeof(float));
+    m->grown_freq = xcalloc(half, sizeof(float));
+    m->rope_scale = rope_frequencies(&m->config->rope, m->config->head_dim, 1, m->inv_freq);
     m->feature_tokens = xcalloc(n, sizeof(int32_t));
     m->feature_from = xcalloc(n, sizeof(int32_t));
     m->sequence_of = xcalloc(n, sizeof(int32_t));
@@ -159,11 +169,13 @@ void language_release(struct language_model *m)
     if (!b)
         return;
     sampler_release(&m->sampler);
-    void *host[] = {m->samples,  m->row,         m->host_logits,  m->target_logprobs,
-                    m->needed,   m->sequence_of, m->feature_from, m->feature_tokens,
-                    m->inv_freq, m->host_sin,    m->host_cos,     m->kv_of_head};
+    void *host[] = {m->samples,   m->row,         m->host_logits,  m->target_logprobs,
+                    m->needed,    m->sequence_of, m->feature_from, m->feature_tokens,
+                    m->inv_freq,  m->grown_freq,  m->host_sin,     m->host_cos,
+                    m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
+    expert_scratch_free_host(&m->scratch.experts);
     op_free(b, m->scratch_base);
     kv_cache_release(&m->kv);
     for (int64_t j = 0; j < m->layer_range.n; j++) {
@@ -171,11 +183,13 @@ void language_release(struct language_model *m)
         float *vectors[] = {l->input_norm, l->post_norm,   l->q_norm,
                             l->k_norm,     l->output_bias, l->down_bias};
         struct linear *linears[] = {&l->qkv, &l->output, &l->gate_up, &l->down};
+        int n_linears = l->experts.n_experts ? 2 : 4;
         for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
             if (vectors[i])
                 op_free(b, vectors[i]);
-        for (size_t i = 0; i < sizeof(linears) / sizeof(linears[0]); i++)
+        for (int i = 0; i < n_linears; i++)
             op_linear_free(b, linears[i]);
+        expert_layer_release(&l->experts, b);
     }
     if (m->embedding.data)
         op_free(b, m->embedding.data);

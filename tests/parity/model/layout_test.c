@@ -305,8 +305,9 @@ out:
 
 int main(void)
 {
-    static const char *const names[] = {"ln-1b-style", "rms-78b-style", "t-qwen3",
-                                        "t-llama",     "t-sliding",     "t-rope-dynamic-short"};
+    static const char *const names[] = {"ln-1b-style",      "rms-78b-style",       "t-qwen3",
+                                        "t-llama",          "t-sliding",           "t-qwen3moe",
+                                        "t-qwen3moe-mixed", "t-rope-dynamic-short"};
     int failed = 0;
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
         failed += check_checkpoint(names[i]);

@@ -3,7 +3,8 @@
  * vision_forward() and language_forward() in one process.
  *
  * Tolerances are the reference's (its README): hidden states and features 1e-4, logits 5e-4, loss
- * 1e-4. Prints the largest error of each kind for each checkpoint.
+ * 1e-4; then the logits again with bfloat16 weights. Prints the largest error of each kind for each
+ * checkpoint.
  */
 #include <math.h>
 #include <stdio.h>
@@ -21,6 +22,7 @@ static const double tolerances[N_KINDS] = {1e-4, 1e-4, 1e-4, 5e-4, 1e-4};
 struct check {
     const char *name; // of the checkpoint
     double worst[N_KINDS];
+    double bf16_worst, bf16_mean; // of the logits, with bfloat16 weights
     int n_compared, n_failed;
 };
 
@@ -252,6 +254,52 @@ static void check_language(struct check *c, struct model_run *r, const char *dir
     safetensors_release(&golden);
 }
 
+/* The same prompt with bfloat16 weights and products, against the float32 record: the reference's
+ * tolerances are 0.8 for the worst logit and 0.1 on average, and 2.4 for a mixture of experts. */
+static void check_bf16(struct check *c, const char *path, const char *dir, const char *goldens,
+                       const float *features)
+{
+    struct safetensors golden;
+    struct capture_list captures = {0};
+    struct language_output out;
+    struct model_run *r = xcalloc(1, sizeof(*r));
+    struct batch_builder *b = xcalloc(1, sizeof(*b));
+    int64_t n = 0, n_logits = 0;
+    int32_t n_rows = 0, n_cols = 0, ids[RUN_MAX_MODEL_LEN];
+    golden_open(&golden, dir, goldens, "lm");
+    int64_t *wide = golden_ints(&golden, "input_ids", &n);
+    float *expected = golden_floats(&golden, "logits", &n_logits);
+    if (!expected)
+        goto out;
+    for (int64_t i = 0; i < n; i++)
+        ids[i] = (int32_t)wide[i];
+    model_run_open(r, path, DTYPE_BF16, 2);
+    struct sequence_part part = {.ids = ids,
+                                 .n = (int32_t)n,
+                                 .rope_len = (int32_t)n,
+                                 .image_token_id = r->config.image_token_id,
+                                 .captures = CAPTURE_LOGITS};
+    batch_begin(b, features, 2 * r->config.n_features_per_tile, r->config.text.hidden_size);
+    batch_add(b, &part);
+    language_forward(&r->language, &b->batch, &out, &captures);
+    float *logits = join_captures(&captures, "logits", 0, &n_rows, &n_cols);
+    double sum = 0, worst = largest_difference(logits, expected, n_logits);
+    for (int64_t i = 0; i < n_logits; i++)
+        sum += fabs((double)logits[i] - expected[i]);
+    c->bf16_worst = worst;
+    c->bf16_mean = sum / (double)n_logits;
+    c->n_failed += !(worst <= (r->config.text.n_experts ? 2.4 : 0.8)) || !(c->bf16_mean <= 0.1);
+    free(logits);
+    capture_release(&captures);
+    model_run_close(r);
+out:
+    free(expected);
+    free(wide);
+    free(b);
+    free(r);
+    safetensors_release(&golden);
+}
+
 /* 1 when something failed. */
 static int check_checkpoint(const char *name, const char *goldens)
 {
@@ -267,12 +315,15 @@ static int check_checkpoint(const char *name, const char *goldens)
     model_run_open(r, path, DTYPE_F32, 2);
     float *features = check_vision(&c, r, dir, goldens);
     check_language(&c, r, dir, goldens, features);
+    check_bf16(&c, path, dir, goldens, features);
     free(features);
     model_run_close(r);
     free(r);
     printf("%-22s %3d tensors", name, c.n_compared);
     for (int k = 0; k < N_KINDS; k++)
         printf("  %s %.1e", kind_names[k], c.worst[k]);
+    if (c.bf16_worst > 0)
+        printf("  bfloat16 logits %.2f, mean %.3f", c.bf16_worst, c.bf16_mean);
     printf("%s\n", c.n_failed ? "  FAILED" : "");
     return c.n_failed != 0;
 }
@@ -289,6 +340,8 @@ int main(int argc, char **argv)
         {"t-gelu-untied", "t-gelu-untied"},
         {"t-llama", "t-llama"},
         {"t-qwen3", "t-qwen3"},
+        {"t-qwen3moe", "t-qwen3moe"},
+        {"t-qwen3moe-mixed", "t-qwen3moe-mixed"},
         {"t-rope-dynamic-short", "t-rope-dynamic-short"},
         {"t-rope-linear", "t-rope-linear"},
         {"t-rope-theta1e4", "t-rope-theta1e4"},
