@@ -39,7 +39,7 @@
 #define DEADLINE_SLACK_NS 2000000 // the library's timer may fire this much early
 #define GENERIC (-1)
 
-struct rpc_tag {
+struct rpc_tag { // what the completion queue hands back; set when the call is made, then only read
     void (*fire)(struct rpc_call *c, int ok);
     struct rpc_call *call;
 };
@@ -118,12 +118,18 @@ static uint64_t deadline_ns_of(gpr_timespec deadline)
 
 /* ---- calls: references, batches ---- */
 
-static void start_batch(struct rpc_call *c, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag,
-                        void (*fire)(struct rpc_call *c, int ok))
+static void on_new(struct rpc_call *c, int ok);
+static void on_close(struct rpc_call *c, int ok);
+static void on_read(struct rpc_call *c, int ok);
+static void on_write(struct rpc_call *c, int ok);
+static void on_status(struct rpc_call *c, int ok);
+static void on_wake(struct rpc_call *c, int ok);
+
+static void start_batch(struct rpc_call *c, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag)
 {
     grpc_call_error e;
 
-    *tag = (struct rpc_tag){fire, rpc_call_ref(c)};
+    rpc_call_ref(c); // the tag's
     e = grpc_call_start_batch(c->call, ops, n_ops, tag, NULL);
     if (e != GRPC_CALL_OK)
         BUG("grpc_call_start_batch: %s", grpc_call_error_to_string(e));
@@ -135,6 +141,12 @@ static struct rpc_call *call_new(struct rpc_server *s, int method)
 
     c->server = s;
     c->method = method;
+    c->new_tag = (struct rpc_tag){on_new, c};
+    c->close_tag = (struct rpc_tag){on_close, c};
+    c->read_tag = (struct rpc_tag){on_read, c};
+    c->write_tag = (struct rpc_tag){on_write, c};
+    c->status_tag = (struct rpc_tag){on_status, c};
+    c->wake_tag = (struct rpc_tag){on_wake, c};
     atomic_init(&c->n_refs, 1);
     atomic_init(&c->is_woken, 0);
     grpc_metadata_array_init(&c->metadata);
@@ -301,7 +313,7 @@ static void send_status(struct rpc_call *c)
     ops[n].op = GRPC_OP_SEND_STATUS_FROM_SERVER;
     ops[n].data.send_status_from_server.status = (grpc_status_code)c->status.code;
     ops[n++].data.send_status_from_server.status_details = has_text ? &text : NULL;
-    start_batch(c, ops, n, &c->status_tag, on_status);
+    start_batch(c, ops, n, &c->status_tag);
     grpc_slice_unref(text);
 }
 
@@ -360,7 +372,7 @@ int rpc_write(struct rpc_call *c, const ProtobufCMessage *m)
         c->outgoing = buffer;
         c->is_writing = 1;
         c->write_started_ns = now_ns();
-        start_batch(c, ops, n, &c->write_tag, on_write);
+        start_batch(c, ops, n, &c->write_tag);
         buffer = NULL;
         result = 0;
     }
@@ -414,7 +426,7 @@ void rpc_wake(void *call)
     struct rpc_call *c = call;
 
     if (!atomic_exchange(&c->is_woken, 1))
-        start_batch(c, NULL, 0, &c->wake_tag, on_wake);
+        start_batch(c, NULL, 0, &c->wake_tag);
 }
 
 /* ---- the life of a call, on the completion thread ---- */
@@ -454,7 +466,7 @@ static void read_next(struct rpc_call *c)
     grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
 
     op.data.recv_message.recv_message = &c->incoming;
-    start_batch(c, &op, 1, &c->read_tag, on_read);
+    start_batch(c, &op, 1, &c->read_tag);
 }
 
 static int has_token(const struct rpc_call *c)
@@ -483,7 +495,7 @@ static void on_new(struct rpc_call *c, int ok)
     c->arrival_ns = now_ns();
     c->deadline_ns = deadline_ns_of(c->method == GENERIC ? c->details.deadline : c->deadline);
     op.data.recv_close_on_server.cancelled = &c->close_flag;
-    start_batch(c, &op, 1, &c->close_tag, on_close);
+    start_batch(c, &op, 1, &c->close_tag);
 
     if (c->method == GENERIC)
         refuse(c, ERROR_UNIMPLEMENTED, "the server has no such method");
@@ -503,7 +515,6 @@ static void arm(struct rpc_server *s, int method)
     struct rpc_call *c = call_new(s, method);
     grpc_call_error e;
 
-    c->new_tag = (struct rpc_tag){on_new, c};
     if (method == GENERIC)
         e = grpc_server_request_call(s->server, &c->call, &c->details, &c->metadata, s->queue,
                                      s->queue, &c->new_tag);
@@ -533,7 +544,7 @@ static void *completion_loop(void *arg)
             pthread_mutex_unlock(&s->mutex);
             continue;
         }
-        struct rpc_call *c = tag->call; // the tag may be used again by what fires
+        struct rpc_call *c = tag->call;
         tag->fire(c, ev.success);
         rpc_call_unref(c);
     }
