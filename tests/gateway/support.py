@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import struct
 import sys
@@ -34,6 +35,7 @@ _generate()
 from internvl.v1 import internvl_pb2 as pb  # noqa: E402
 from internvl.v1 import internvl_pb2_grpc as pb_grpc  # noqa: E402
 
+SANITIZED = os.environ.get("INTERNVLD_SANITIZED", "")  # the build's -fsanitize= value: slow, so tests do less
 SERVICE = "internvl.v1.InferenceService"
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1),
            ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
@@ -237,5 +239,5 @@ def main():
     unittest.main(module="__main__", argv=[sys.argv[0], "-v", *sys.argv[1:]])
 
 
-__all__ = ["Answer", "Client", "Code", "DaemonTest", "Picture", "ROOT", "SERVICE", "Video", "at_once", "chat",
-           "example", "examples", "main", "part", "pb", "pb_grpc", "unittest", "user"]
+__all__ = ["Answer", "Client", "Code", "DaemonTest", "Picture", "ROOT", "SANITIZED", "SERVICE", "Video", "at_once",
+           "chat", "example", "examples", "main", "part", "pb", "pb_grpc", "unittest", "user"]
