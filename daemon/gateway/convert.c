@@ -24,11 +24,10 @@ size_t convert_request_budget(const struct convert *c)
 {
     const struct vision_config *v = &c->model->vision;
     size_t tile_bytes = (size_t)v->n_channels * (size_t)v->image_height * (size_t)v->image_width;
-    size_t tiles = (size_t)c->limits.max_tiles * tile_bytes;
 
-    /* Tiles, the widest decoded picture, pixels that came ready made, ids and the room of texts. */
-    return 2 * tiles + 8 * (size_t)c->limits.max_image_pixels + (size_t)c->max_message_bytes +
-           64 * (size_t)c->max_model_len + 4 * c->limits.max_text_bytes + ARENA_ROOM_BYTES;
+    /* Tiles, pixels that came ready made, ids and what is made of each, texts. */
+    return 2 * (size_t)c->limits.max_tiles * tile_bytes + (size_t)c->max_message_bytes +
+           160 * (size_t)c->max_model_len + 4 * c->limits.max_text_bytes + ARENA_ROOM_BYTES;
 }
 
 static int out_of_memory(struct error *err)

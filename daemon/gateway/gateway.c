@@ -345,7 +345,6 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     struct gateway g = {.options = o, .model = m, .topology = t, .processor = processor};
     struct watch w = {0};
     struct error err = {0};
-    int status = 0;
 
     g.convert = (struct convert){m, o->limits, o->engine.max_model_len, o->max_message_bytes};
     g.start_ns = now_ns();
@@ -356,11 +355,9 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     g.reflection = reflection_new();
     g.work = work_queue_open(o->n_processor_threads, o->engine.max_queued_requests,
                              8 * (size_t)o->max_message_bytes);
-    if (open_server(&g, &err)) {
+    if (open_server(&g, &err)) { // do not wait for the workers to load
         log_error("gateway", "%s", err.msg);
-        status = 1;
-        stop_workers(&g, control);
-        goto out;
+        launch_abort(1);
     }
     if (wait_ready(&g, control, &w)) {
         log_info("gateway", "stopped before the model was loaded");
@@ -374,8 +371,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     g.engine = engine_open(&o->engine, t, control, on_lost, &w);
     serve(&g, &w);
 out:
-    if (g.server)
-        rpc_server_close(g.server, CLOSE_MS);
+    rpc_server_close(g.server, CLOSE_MS);
     work_queue_close(g.work);
     if (g.engine)
         engine_close(g.engine);
@@ -383,5 +379,5 @@ out:
     health_free(g.health);
     free(g.ranks);
     watch_close(&w);
-    return status;
+    return 0;
 }

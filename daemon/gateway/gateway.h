@@ -25,10 +25,10 @@ struct gateway_options {
 };
 
 /* SIGTERM, SIGINT and SIGUSR1 must be blocked in every thread of the process. Takes READY from
- * every worker, serves until the first of those signals, drains, and returns the exit status: 0, or
- * 1 with an error line when it could not serve. A second signal, or a lost rank, ends the whole job
- * with status 1. Every worker has been told CONTROL_STOP when it returns. `processor` and `control`
- * stay the caller's. */
+ * every worker, serves until the first of those signals, drains, and returns 0. An address that
+ * cannot be listened on, a second signal, or a lost rank ends the whole job with status 1. Every
+ * worker has been told CONTROL_STOP when it returns. `processor` and `control` stay the caller's.
+ */
 int gateway_run(const struct gateway_options *o, const struct model_config *m,
                 const struct topology *t, const struct processor *processor,
                 struct control *control);

@@ -5,6 +5,8 @@
 #ifndef INTERNVLD_GATEWAY_GATEWAY_STATE_H
 #define INTERNVLD_GATEWAY_GATEWAY_STATE_H
 
+#include <stdatomic.h>
+
 #include "daemon/engine/engine.h"
 #include "daemon/gateway/convert.h"
 #include "daemon/gateway/gateway.h"
@@ -15,6 +17,9 @@
 #include "daemon/processor/processor.h"
 #include "parallel/batch.h"
 #include "parallel/topology.h"
+
+/* Prompts and tiles of all requests together; past it new ones are refused. */
+#define MAX_REQUEST_BYTES ((size_t)4 << 30)
 
 struct gateway {
     const struct gateway_options *options;
@@ -27,8 +32,9 @@ struct gateway {
     struct rpc_server *server;
     struct health *health;
     struct reflection *reflection;
-    struct rank_info *ranks; // [world]
-    uint64_t start_ns;       // CLOCK_MONOTONIC
+    struct rank_info *ranks;     // [world]
+    uint64_t start_ns;           // CLOCK_MONOTONIC
+    atomic_size_t request_bytes; // of prepared requests whose calls are open
 };
 
 /* rpc_method.message of each method; `arg` is the struct gateway. */

@@ -38,6 +38,7 @@ struct reply {
     uint32_t outputs;       // enum output
     int32_t *ids, *targets; // [n_ids]; targets NULL without labels
     int32_t n_ids, n_image_tokens;
+    size_t request_bytes; // counted in the gateway's
 
     /* the completion thread's */
     int is_closed, is_started_sent, is_done; // is_done: the stream has nothing more
@@ -91,6 +92,7 @@ static void reply_free(struct reply *r)
     if (r->has_delta)
         stream_delta_release(&r->delta);
     free(r->tensors);
+    atomic_fetch_sub(&r->gateway->request_bytes, r->request_bytes);
     arena_release(&r->arena);
     rpc_call_unref(r->call);
     free(r);
@@ -143,6 +145,21 @@ static void keep_request(struct reply *r, const struct request *q, const struct 
     }
 }
 
+/* Room for the request among all others; given back by reply_free(). */
+static int take_room(struct reply *r, size_t n_bytes, struct error *err)
+{
+    atomic_size_t *total = &r->gateway->request_bytes;
+
+    if (atomic_fetch_add(total, n_bytes) + n_bytes > MAX_REQUEST_BYTES) {
+        atomic_fetch_sub(total, n_bytes);
+        return error_set(err, ERROR_RESOURCE_EXHAUSTED,
+                         "the prompts of all open requests together need more than %zu MiB",
+                         MAX_REQUEST_BYTES >> 20);
+    }
+    r->request_bytes = n_bytes;
+    return 0;
+}
+
 void reply_submit(struct reply *r, struct request *request, const struct media_plan *media,
                   int n_media, uint32_t outputs)
 {
@@ -155,7 +172,7 @@ void reply_submit(struct reply *r, struct request *request, const struct media_p
     request->deadline_ns = rpc_call_deadline_ns(r->call);
     request->stream = stream_new(request, processor_tokenizer(g->processor), rpc_wake, r->call);
     r->stream = stream_ref(request->stream);
-    if (engine_submit(g->engine, request, &err)) {
+    if (take_room(r, request->arena.used_bytes, &err) || engine_submit(g->engine, request, &err)) {
         request_free(request);
         stream_mute(r->stream);
         stream_unref(r->stream);
