@@ -69,6 +69,7 @@ static void print_limits(const struct internvl_limits *l)
     print_count("candidates (n)", l->max_n);
     print_count("logprobs", l->max_logprobs);
     print_count("stop strings", l->max_stop_strings);
+    print_count("bytes of a stop string", l->max_stop_string_bytes);
     print_count("stop token ids", l->max_stop_token_ids);
     print_count("logit biases", l->max_logit_bias);
 }
@@ -134,6 +135,7 @@ static void write_limits(struct json_out *j, const struct internvl_limits *l)
     json_uint(j, "max_stop_strings", l->max_stop_strings);
     json_uint(j, "max_stop_token_ids", l->max_stop_token_ids);
     json_uint(j, "max_logit_bias", l->max_logit_bias);
+    json_uint(j, "max_stop_string_bytes", l->max_stop_string_bytes);
     json_object_end(j);
 }
 

@@ -356,7 +356,7 @@ struct internvl_limits {
     uint64_t max_message_bytes, max_image_pixels;
     uint32_t max_media, max_tiles, max_frames, max_model_len, max_num_seqs, max_num_batched_tokens,
         max_queued_requests, max_n, max_logprobs, max_stop_strings, max_stop_token_ids,
-        max_logit_bias;
+        max_logit_bias, max_stop_string_bytes;
 };
 struct internvl_load {
     uint32_t running, waiting, kv_pages_used, kv_pages;

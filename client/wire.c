@@ -501,6 +501,7 @@ static void read_limits(const Internvl__V1__Limits *m, struct internvl_limits *l
     l->max_stop_strings = m->max_stop_strings;
     l->max_stop_token_ids = m->max_stop_token_ids;
     l->max_logit_bias = m->max_logit_bias;
+    l->max_stop_string_bytes = m->max_stop_string_bytes;
 }
 
 static void read_rank(const Internvl__V1__RankInfo *m, struct internvl_rank *r)
