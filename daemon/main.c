@@ -136,6 +136,7 @@ static int run_gateway(const struct settings *s, const struct topology *t,
                     text->rope.type == ROPE_DYNAMIC ? text->rope.original_max_positions : 0,
                 .eos_ids = s->model.eos_token_ids,
                 .n_eos = s->model.n_eos,
+                .enable_prefix_caching = !o->no_enable_prefix_caching,
             },
     };
 

@@ -91,6 +91,10 @@ static const struct option table[] = {
      "of --max-model-len tokens need."},
     {NULL, "--max-vision-tiles", NULL, OPTION_NUMBER, FIELD(max_vision_tiles), "N", 1, 1024,
      "Most tiles that are sent to a vision rank at a time."},
+    {NULL, "--no-enable-prefix-caching", NULL, OPTION_FLAG, FIELD(no_enable_prefix_caching), NULL,
+     0, 0,
+     "Compute every prompt anew instead of keeping pages of the KV cache for prompts that begin "
+     "alike."},
     {NULL, "--max-queued-requests", NULL, OPTION_NUMBER, FIELD(max_queued_requests), "N", 1, 65536,
      "Requests that may wait; more are refused with RESOURCE_EXHAUSTED."},
 

@@ -19,6 +19,7 @@ struct options {
     int64_t tensor_parallel_size, pipeline_parallel_size, vision_ranks, threads;
     int64_t max_model_len, max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory_bytes;
     int64_t max_vision_tiles, max_queued_requests;
+    int64_t no_enable_prefix_caching;
     const char *listen, *port_file, *auth_token_file;
     int64_t insecure_listen; // flags are 0 or 1
     int64_t drain_timeout, processor_threads, max_connections, max_message_bytes;

@@ -82,8 +82,10 @@ static void measure(const struct ticket *t, uint64_t now, struct usage *u, struc
 {
     const struct request *r = t->request;
     uint64_t first_step_ns = t->first_step_ns ? t->first_step_ns : now;
-    *u = (struct usage){
-        .prompt_tokens = r->n_ids, .image_tokens = r->n_image_tokens, .tiles = r->n_tiles};
+    *u = (struct usage){.prompt_tokens = r->n_ids,
+                        .image_tokens = r->n_image_tokens,
+                        .cached_tokens = t->n_cached_tokens,
+                        .tiles = r->n_tiles};
     for (int32_t i = 0; i < t->n_sequences; i++)
         u->completion_tokens += t->sequences[i].n_output;
     *m = (struct timing){.queue_us = since_us(r->arrival_ns, first_step_ns),
@@ -253,7 +255,9 @@ static void publish(struct engine *e)
                                      .n_preempted = s->n_preempted,
                                      .n_generated_tokens = s->n_generated_tokens,
                                      .n_prompt_tokens = s->n_prompt_tokens,
-                                     .n_tiles = e->n_tiles};
+                                     .n_tiles = e->n_tiles,
+                                     .n_prefix_queries_tokens = s->n_prefix_queries,
+                                     .n_prefix_hits_tokens = s->n_prefix_hits};
     pthread_mutex_unlock(&e->mutex);
 }
 
@@ -550,7 +554,9 @@ struct engine *engine_open(const struct engine_config *c, const struct topology 
                                           .feature_dim = c->feature_dim,
                                           .rope_dynamic_from = c->rope_dynamic_from,
                                           .eos_ids = c->eos_ids,
-                                          .n_eos = c->n_eos};
+                                          .n_eos = c->n_eos,
+                                          .enable_prefix_caching = c->enable_prefix_caching,
+                                          .n_features_per_tile = c->n_features_per_tile};
     e->topology = *t;
     e->control = control;
     e->on_lost = on_lost;
@@ -599,11 +605,35 @@ static int check_tiles(const struct engine *e, const struct request *r, struct e
     return 0;
 }
 
+/* Names each tile by its content; -1 past the request's memory. */
+static int name_tiles(struct request *r, struct error *err)
+{
+    const int32_t format[] = {(int32_t)r->pixel_dtype, r->channels, r->height, r->width};
+    size_t tile_bytes =
+        (size_t)r->channels * (size_t)r->height * (size_t)r->width * dtype_size(r->pixel_dtype);
+    if (r->n_tiles == 0)
+        return 0;
+    r->tile_digests = arena_alloc(&r->arena, (size_t)r->n_tiles, sizeof(*r->tile_digests));
+    if (!r->tile_digests)
+        return error_set(err, ERROR_RESOURCE_EXHAUSTED,
+                         "the request needs more memory than the limit");
+    struct hasher *h = hasher_new();
+    for (int32_t i = 0; i < r->n_tiles; i++) {
+        hasher_begin(h);
+        hasher_add(h, format, sizeof(format));
+        hasher_add(h, (const uint8_t *)r->pixels + (size_t)i * tile_bytes, tile_bytes);
+        hasher_end(h, &r->tile_digests[i]);
+    }
+    hasher_free(h);
+    return 0;
+}
+
 int engine_submit(struct engine *e, struct request *r, struct error *err)
 {
     if (!r->stream)
         BUG("a request without a stream");
-    if (scheduler_check(&e->limits, r, err) < 0 || check_tiles(e, r, err) < 0)
+    if (scheduler_check(&e->limits, r, err) < 0 || check_tiles(e, r, err) < 0 ||
+        name_tiles(r, err) < 0)
         return -1;
     int status = 0;
     pthread_mutex_lock(&e->mutex);

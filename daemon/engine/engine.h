@@ -30,13 +30,14 @@ struct engine_config {
     int32_t rope_dynamic_from; // tokens; past it rope depends on the length ("dynamic"). 0: never
     const int32_t *eos_ids;    // borrowed for the engine's life
     int32_t n_eos;
+    int enable_prefix_caching;
 };
 
 struct engine_stats { // a snapshot, taken under a lock
     int32_t n_running, n_waiting, n_pages_used, n_pages;
     uint64_t n_steps, n_finished, n_preempted, n_generated_tokens, n_prompt_tokens, n_tiles;
     uint64_t n_prefix_queries_tokens, n_prefix_hits_tokens; // prompt tokens looked up, found
-    uint64_t n_vision_queries, n_vision_hits;               // pictures or tile sets looked up, found
+    uint64_t n_vision_queries, n_vision_hits; // pictures or tile sets looked up, found
 };
 
 /* Starts the thread. `on_lost` is called once, from it, when a rank is gone, after every stream has

@@ -30,12 +30,18 @@ void scheduler_init(struct scheduler *s, const struct scheduler_config *c)
     s->config = *c;
     s->context_limit = context_limit(c);
     page_pool_init(&s->pool, c->n_pages);
+    if (c->enable_prefix_caching && c->n_features_per_tile < 1)
+        die("prefix caching needs to know the features of a tile");
+    if (c->enable_prefix_caching)
+        prefix_cache_init(&s->prefix, c->n_pages, c->page_size, c->n_features_per_tile,
+                          c->rope_dynamic_from);
     s->steps = xcalloc((size_t)c->n_batches_in_flight, sizeof(*s->steps));
     for (int32_t i = 0; i < c->n_batches_in_flight; i++)
         step_init(&s->steps[i], c->max_num_seqs);
     batch_builder_init(&s->builder, c->max_num_batched_tokens, c->max_num_seqs, c->feature_dim,
                        c->eos_ids, c->n_eos);
     s->events = xcalloc((size_t)c->max_num_seqs, sizeof(*s->events));
+    s->found = xcalloc((size_t)c->n_pages, sizeof(*s->found));
 }
 
 static void free_tickets(struct scheduler *s, struct ticket *first)
@@ -59,14 +65,16 @@ void scheduler_release(struct scheduler *s)
     free(s->steps);
     free(s->order);
     free(s->events);
+    free(s->found);
     batch_builder_release(&s->builder);
+    prefix_cache_release(&s->prefix);
     page_pool_release(&s->pool);
     memset(s, 0, sizeof(*s));
 }
 
 int32_t scheduler_n_pages_used(const struct scheduler *s)
 {
-    return s->pool.n_pages - s->pool.n_free;
+    return s->pool.n_pages - s->pool.n_free - s->pool.n_idle;
 }
 
 int scheduler_check(const struct scheduler_config *c, const struct request *r, struct error *err)
@@ -138,6 +146,9 @@ struct ticket *scheduler_add(struct scheduler *s, struct request *r)
     s->last = t;
     s->n_tickets++;
     s->n_unstarted++;
+    t->is_cacheable = s->config.enable_prefix_caching && (r->n_tiles == 0 || r->tile_digests);
+    if (t->is_cacheable)
+        prefix_cache_root(&s->prefix, r->cache_salt, &t->cache_root);
     order_insert(s, &t->sequences[0]);
     return t;
 }
@@ -204,6 +215,26 @@ static void free_dead_tickets(struct scheduler *s)
 
 /* ---- pages ---- */
 
+/* A page for whoever needs one: free, or the one that nobody has wanted for longest. -1: none. */
+static int32_t take_page(struct scheduler *s)
+{
+    if (s->pool.n_free == 0) {
+        int32_t page = page_pool_evict(&s->pool);
+        if (page >= 0)
+            prefix_cache_forget(&s->prefix, page);
+    }
+    return page_pool_take(&s->pool);
+}
+
+static void preempt(struct scheduler *s, struct sequence *victim)
+{
+    sequence_drop_pages(victim, &s->pool);
+    s->n_running -= places_of(victim);
+    victim->state = SEQUENCE_WAITING;
+    victim->ticket->n_preempted++;
+    s->n_preempted++;
+}
+
 /* Takes the pages of the newest running sequence that comes after `q` and is in no batch. 0: there
  * is none. */
 static int preempt_newest(struct scheduler *s, const struct sequence *q)
@@ -212,11 +243,7 @@ static int preempt_newest(struct scheduler *s, const struct sequence *q)
         struct sequence *victim = s->order[i];
         if (victim->state != SEQUENCE_RUNNING || victim->in_flight)
             continue;
-        sequence_drop_pages(victim, &s->pool);
-        s->n_running -= places_of(victim);
-        victim->state = SEQUENCE_WAITING;
-        victim->ticket->n_preempted++;
-        s->n_preempted++;
+        preempt(s, victim);
         return 1;
     }
     return 0;
@@ -231,7 +258,7 @@ static int make_writable(struct scheduler *s, struct step *p, struct sequence *q
     for (;;) {
         if (index < q->n_pages && !page_pool_is_shared(&s->pool, q->pages[index]))
             return 1;
-        int32_t page = page_pool_take(&s->pool);
+        int32_t page = take_page(s);
         if (page >= 0 && index == q->n_pages) {
             sequence_add_page(q, page);
             return 1;
@@ -250,6 +277,37 @@ static int make_writable(struct scheduler *s, struct step *p, struct sequence *q
     }
 }
 
+/* How many of its first pages are cached. At least one token is left to compute, which gives the
+ * logits; everything is where tensors are taken on the way. */
+static int32_t count_cached(struct scheduler *s, struct sequence *q, int32_t *pages)
+{
+    const struct request *r = q->ticket->request;
+    int32_t n_most = (sequence_n_known(q) - 1) / s->config.page_size, n = 0, page = -1;
+    if (!q->ticket->is_cacheable || r->captures || r->targets || r->want_logits)
+        return 0;
+    while (n < n_most && (page = prefix_cache_find(&s->prefix, q, n, page)) >= 0)
+        pages[n++] = page;
+    return n;
+}
+
+/* The sequence begins with cached pages [n]. */
+static void share_cached(struct scheduler *s, struct sequence *q, const int32_t *pages, int32_t n)
+{
+    struct ticket *t = q->ticket;
+    for (int32_t i = 0; i < n; i++) {
+        page_pool_ref(&s->pool, pages[i]);
+        sequence_add_page(q, pages[i]);
+    }
+    q->n_cached = n;
+    q->n_computed = n * s->config.page_size;
+    q->n_image_computed = n > 0 ? q->keys[n - 1].n_images : 0;
+    if (t->is_cacheable)
+        s->n_prefix_queries += (uint64_t)sequence_n_known(q);
+    s->n_prefix_hits += (uint64_t)q->n_computed;
+    if (t->first_step_ns == 0)
+        t->n_cached_tokens = q->n_computed;
+}
+
 /* A waiting sequence gets places and the pages of everything it knows. One page for each running
  * candidate is left, since each will soon want one; the first to run needs no such reserve. */
 static int admit(struct scheduler *s, struct sequence *q)
@@ -257,13 +315,39 @@ static int admit(struct scheduler *s, struct sequence *q)
     int32_t n_places = places_of(q);
     int32_t n_pages = pages_of(s->config.page_size, sequence_n_known(q));
     int32_t reserve = s->n_running == 0 ? 0 : s->n_running + n_places - 1;
-    if (s->n_running + n_places > s->config.max_num_seqs || s->pool.n_free < n_pages + reserve)
+    if (s->n_running + n_places > s->config.max_num_seqs)
         return 0;
-    for (int32_t i = 0; i < n_pages; i++)
-        sequence_add_page(q, page_pool_take(&s->pool));
+    int32_t n_cached = count_cached(s, q, s->found), n_left = s->pool.n_free + s->pool.n_idle;
+    for (int32_t i = 0; i < n_cached; i++)
+        n_left -= page_pool_is_idle(&s->pool, s->found[i]);
+    if (n_left < n_pages - n_cached + reserve)
+        return 0;
+    share_cached(s, q, s->found, n_cached);
+    for (int32_t i = n_cached; i < n_pages; i++)
+        sequence_add_page(q, take_page(s));
     q->state = SEQUENCE_RUNNING;
     s->n_running += n_places;
     return 1;
+}
+
+/* The pages that have become full are cached, or given up for those that are. */
+static void cache_pages(struct scheduler *s, struct sequence *q)
+{
+    int32_t n_full = q->n_computed / s->config.page_size;
+    while (q->ticket->is_cacheable && q->n_cached < n_full) {
+        int32_t i = q->n_cached, page = q->pages[i];
+        int32_t same = prefix_cache_find(&s->prefix, q, i, i > 0 ? q->pages[i - 1] : -1);
+        if (same >= 0 && same != page) {
+            page_pool_ref(&s->pool, same);
+            page_pool_unref(&s->pool, page);
+            q->pages[i] = same;
+        } else if (same < 0) {
+            if (prefix_cache_add(&s->prefix, q, i) < 0)
+                return;
+            page_pool_keep(&s->pool, page);
+        }
+        q->n_cached++;
+    }
 }
 
 /* ---- the step ---- */
@@ -323,12 +407,11 @@ static void add_prefills(struct scheduler *s, struct step *p)
         int32_t left = s->config.max_num_batched_tokens - p->n_tokens;
         if (left == 0 || p->n_items == s->config.max_num_seqs)
             return;
-        if (q->state == SEQUENCE_WAITING && admitting && ticket_is_ready(q->ticket))
-            admitting = admit(s, q);
-        if (can_step(q) && sequence_n_todo(q) > 1)
+        int is_new = q->state == SEQUENCE_WAITING && admitting && ticket_is_ready(q->ticket);
+        if (is_new)
+            admitting = is_new = admit(s, q);
+        if (is_new || (can_step(q) && sequence_n_todo(q) > 1))
             add_item(p, q, chunk_of(s, q, left));
-        else if (can_step(q) && q->n_computed == 0)
-            add_item(p, q, 1); // a prompt of one token, just admitted
     }
 }
 
@@ -437,6 +520,7 @@ static void take_item(struct scheduler *s, const struct step_item *item,
     }
     q->n_computed += item->n_new;
     q->n_image_computed += item->n_images;
+    cache_pages(s, q);
     if (t->prefill_end_ns == 0 && q->n_computed >= t->n_prompt) {
         t->prefill_end_ns = now_ns;
         s->n_prompt_tokens += (uint64_t)t->n_prompt;

@@ -19,6 +19,11 @@
  * preempts the newest running sequence (which later recomputes) and never an older one, so the
  * oldest always goes on. Candidates of one request share the prompt's pages; the one who writes
  * into a shared page copies it first.
+ *
+ * A full page stays in the prefix cache when it is computed, and when nobody has it any more until
+ * pages are needed. A sequence that is admitted begins after the pages that the cache has of it;
+ * one token at least is computed, and all of a prompt whose tensors are captured. A page that turns
+ * out to be the same as a cached one is given up for that one.
  */
 #ifndef INTERNVLD_ENGINE_SCHEDULER_H
 #define INTERNVLD_ENGINE_SCHEDULER_H
@@ -26,6 +31,7 @@
 #include <stdint.h>
 
 #include "daemon/engine/page_pool.h"
+#include "daemon/engine/prefix_cache.h"
 #include "daemon/engine/sequence.h"
 #include "daemon/engine/step.h"
 #include "kernels/error.h"
@@ -40,6 +46,8 @@ struct scheduler_config {
     int32_t rope_dynamic_from; // tokens; past it rope depends on the length ("dynamic"). 0: never
     const int32_t *eos_ids;    // [n_eos] borrowed
     int32_t n_eos;
+    int enable_prefix_caching;
+    int32_t n_features_per_tile; // at least 1 with prefix caching
 };
 
 /* What happened to one candidate in a step. */
@@ -55,6 +63,7 @@ struct scheduler {
     struct scheduler_config config;
     int32_t context_limit; // tokens: max_model_len, or what the pool holds
     struct page_pool pool;
+    struct prefix_cache prefix;  // of the pool's kept pages
     struct ticket *first, *last; // the live tickets, by arrival
     struct ticket *dead;         // ended ones with sequences in flight
     struct sequence **order;     // [n_order] unfinished, forked sequences in order of service
@@ -66,9 +75,11 @@ struct scheduler {
     uint64_t last_step_id, last_ticket;
     struct batch_builder builder;
     const struct batch *batch;  // of the latest step, valid until the next scheduler_step()
+    int32_t *found;             // [n_pages] cached pages of the sequence that is being admitted
     struct token_event *events; // [n_events] of the latest update
     int32_t n_events;
     uint64_t n_steps, n_preempted, n_generated_tokens, n_prompt_tokens;
+    uint64_t n_prefix_queries, n_prefix_hits; // tokens of admitted sequences, those found
 };
 
 /* Dies when the settings contradict each other. */
@@ -94,6 +105,7 @@ void scheduler_finish(struct scheduler *s, struct ticket *t, int32_t candidate);
  * that names them is back. Gives the request back. */
 struct request *scheduler_remove(struct scheduler *s, struct ticket *t);
 
+/* Pages that sequences have; cached pages that nobody has do not count. */
 int32_t scheduler_n_pages_used(const struct scheduler *s);
 
 #endif

@@ -31,6 +31,7 @@ void ticket_free(struct ticket *t)
             BUG("a sequence is freed with %d pages", t->sequences[i].n_pages);
         free(t->sequences[i].output);
         free(t->sequences[i].pages);
+        free(t->sequences[i].keys);
     }
     free(t->sequences);
     free(t->features);
@@ -92,12 +93,21 @@ void sequence_add_page(struct sequence *q, int32_t page)
     q->pages[q->n_pages++] = page;
 }
 
+void sequence_add_key(struct sequence *q, const struct page_key *key)
+{
+    if (q->n_keys == q->keys_capacity) {
+        q->keys_capacity = q->keys_capacity < 16 ? 16 : q->keys_capacity * 2;
+        q->keys = xrealloc(q->keys, (size_t)q->keys_capacity, sizeof(*q->keys));
+    }
+    q->keys[q->n_keys++] = *key;
+}
+
 void sequence_drop_pages(struct sequence *q, struct page_pool *p)
 {
-    /* Last first: the pages of the beginning are taken again first. */
+    /* Last first: free pages of the beginning are taken again first, idle ones are evicted last. */
     while (q->n_pages > 0)
         page_pool_unref(p, q->pages[--q->n_pages]);
-    q->n_computed = q->n_image_computed = 0;
+    q->n_computed = q->n_image_computed = q->n_cached = 0;
 }
 
 void sequence_fork(struct sequence *child, const struct sequence *parent, struct page_pool *p)
@@ -106,6 +116,9 @@ void sequence_fork(struct sequence *child, const struct sequence *parent, struct
         page_pool_ref(p, parent->pages[i]);
         sequence_add_page(child, parent->pages[i]);
     }
+    for (int32_t i = 0; i < parent->n_keys; i++)
+        sequence_add_key(child, &parent->keys[i]);
+    child->n_cached = parent->n_cached;
     child->n_computed = parent->n_computed;
     child->n_image_computed = parent->n_image_computed;
     child->state = SEQUENCE_RUNNING;

@@ -14,6 +14,7 @@
 
 #include <stdint.h>
 
+#include "daemon/engine/digest.h"
 #include "daemon/engine/page_pool.h"
 #include "daemon/engine/request.h"
 
@@ -22,6 +23,12 @@ enum sequence_state {
     SEQUENCE_WAITING, // no pages: new, or preempted
     SEQUENCE_RUNNING, // has pages
     SEQUENCE_FINISHED,
+};
+
+/* Names a full page by everything up to its end; see prefix_cache.h. */
+struct page_key {
+    struct digest digest;
+    int32_t n_images; // image tokens up to the page's end
 };
 
 struct ticket;
@@ -36,6 +43,9 @@ struct sequence {
     int32_t n_output, output_capacity;
     int32_t *pages; // [n_pages] page i holds tokens [i * page_size, (i + 1) * page_size)
     int32_t n_pages, pages_capacity;
+    int32_t n_cached;      // pages of it that the prefix cache knows, from the first on
+    struct page_key *keys; // [n_keys] of its first pages, made when they are first asked for
+    int32_t n_keys, keys_capacity;
 };
 
 struct ticket {
@@ -46,6 +56,10 @@ struct ticket {
     int32_t n_sequences, n_unfinished, n_in_flight;
     enum finish_reason finish; // of the candidate that ended last
     int forked;                // the prompt pass has ended: each candidate goes its own way
+
+    struct digest cache_root; // names the prompt's beginning; see prefix_cache.h
+    int is_cacheable;         // its pages may be found and kept by the prefix cache
+    int32_t n_cached_tokens;  // of the prompt that were not computed, when it first ran
 
     float *features; // [n_image_tokens, dim] rows of the pictures, or NULL
     int32_t n_tiles, n_tiles_sent, n_tiles_done;
@@ -70,7 +84,8 @@ int32_t sequence_n_todo(const struct sequence *q);  // known, not in the cache
 int32_t sequence_id(const struct sequence *q, int32_t index);
 void sequence_append(struct sequence *q, int32_t id);
 void sequence_add_page(struct sequence *q, int32_t page); // the reference goes along
-/* Drops the pages and forgets what was computed; the ids stay. */
+void sequence_add_key(struct sequence *q, const struct page_key *key);
+/* Drops the pages and forgets what was computed; ids and keys stay. */
 void sequence_drop_pages(struct sequence *q, struct page_pool *p);
 /* Gives `child` the state of `parent` after its prompt pass; every page is shared. */
 void sequence_fork(struct sequence *child, const struct sequence *parent, struct page_pool *p);

@@ -12,6 +12,7 @@
 
 #include "kernels/log.h"
 
+#define CACHE_SALT_BYTES_MAX 256
 #define TILING_MAX 4096 // of min_patches, max_patches: the processor has the real limit
 #define ARENA_ROOM_BYTES ((size_t)16 << 20)
 
@@ -62,6 +63,17 @@ int convert_request_id(const char *wire, char id[65], struct error *err)
         snprintf(id, 65, "%016llx", (unsigned long long)number);
     }
     return 0;
+}
+
+int convert_cache_salt(const char *wire, struct request *r, struct error *err)
+{
+    size_t n = strlen(wire);
+
+    if (n > CACHE_SALT_BYTES_MAX)
+        return error_set(err, ERROR_INVALID_ARGUMENT, "cache_salt has %zu bytes; the limit is %d",
+                         n, CACHE_SALT_BYTES_MAX);
+    r->cache_salt = arena_strndup(&r->arena, wire, n);
+    return r->cache_salt ? 0 : out_of_memory(err);
 }
 
 /* ---- chat ---- */

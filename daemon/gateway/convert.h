@@ -55,6 +55,8 @@ size_t convert_request_budget(const struct convert *c);
 
 /* `wire` into id: at most 64 of [A-Za-z0-9._-]; an empty one is made up. */
 int convert_request_id(const char *wire, char id[65], struct error *err);
+/* GenerateRequest.cache_salt, copied into r's arena. */
+int convert_cache_salt(const char *wire, struct request *r, struct error *err);
 /* Arrays in `a`; texts and bytes are borrowed from `wire`. */
 int convert_conversation(const Internvl__V1__ChatPrompt *wire, struct arena *a,
                          struct conversation *out, struct error *err);

@@ -13,7 +13,7 @@ static int generate_read(struct gateway *g, const Internvl__V1__GenerateRequest 
         convert_sampling(&g->convert, wire->sampling, r, err))
         return -1;
     r->priority = wire->priority;
-    return 0;
+    return convert_cache_salt(wire->cache_salt, r, err);
 }
 
 static void generate_prepare(void *arg)

@@ -614,7 +614,8 @@ static void run_gateway(const struct topology *t, struct control *control, const
                                          .feature_dim = FAKE_DIM,
                                          .n_features_per_tile = FAKE_FEATURES_PER_TILE,
                                          .eos_ids = eos_ids,
-                                         .n_eos = 1};
+                                         .n_eos = 1,
+                                         .enable_prefix_caching = 1};
     struct error err;
     struct tokenizer *demo = tokenizer_open(INTERNVLD_DEMO_MODEL, &err);
     if (!demo)

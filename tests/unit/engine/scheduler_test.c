@@ -51,9 +51,10 @@ static int32_t random_below(struct random *r, int32_t n)
 }
 
 /* What the fake model's cache holds for a token, given its predecessor's. */
-static uint64_t token_hash(uint64_t before, int32_t id, float feature)
+static uint64_t token_hash(uint64_t before, int32_t id, float feature, int32_t rope_len)
 {
-    return mix(before * 31 + (uint64_t)id + (uint64_t)(feature * 1000.0f) + 1);
+    return mix(before * 31 + (uint64_t)id + (uint64_t)(feature * 1000.0f) + 1 +
+               mix((uint64_t)rope_len));
 }
 
 static int32_t next_token(uint64_t hash, int32_t candidate, int32_t position)
@@ -100,6 +101,11 @@ static float feature_of(uint64_t salt, int32_t k)
     return (float)(mix(salt + (uint64_t)k) % 97) / 8.0f;
 }
 
+static int32_t tokens_per_tile(void)
+{
+    return 3;
+}
+
 static void world_init(struct world *w, const struct scheduler_config *c, uint64_t seed)
 {
     memset(w, 0, sizeof(*w));
@@ -109,6 +115,7 @@ static void world_init(struct world *w, const struct scheduler_config *c, uint64
     w->config.n_eos = 1;
     w->random.state = seed;
     w->now = 1;
+    w->config.n_features_per_tile = tokens_per_tile();
     scheduler_init(&w->scheduler, &w->config);
     w->cache = xcalloc((size_t)c->n_pages * (size_t)c->page_size, sizeof(*w->cache));
 }
@@ -119,9 +126,20 @@ static void world_release(struct world *w)
     free(w->cache);
 }
 
-static int32_t tokens_per_tile(void)
+/* What dynamic rope would see: nothing up to its limit. */
+static int32_t rope_of(const struct world *w, int32_t rope_len)
 {
-    return 3;
+    int32_t from = w->config.rope_dynamic_from;
+    return from > 0 && rope_len > from ? rope_len : 0;
+}
+
+static void name_tiles(struct request *r, uint64_t features_salt)
+{
+    r->tile_digests = arena_alloc(&r->arena, (size_t)r->n_tiles, sizeof(struct digest));
+    for (int32_t i = 0; i < r->n_tiles; i++)
+        memcpy(r->tile_digests[i].bytes,
+               (uint64_t[]){mix(features_salt), mix((uint64_t)i), 0, features_salt},
+               sizeof(struct digest));
 }
 
 static void arrive(struct world *w)
@@ -142,8 +160,17 @@ static void arrive(struct world *w)
     r->image_token_id = IMAGE;
     r->n_image_tokens = n_image;
     r->n_tiles = n_tiles;
+    /* Half of them are of a few families, whose prompts begin alike for a while. */
+    int32_t family = random_below(&w->random, 6), n_alike = random_below(&w->random, n + 1);
+    uint64_t features_salt = family < 3 ? (uint64_t)random_below(&w->random, 2) : w->random.state;
     for (int32_t i = 0; i < n; i++)
-        r->ids[i] = i < n_image ? IMAGE : 10 + random_below(&w->random, 30);
+        r->ids[i] = i < n_image                 ? IMAGE
+                    : family < 3 && i < n_alike ? 10 + (family * 7 + i) % 30
+                                                : 10 + random_below(&w->random, 30);
+    name_tiles(r, features_salt);
+    r->cache_salt = random_below(&w->random, 4) == 0 ? "other" : NULL;
+    if (random_below(&w->random, 10) == 0)
+        r->captures = CAPTURE_LOGITS;
     r->n = random_below(&w->random, 5) == 0 ? 1 + random_below(&w->random, 4) : 1;
     r->max_tokens = random_below(&w->random, 12) == 0 ? 0 : 1 + random_below(&w->random, 30);
     if (r->max_tokens == 0)
@@ -159,7 +186,7 @@ static void arrive(struct world *w)
         return;
     }
     struct expected *x = &w->live[w->n_live++];
-    *x = (struct expected){.n_ids = n, .n_tiles = n_tiles, .features_salt = w->random.state};
+    *x = (struct expected){.n_ids = n, .n_tiles = n_tiles, .features_salt = features_salt};
     x->ids = xcalloc((size_t)n, sizeof(int32_t));
     memcpy(x->ids, r->ids, (size_t)n * sizeof(int32_t));
     if (random_below(&w->random, 6) == 0)
@@ -204,13 +231,21 @@ static void check_pages(struct world *w)
     for (int i = 0; i < w->n_flights; i++)
         for (int32_t j = 0; j < w->flights[i].step->n_copies; j++)
             holds[w->flights[i].step->copy_src[j]]++;
-    int32_t n_used = 0;
+    int32_t n_used = 0, n_idle = 0;
+    for (int32_t i = p->next[p->n_pages]; i != p->n_pages; i = p->next[i]) {
+        assert_true(page_pool_is_idle(p, i));
+        n_idle++;
+    }
+    assert_int_equal(n_idle, p->n_idle);
     for (int32_t i = 0; i < p->n_pages; i++) {
         assert_int_equal(refs[i], p->refs[i]);
         assert_int_equal(holds[i], p->holds[i]);
+        assert_int_equal(p->kept[i],
+                         w->scheduler.prefix.pages && w->scheduler.prefix.pages[i].serial != 0);
         n_used += refs[i] + holds[i] > 0;
     }
     assert_int_equal(n_used, scheduler_n_pages_used(&w->scheduler));
+    assert_int_equal(n_used + n_idle + p->n_free, p->n_pages);
     for (int32_t i = 0; i < p->n_free; i++) {
         assert_int_equal(p->refs[p->free[i]] + p->holds[p->free[i]], 0);
         p->refs[p->free[i]] = -1; // met
@@ -221,6 +256,21 @@ static void check_pages(struct world *w)
     }
     free(refs);
     free(holds);
+}
+
+/* A cached page's predecessor is cached: pages are evicted from the end of a prompt. */
+static void check_chains(struct world *w)
+{
+    const struct prefix_cache *c = &w->scheduler.prefix;
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n_pages; i++) {
+        int has_before = c->pages[i].serial == 0 || c->pages[i].before == 0;
+        n += c->pages[i].serial != 0;
+        for (int32_t j = 0; !has_before && j < c->n_pages; j++)
+            has_before = c->pages[j].serial == c->pages[i].before;
+        assert_true(has_before);
+    }
+    assert_int_equal(n, c->n_cached);
 }
 
 static void check_order(struct world *w)
@@ -271,7 +321,8 @@ static void execute(struct world *w, const struct batch *b, struct flight *f)
             uint64_t before = start + j > 0 ? *cell(w, b, i, start + j - 1) : 0;
             *cell(w, b, i, start + j) =
                 token_hash(before, b->token_ids[row],
-                           feature_row < 0 ? 0.0f : b->features[feature_row * FEATURE_DIM]);
+                           feature_row < 0 ? 0.0f : b->features[feature_row * FEATURE_DIM],
+                           rope_of(w, b->rope_len[i]));
         }
     }
     f->n_samples = b->n_samples;
@@ -301,7 +352,8 @@ static void check_output(struct world *w, const struct expected *x, int32_t k)
     for (int32_t i = 0; i < x->n_ids; i++)
         hash =
             token_hash(hash, x->ids[i],
-                       i < x->n_tiles * tokens_per_tile() ? feature_of(x->features_salt, i) : 0.0f);
+                       i < x->n_tiles * tokens_per_tile() ? feature_of(x->features_salt, i) : 0.0f,
+                       rope_of(w, x->n_ids));
     int32_t n = 0;
     for (int end = r->max_tokens == 0; !end; n++) {
         int32_t id = next_token(hash, k, n);
@@ -309,7 +361,7 @@ static void check_output(struct world *w, const struct expected *x, int32_t k)
             id = 49;
         assert_true(n < q->n_output);
         assert_int_equal(id, q->output[n]);
-        hash = token_hash(hash, id, 0.0f);
+        hash = token_hash(hash, id, 0.0f, rope_of(w, x->n_ids + n + 1));
         end = (id == EOS && !r->ignore_eos) || n + 1 == r->max_tokens ||
               x->n_ids + n + 1 == w->scheduler.context_limit || (k == 0 && x->stop_after == n + 1);
     }
@@ -470,6 +522,8 @@ static void run_world(const struct scheduler_config *c, uint64_t seed, int n)
             check_pages(&w);
             check_order(&w);
         }
+        if (i % 64 == 0)
+            check_chains(&w);
     }
     /* Nobody is cancelled any more: everything finishes. */
     for (int i = 0; w.n_live > 0; i++) {
@@ -485,11 +539,14 @@ static void run_world(const struct scheduler_config *c, uint64_t seed, int n)
     assert_null(w.scheduler.dead);
     print_message("pages %d x %d, seqs %d, budget %d, in flight %d: %d finished (%d with n > 1, "
                   "%d with pictures came), %d cancelled, %llu steps, %llu preempted, %d decodes "
-                  "without a page\n",
+                  "without a page, %llu of %llu tokens cached\n",
                   c->n_pages, c->page_size, c->max_num_seqs, c->max_num_batched_tokens,
                   c->n_batches_in_flight, w.n_finished, w.n_forked, w.n_images, w.n_cancelled,
                   (unsigned long long)w.scheduler.n_steps,
-                  (unsigned long long)w.scheduler.n_preempted, w.n_decodes_skipped);
+                  (unsigned long long)w.scheduler.n_preempted, w.n_decodes_skipped,
+                  (unsigned long long)w.scheduler.n_prefix_hits,
+                  (unsigned long long)w.scheduler.n_prefix_queries);
+    assert_true(n < 1000 || !c->enable_prefix_caching || w.scheduler.n_prefix_hits > 0);
     world_release(&w);
 }
 
@@ -499,6 +556,7 @@ static void test_random_operations(void **state)
     static const struct scheduler_config settings[] = {
         {.page_size = 4,
          .n_pages = 200,
+         .enable_prefix_caching = 1,
          .max_model_len = 120,
          .max_num_seqs = 16,
          .max_num_batched_tokens = 32,
@@ -514,12 +572,14 @@ static void test_random_operations(void **state)
          .max_model_len = 200,
          .max_num_seqs = 8,
          .max_num_batched_tokens = 16,
+         .enable_prefix_caching = 1,
          .n_batches_in_flight = 2},
         {.page_size = 16,
          .n_pages = 40,
          .max_model_len = 300,
          .max_num_seqs = 32,
          .max_num_batched_tokens = 64,
+         .enable_prefix_caching = 1,
          .n_batches_in_flight = 4},
         {.page_size = 1,
          .n_pages = 60,
@@ -527,6 +587,7 @@ static void test_random_operations(void **state)
          .max_num_seqs = 4,
          .max_num_batched_tokens = 4,
          .n_batches_in_flight = 3,
+         .enable_prefix_caching = 1,
          .rope_dynamic_from = 20},
     };
     int n_settings = (int)(sizeof(settings) / sizeof(settings[0]));
@@ -781,6 +842,115 @@ static void test_share_of_pipeline(void **state)
     scheduler_release(&s);
 }
 
+/* ---- the prefix cache ---- */
+
+/* Runs the request to its end and returns how much of its prompt was cached. */
+static int32_t run_cached(struct scheduler *s, struct request *r)
+{
+    struct ticket *t = scheduler_add(s, r);
+    while (t->n_unfinished > 0)
+        answer(s, scheduler_step(s, 1), 9);
+    int32_t n = t->n_cached_tokens;
+    request_free(scheduler_remove(s, t));
+    return n;
+}
+
+static struct scheduler_config cached_config(void)
+{
+    struct scheduler_config c = small_config();
+    c.enable_prefix_caching = 1;
+    c.n_features_per_tile = 4;
+    return c;
+}
+
+static void test_prefix(void **state)
+{
+    (void)state;
+    struct scheduler s;
+    struct scheduler_config c = cached_config();
+    scheduler_init(&s, &c);
+    assert_int_equal(run_cached(&s, text_request(12, 3)), 0);
+    assert_int_equal(scheduler_n_pages_used(&s), 0);
+    assert_int_equal(run_cached(&s, text_request(12, 3)), 8); // one token is left to compute
+    assert_int_equal(run_cached(&s, text_request(13, 3)), 12);
+    struct request *r = text_request(13, 3);
+    r->cache_salt = "mine";
+    assert_int_equal(run_cached(&s, r), 0);
+    r = text_request(13, 3);
+    r->cache_salt = "mine";
+    assert_int_equal(run_cached(&s, r), 12);
+    r = text_request(13, 3);
+    r->ids[5] = 49; // in the second page
+    assert_int_equal(run_cached(&s, r), 4);
+    r = text_request(13, 0);
+    r->captures = CAPTURE_LOGITS;
+    assert_int_equal(run_cached(&s, r), 0);
+    /* The answer's tokens are cached as well: a conversation goes on. */
+    r = text_request(20, 3);
+    r->ids[12] = r->ids[13] = r->ids[14] = 9;
+    assert_int_equal(run_cached(&s, r), 12);
+    r = text_request(10, 7);
+    run_cached(&s, r);
+    r = text_request(17, 1);
+    for (int32_t i = 10; i < 17; i++)
+        r->ids[i] = 9;
+    assert_int_equal(run_cached(&s, r), 16);
+    /* All pages are needed for another prompt: nothing is left of the old ones. */
+    r = text_request(60, 4);
+    for (int32_t i = 0; i < 60; i++)
+        r->ids[i] = 8;
+    run_cached(&s, r);
+    assert_int_equal(run_cached(&s, text_request(13, 3)), 0);
+    scheduler_release(&s);
+}
+
+/* The same ids with other pictures are other prompts. */
+static void test_prefix_pictures(void **state)
+{
+    (void)state;
+    static const struct {
+        uint64_t salts[2];
+        int32_t n_cached;
+    } cases[] = {{{1, 2}, 0}, {{1, 2}, 8}, {{1, 3}, 4}, {{2, 1}, 0}, {{2, 1}, 8}, {{3, 2}, 0}};
+    struct scheduler s;
+    struct scheduler_config c = cached_config();
+    scheduler_init(&s, &c);
+    for (size_t k = 0; k < sizeof(cases) / sizeof(cases[0]); k++) {
+        struct request *r = text_request(10, 1);
+        for (int32_t i = 0; i < 8; i++)
+            r->ids[i] = IMAGE;
+        r->image_token_id = IMAGE;
+        r->n_tiles = 2;
+        r->tile_digests = arena_alloc(&r->arena, 2, sizeof(struct digest));
+        for (int i = 0; i < 2; i++)
+            r->tile_digests[i].bytes[0] = (uint8_t)cases[k].salts[i];
+        struct ticket *t = scheduler_add(&s, r);
+        t->features = xcalloc(8, FEATURE_DIM * sizeof(float));
+        t->n_tiles_done = 2;
+        while (t->n_unfinished > 0)
+            answer(&s, scheduler_step(&s, 1), 9);
+        assert_int_equal(t->n_cached_tokens, cases[k].n_cached);
+        request_free(scheduler_remove(&s, t));
+    }
+    scheduler_release(&s);
+}
+
+/* A key is not believed: what it stands for is compared. */
+static void test_prefix_verified(void **state)
+{
+    (void)state;
+    struct scheduler s;
+    struct scheduler_config c = cached_config();
+    scheduler_init(&s, &c);
+    run_cached(&s, text_request(13, 1));
+    for (int32_t i = 0; i < s.prefix.n_pages; i++)
+        if (s.prefix.pages[i].serial == 2) // as if another prompt's second page had the same key
+            s.prefix.pages[i].content[0] ^= 1;
+    assert_int_equal(run_cached(&s, text_request(13, 1)), 4);
+    assert_int_equal(run_cached(&s, text_request(13, 1)), 4); // and is not overwritten
+    scheduler_release(&s);
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
@@ -795,6 +965,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_order_of_service),
         cmocka_unit_test(test_share_of_pipeline),
+        cmocka_unit_test(test_prefix),
+        cmocka_unit_test(test_prefix_pictures),
+        cmocka_unit_test(test_prefix_verified),
         cmocka_unit_test(test_random_operations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
