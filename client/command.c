@@ -15,6 +15,7 @@
 
 #include "client/conversation.h"
 #include "client/interrupt.h"
+#include "client/rpc.h"
 
 enum { // bits of a subcommand
     ASK = 1,
@@ -52,9 +53,13 @@ static const struct subcommand {
      "content is text or\n"
      "a list of {\"type\": \"text\" | \"image\" | \"video\", \"text\" | \"path\"}, paths relative "
      "to the file.\n"
+     "Or a .tsv table with index, image (base64), question, answer, and A, B, … for choices.\n"
      "A reply is correct when it equals the answer after stripping white space and lowercasing "
-     "both.\n"
-     "Greedy and at most 64 tokens unless options say otherwise."},
+     "both,\n"
+     "or, where there are choices, when it names the right letter (see --score).\n"
+     "Greedy and at most 64 tokens unless options say otherwise. --output goes on where an earlier "
+     "run\n"
+     "of the same questions and settings was cut off; nothing that was answered is asked again."},
 };
 #define N_SUBCOMMANDS (sizeof(subcommands) / sizeof(subcommands[0]))
 
@@ -72,6 +77,7 @@ enum option_kind {
     KIND_STOP,
     KIND_STOP_ID,
     KIND_TENSOR,
+    KIND_RESULTS,
     KIND_HELP, // answered at once
     KIND_VERSION,
 };
@@ -154,9 +160,24 @@ static const struct option {
      "forward: tensors (safetensors); evaluate: results (JSONL)", AT(output), 0, 0},
     {"concurrency", "N", EVALUATE, KIND_U32, "questions in flight [16]", AT(concurrency), 0, 0},
     {"limit", "N", EVALUATE, KIND_U32, "only the first N questions", AT(limit), 0, 0},
+    {"score", "HOW", EVALUATE, KIND_STRING,
+     "auto, exact, choice, number or anls, where the question does not say [auto]", AT(score), 0,
+     0},
+    {"tolerance", "X", EVALUATE, KIND_DOUBLE, "of --score number, relative [0.05]", AT(tolerance),
+     0, 0},
+    {"shard", "I/N", EVALUATE, KIND_STRING, "only questions I, I+N, …: one of N tasks", AT(shard),
+     0, 0},
+    {"results", "FILE", EVALUATE, KIND_RESULTS,
+     "answers that are there already, of other shards; may be repeated", 0, 0, 0},
+    {"retry-for", "SECONDS", EVALUATE, KIND_DOUBLE,
+     "how long to try again while the daemon is away or full [60]", AT(retry_for_s), 0, 0},
+    {"html", "FILE", EVALUATE, KIND_STRING, "a report with plots and pictures", AT(html), 0, 0},
     {"json", NULL, ANY, KIND_ON, "print JSON", AT(json), 0, 0},
     {"address", "HOST:PORT", ANY, KIND_STRING,
      "of the daemon [$INTERNVL_ADDRESS, else 127.0.0.1:50051]", AT(address), 0, 0},
+    {"endpoint-file", "FILE", ANY, KIND_STRING,
+     "instead of --address and --token-file: a line with the address and the token",
+     AT(endpoint_file), 0, 0},
     {"timeout", "SECONDS", ANY, KIND_DOUBLE, "deadline of each call; 0: none [0]", AT(timeout_s), 0,
      0},
     {"token-file", "FILE", ANY, KIND_STRING, "bearer token, the file's first line", AT(token_file),
@@ -331,6 +352,10 @@ static int add_to_list(struct command_options *o, const struct option *option, c
         o->stop_token_ids[s->n_stop_token_ids++] = (uint32_t)id;
         s->stop_token_ids = o->stop_token_ids;
         return 0;
+    case KIND_RESULTS:
+        o->results = command_grow(o->results, o->n_results, sizeof(*o->results));
+        o->results[o->n_results++] = value;
+        return 0;
     case KIND_TENSOR:
         o->outputs = command_grow(o->outputs, o->n_outputs, sizeof(*o->outputs));
         o->outputs[o->n_outputs++] = value;
@@ -484,18 +509,60 @@ static char *read_token(const char *path, struct internvl_error *err)
     return token;
 }
 
+int command_endpoint_read(const struct command_options *o, struct command_endpoint *e,
+                          struct internvl_error *err)
+{
+    size_t n_bytes;
+    if (!o->endpoint_file) {
+        e->address = strdup(o->address);
+        return o->token_file && !(e->token = read_token(o->token_file, err)) ? -1 : 0;
+    }
+    e->address = read_file(o->endpoint_file, &n_bytes, err);
+    if (!e->address)
+        return -1;
+    e->address[strcspn(e->address, "\r\n")] = '\0';
+    char *space = strchr(e->address, ' ');
+    if (space) {
+        *space = '\0';
+        e->token = strdup(space + 1);
+    }
+    if (*e->address)
+        return 0;
+    return rpc_error(err, INTERNVL_INVALID_ARGUMENT, "%s holds no address", o->endpoint_file);
+}
+
+int command_endpoint_equal(const struct command_endpoint *a, const struct command_endpoint *b)
+{
+    if (!a->address || !b->address || strcmp(a->address, b->address) != 0)
+        return 0;
+    return a->token && b->token ? strcmp(a->token, b->token) == 0 : a->token == b->token;
+}
+
+void command_endpoint_release(struct command_endpoint *e)
+{
+    free(e->address);
+    free(e->token);
+    *e = (struct command_endpoint){0};
+}
+
+struct internvl_client *command_connect(const struct command_endpoint *e,
+                                        struct internvl_error *err)
+{
+    struct internvl_options connect = {.address = e->address, .token = e->token};
+    return internvl_connect(&connect, err);
+}
+
 static int run(const struct subcommand *s, struct command_options *o)
 {
     struct internvl_error err = {0};
-    char *token = NULL;
+    struct command_endpoint endpoint = {0};
+    struct internvl_client *c = NULL;
     interrupt_start();
-    if (o->token_file && !(token = read_token(o->token_file, &err)))
-        return command_fail(o, &err);
-    struct internvl_options connect = {.address = o->address, .token = token};
-    struct internvl_client *c = internvl_connect(&connect, &err);
+    if (command_endpoint_read(o, &endpoint, &err) == 0)
+        c = command_connect(&endpoint, &err);
     int status = c ? s->run(c, o) : command_fail(o, &err);
     internvl_close(c);
-    free(token);
+    command_endpoint_release(&endpoint);
     if (fflush(stdout) != 0 && status == EXIT_OK) {
         fprintf(stderr, "internvl: %s: standard output: %s\n", o->command, strerror(errno));
         status = EXIT_FAILED;
@@ -505,7 +572,10 @@ static int run(const struct subcommand *s, struct command_options *o)
 
 int main(int argc, char **argv)
 {
-    struct command_options o = {.concurrency = 16, .address = getenv("INTERNVL_ADDRESS")};
+    struct command_options o = {.concurrency = 16,
+                                .tolerance = 0.05,
+                                .retry_for_s = 60,
+                                .address = getenv("INTERNVL_ADDRESS")};
     struct parsed parsed = {0};
     if (!o.address || !*o.address)
         o.address = "127.0.0.1:50051";
@@ -522,6 +592,7 @@ int main(int argc, char **argv)
     free(o.stop);
     free(o.stop_token_ids);
     free(o.outputs);
+    free(o.results);
     free(o.arguments);
     return status;
 }

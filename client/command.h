@@ -42,6 +42,11 @@ struct command_options {
     int chat;                 // tokenize --chat
     const char *output;
     uint32_t concurrency, limit;
+    const char *endpoint_file;
+    const char *score, *shard, *html; // evaluate
+    double tolerance, retry_for_s;
+    const char **results; // evaluate --results [n_results]
+    size_t n_results;
     const char **arguments; // [n_arguments] what is not an option
     size_t n_arguments;
 };
@@ -52,6 +57,17 @@ int command_fail(const struct command_options *o, const struct internvl_error *e
 /* One line and a hint to --help; returns EXIT_USAGE. */
 int command_usage(const struct command_options *o, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
+/* Where the daemon is and what it wants to hear: of --endpoint-file, else of --address and
+ * --token-file. Texts are owned. */
+struct command_endpoint {  // {0} is empty
+    char *address, *token; // token: NULL for none
+};
+int command_endpoint_read(const struct command_options *o, struct command_endpoint *e,
+                          struct internvl_error *err);
+int command_endpoint_equal(const struct command_endpoint *a, const struct command_endpoint *b);
+void command_endpoint_release(struct command_endpoint *e);
+struct internvl_client *command_connect(const struct command_endpoint *e,
+                                        struct internvl_error *err);
 struct internvl_call_options command_call_options(const struct command_options *o);
 
 /* "1,2,-100" as integers [*n], freed by the caller; NULL when it is not such a list or a number is

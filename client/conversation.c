@@ -97,6 +97,16 @@ int conversation_add_file(struct conversation *c, const char *path, int is_video
     return 0;
 }
 
+void conversation_add_bytes(struct conversation *c, void *bytes, size_t n_bytes,
+                            const struct command_options *o)
+{
+    struct internvl_part *part = add_part(c);
+    part->kind = INTERNVL_IMAGE;
+    part->data = bytes;
+    part->n_bytes = n_bytes;
+    part->tiling = o->tiling;
+}
+
 static void release_message(struct internvl_message *m)
 {
     for (size_t i = 0; i < m->n_parts; i++) {

@@ -20,6 +20,9 @@ void conversation_add_message(struct conversation *c, const char *role);
 void conversation_add_text(struct conversation *c, const char *text);
 int conversation_add_file(struct conversation *c, const char *path, int is_video,
                           const struct command_options *o, struct internvl_error *err);
+/* A picture that is in memory; takes over `bytes`. */
+void conversation_add_bytes(struct conversation *c, void *bytes, size_t n_bytes,
+                            const struct command_options *o);
 void conversation_drop_message(struct conversation *c);
 /* --system, then one user message: media in the order given, then `question`. */
 int conversation_from_options(struct conversation *c, const struct command_options *o,

@@ -155,6 +155,9 @@ struct rpc_channel *rpc_channel_open(const char *address, const char *token,
         integer_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0),
         integer_arg(GRPC_ARG_ENABLE_RETRIES, 0),
         integer_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1),
+        /* A daemon that is started again is found soon. */
+        integer_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100),
+        integer_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000),
     };
     grpc_channel_args channel_args = {sizeof(args) / sizeof(args[0]), args};
     grpc_channel_credentials *plain = grpc_insecure_credentials_create();
