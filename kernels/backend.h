@@ -150,7 +150,7 @@ struct backend_ops {
                       int32_t n_heads, float scale, float *probs);
     /* Pixels [n_tiles, channels, height, width] (U8 or F32) -> patches
      * [n_tiles * (height / ph) * (width / pw), channels * ph * pw]; U8 is normalised as
-     * (float(u8) - mean[c]) / std[c]. Ragged remainders are dropped. */
+     * (float(u8) - mean[c]) / std[c], host arrays [channels]. Ragged remainders are dropped. */
     void (*patchify)(struct backend *b, struct tensor *patches, const struct tensor *pixels,
                      int32_t ph, int32_t pw, const float *mean, const float *std);
     /* x [n_tiles, side * side, dim] -> y [n_tiles, (side / k)^2, k * k * dim]: output token (i, j),
@@ -161,6 +161,7 @@ struct backend_ops {
     /* y <- x with a type change (F32 <-> BF16), or a plain copy; shapes equal; row strides may
      * differ. */
     void (*copy)(struct backend *b, struct tensor *y, const struct tensor *x);
+    /* Page dst[i] <- page src[i], keys and values; src and dst are host arrays [n]. */
     void (*copy_pages)(struct backend *b, struct kv_pages *kv, const int32_t *src,
                        const int32_t *dst, int32_t n);
     void (*close)(struct backend *b); // releases `state` and `b`; backend_close() calls it

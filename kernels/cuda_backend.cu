@@ -1,0 +1,204 @@
+/*
+ * Opening a CUDA device as a back end: memory, the one stream, graphs, and the op table.
+ *
+ * Owns struct cuda_state. Knows no op's arithmetic: each lives in its own cuda_*.cu. All device
+ * memory beyond the weights, pages and activations that callers allocate is taken here, at open.
+ */
+#include <stdio.h>
+
+#include "kernels/cuda_internal.h"
+
+static const size_t SCRATCH_BYTES = (size_t)256 << 20, WORKSPACE_BYTES = (size_t)32 << 20,
+                    STAGING_BYTES = (size_t)8 << 20;
+
+static const char *describe(const struct backend *b)
+{
+    return ((const struct cuda_state *)b->state)->description;
+}
+
+static void *alloc(struct backend *b, size_t n_bytes)
+{
+    struct cuda_state *s = cuda_state_of(b);
+    void *p = NULL;
+    cudaError_t e;
+
+    if (!n_bytes)
+        n_bytes = 1;
+    e = cudaMalloc(&p, n_bytes);
+    if (e != cudaSuccess)
+        die("device %d: cannot allocate %zu bytes: %s", s->device, n_bytes, cudaGetErrorString(e));
+    CUDA_CHECK(cudaMemsetAsync(p, 0, n_bytes, s->stream));
+    return p;
+}
+
+static void release(struct backend *b, void *p)
+{
+    (void)b;
+    CUDA_CHECK(cudaFree(p));
+}
+
+static void upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes)
+{
+    if (n_bytes)
+        CUDA_CHECK(cudaMemcpyAsync(dst, host_src, n_bytes, cudaMemcpyHostToDevice,
+                                   cuda_state_of(b)->stream));
+}
+
+static void download(struct backend *b, void *host_dst, const void *src, size_t n_bytes)
+{
+    struct cuda_state *s = cuda_state_of(b);
+
+    if (n_bytes)
+        CUDA_CHECK(cudaMemcpyAsync(host_dst, src, n_bytes, cudaMemcpyDeviceToHost, s->stream));
+    CUDA_CHECK(cudaStreamSynchronize(s->stream));
+}
+
+static void sync_stream(struct backend *b)
+{
+    CUDA_CHECK(cudaStreamSynchronize(cuda_state_of(b)->stream));
+}
+
+static void close_backend(struct backend *b)
+{
+    struct cuda_state *s = cuda_state_of(b);
+
+    CUDA_CHECK(cudaStreamSynchronize(s->stream));
+    CUBLAS_CHECK(cublasLtDestroy(s->blas));
+    CUDA_CHECK(cudaFree(s->workspace));
+    CUDA_CHECK(cudaFree(s->scratch));
+    CUDA_CHECK(cudaFreeHost(s->staging));
+    CUDA_CHECK(cudaStreamDestroy(s->stream));
+    free(s);
+    free(b);
+}
+
+extern "C" int backend_cuda_count(void)
+{
+    int n = 0;
+
+    if (cudaGetDeviceCount(&n) != cudaSuccess) {
+        (void)cudaGetLastError(); // no driver: no device, and the error is not sticky
+        return 0;
+    }
+    return n;
+}
+
+extern "C" void *backend_cuda_stream(struct backend *b)
+{
+    return cuda_state_of(b)->stream;
+}
+
+extern "C" void backend_cuda_memory(struct backend *b, size_t *free_bytes, size_t *total_bytes)
+{
+    (void)b;
+    CUDA_CHECK(cudaMemGetInfo(free_bytes, total_bytes));
+}
+
+/* ---- graphs ---- */
+
+struct cuda_graph {
+    cudaGraphExec_t exec;
+};
+
+extern "C" void backend_cuda_capture_begin(struct backend *b)
+{
+    CUDA_CHECK(cudaStreamBeginCapture(cuda_state_of(b)->stream, cudaStreamCaptureModeThreadLocal));
+}
+
+extern "C" struct cuda_graph *backend_cuda_capture_end(struct backend *b)
+{
+    struct cuda_graph *g = (struct cuda_graph *)xcalloc(1, sizeof(*g));
+    cudaGraph_t graph;
+
+    CUDA_CHECK(cudaStreamEndCapture(cuda_state_of(b)->stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&g->exec, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    return g;
+}
+
+extern "C" void backend_cuda_graph_launch(struct backend *b, struct cuda_graph *g)
+{
+    CUDA_CHECK(cudaGraphLaunch(g->exec, cuda_state_of(b)->stream));
+}
+
+extern "C" void backend_cuda_graph_free(struct cuda_graph *g)
+{
+    if (!g)
+        return;
+    CUDA_CHECK(cudaGraphExecDestroy(g->exec));
+    free(g);
+}
+
+/* ---- the table ---- */
+
+static struct backend_ops make_ops(void)
+{
+    struct backend_ops ops = {};
+
+    ops.name = "cuda";
+    ops.describe = describe;
+    ops.alloc = alloc;
+    ops.free = release;
+    ops.upload = upload;
+    ops.download = download;
+    ops.sync = sync_stream;
+    ops.linear_pack = cuda_linear_pack;
+    ops.linear_free = cuda_linear_free;
+    ops.matmul = cuda_matmul;
+    ops.embed = cuda_embed;
+    ops.scatter_rows = cuda_scatter_rows;
+    ops.gather_rows = cuda_gather_rows;
+    ops.rms_norm = cuda_rms_norm;
+    ops.layer_norm = cuda_layer_norm;
+    ops.add = cuda_add;
+    ops.add_bias = cuda_add_bias;
+    ops.gated_activation = cuda_gated_activation;
+    ops.rope = cuda_rope;
+    ops.kv_write = cuda_kv_write;
+    ops.paged_attention = cuda_paged_attention;
+    ops.attention = cuda_attention;
+    ops.patchify = cuda_patchify;
+    ops.pixel_shuffle = cuda_pixel_shuffle;
+    ops.copy = cuda_copy;
+    ops.copy_pages = cuda_copy_pages;
+    ops.close = close_backend;
+    return ops;
+}
+
+static const struct backend_ops cuda_ops = make_ops();
+
+extern "C" struct backend *backend_cuda_open(const struct cuda_options *o)
+{
+    struct backend *b = (struct backend *)xcalloc(1, sizeof(*b));
+    struct cuda_state *s = (struct cuda_state *)xcalloc(1, sizeof(*s));
+    struct cudaDeviceProp p;
+    int n = backend_cuda_count();
+
+    if (o->device < 0 || o->device >= n)
+        die("CUDA device %d does not exist: this host has %d", o->device, n);
+    if (o->activation_dtype != DTYPE_F32 && o->activation_dtype != DTYPE_BF16)
+        BUG("activations in %s", dtype_name(o->activation_dtype));
+    CUDA_CHECK(cudaSetDevice(o->device));
+    CUDA_CHECK(cudaGetDeviceProperties(&p, o->device));
+    if (p.major < 8)
+        die("CUDA device %d (%s) is sm_%d%d: sm_80 or newer is needed", o->device, p.name, p.major,
+            p.minor);
+    s->device = o->device;
+    s->deterministic = o->deterministic;
+    snprintf(s->description, sizeof(s->description), "%s, sm_%d%d, %.1f GiB%s", p.name, p.major,
+             p.minor, (double)p.totalGlobalMem / (double)(1 << 30),
+             o->deterministic ? ", deterministic" : "");
+    CUDA_CHECK(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
+    CUBLAS_CHECK(cublasLtCreate(&s->blas));
+    s->workspace_bytes = WORKSPACE_BYTES;
+    s->scratch_bytes = o->scratch_bytes ? o->scratch_bytes : SCRATCH_BYTES;
+    s->staging_bytes = STAGING_BYTES;
+    CUDA_CHECK(cudaMalloc(&s->workspace, s->workspace_bytes));
+    CUDA_CHECK(cudaMalloc((void **)&s->scratch, s->scratch_bytes));
+    CUDA_CHECK(cudaMallocHost((void **)&s->staging, s->staging_bytes));
+    b->ops = &cuda_ops;
+    b->activation_dtype = o->activation_dtype;
+    b->n_threads = 1;
+    b->state = s;
+    return b;
+}

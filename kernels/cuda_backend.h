@@ -1,0 +1,51 @@
+/*
+ * The CUDA back end as the rest of the daemon sees it: how it is opened, and the four things that
+ * are not ops (stream, graphs, the tree sum of comm_nccl, device memory).
+ *
+ * Plain C, no CUDA headers. Where the build has no CUDA toolkit, cuda_absent.c answers instead:
+ * backend_cuda_count() is 0 and backend_cuda_open() dies.
+ *
+ * What a caller must know beyond kernels/backend.h:
+ *   - every pointer handed to an op is device memory (op_alloc), except kv_of_head and the shapes;
+ *   - ops return before they have run; op_sync() and op_download() wait;
+ *   - in BF16 activations are bfloat16, sums float32; a row-parallel product that goes to an
+ *     all-reduce should have a float32 y.
+ */
+#ifndef INTERNVLD_KERNELS_CUDA_BACKEND_H
+#define INTERNVLD_KERNELS_CUDA_BACKEND_H
+
+#include "kernels/backend.h"
+
+struct cuda_options {
+    int device;                  // number among this host's devices
+    enum dtype activation_dtype; // BF16, or F32 (--dtype float32)
+    int deterministic;           // 1: lanes and tree, bitwise the same in every layout
+    size_t scratch_bytes;        // 0: 256 MiB
+};
+
+/* The number of devices of this host, 0 without a driver. */
+int backend_cuda_count(void);
+/* Dies when the device does not exist or is older than sm_80. backend_close() closes it. */
+struct backend *backend_cuda_open(const struct cuda_options *o);
+/* The cudaStream_t that every op of `b` runs on. Borrowed. */
+void *backend_cuda_stream(struct backend *b);
+/* Bytes free and in all on the device now. */
+void backend_cuda_memory(struct backend *b, size_t *free_bytes, size_t *total_bytes);
+
+/*
+ * A step recorded once and replayed: ops between begin and end are recorded, not run. They must
+ * have run once before with the same shapes (products choose their algorithm at the first call),
+ * and nothing between may allocate, upload, download or synchronise. What the ops point to must
+ * stay; what it holds may change from replay to replay.
+ */
+struct cuda_graph;
+void backend_cuda_capture_begin(struct backend *b);
+struct cuda_graph *backend_cuda_capture_end(struct backend *b); // caller frees
+void backend_cuda_graph_launch(struct backend *b, struct cuda_graph *g);
+void backend_cuda_graph_free(struct cuda_graph *g); // NULL allowed
+
+/* x [n] <- parts [n_parts, n] summed by the lanes' binary tree; n_parts a power of two up to 8.
+ * x may be parts. The reduction of comm_nccl's deterministic all-reduce. */
+void backend_cuda_tree_sum(struct backend *b, float *x, const float *parts, int n_parts, size_t n);
+
+#endif

@@ -1,0 +1,183 @@
+/*
+ * What the cuda_*.cu files share: the back end's state, checks, dispatch over types, sums over a
+ * warp and a block. Included by them alone.
+ */
+#ifndef INTERNVLD_KERNELS_CUDA_INTERNAL_H
+#define INTERNVLD_KERNELS_CUDA_INTERNAL_H
+
+#include <cublasLt.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define _Noreturn [[noreturn]]
+extern "C" {
+#include "kernels/cuda_backend.h"
+#include "kernels/log.h"
+}
+#include "kernels/cuda_primitives.h"
+
+#define PLANS_MAX 512
+
+/* How one shape of product is computed, chosen once (cuda_matmul.cu). */
+struct cuda_plan {
+    int64_t n, k, ld_w, ld_x, ld_y;
+    cudaDataType_t type, type_y;
+    int with_bias, with_residual, alignment;
+    cublasLtMatmulAlgo_t algorithm;
+};
+
+struct cuda_state {
+    int device;
+    int deterministic;
+    char description[320];
+    cudaStream_t stream;
+    cublasLtHandle_t blas;
+    void *workspace; // cuBLASLt's
+    size_t workspace_bytes;
+    char *scratch; // of the running op; ops follow each other on one stream
+    size_t scratch_bytes;
+    char *staging; // pinned host memory for packing weights
+    size_t staging_bytes;
+    struct cuda_plan plans[PLANS_MAX];
+    int n_plans;
+};
+
+static inline struct cuda_state *cuda_state_of(struct backend *b)
+{
+    return (struct cuda_state *)b->state;
+}
+
+/* A failed call of the run time is the machine's fault: the rank ends and names the call. */
+#define CUDA_CHECK(call)                                                                           \
+    do {                                                                                           \
+        cudaError_t cuda_check_error = (call);                                                     \
+        if (cuda_check_error != cudaSuccess)                                                       \
+            die("CUDA: %s: %s", #call, cudaGetErrorString(cuda_check_error));                      \
+    } while (0)
+#define CUBLAS_CHECK(call)                                                                         \
+    do {                                                                                           \
+        cublasStatus_t cublas_check_status = (call);                                               \
+        if (cublas_check_status != CUBLAS_STATUS_SUCCESS)                                          \
+            die("cuBLASLt: %s: status %d", #call, (int)cublas_check_status);                       \
+    } while (0)
+/* A launch and the check of its configuration. */
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                     \
+    do {                                                                                           \
+        CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, __VA_ARGS__);                       \
+        CUDA_CHECK(cudaGetLastError());                                                            \
+    } while (0)
+
+/* Runs the statements with T naming the element type of an activation. */
+#define WITH_TYPE(dtype_, T, ...)                                                                  \
+    do {                                                                                           \
+        if ((dtype_) == DTYPE_F32) {                                                               \
+            typedef float T;                                                                       \
+            __VA_ARGS__;                                                                           \
+        } else if ((dtype_) == DTYPE_BF16) {                                                       \
+            typedef bf16 T;                                                                        \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            BUG("%s is no activation type", dtype_name(dtype_));                                   \
+        }                                                                                          \
+    } while (0)
+
+static inline unsigned blocks_for(int64_t n, int per_block)
+{
+    return (unsigned)((n + per_block - 1) / per_block);
+}
+
+/* The same on every lane, added in a fixed order. */
+__device__ __forceinline__ float warp_sum(float v)
+{
+    for (int offset = 16; offset; offset >>= 1)
+        v += __shfl_xor_sync(0xffffffffu, v, offset);
+    return v;
+}
+
+__device__ __forceinline__ float warp_max(float v)
+{
+    for (int offset = 16; offset; offset >>= 1)
+        v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, offset));
+    return v;
+}
+
+/* Sum over a block of whole warps, the same on every thread; every thread of the block calls it. */
+__device__ __forceinline__ float block_sum(float v)
+{
+    CUDA_SHARED(float, partial, 32);
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+
+    v = warp_sum(v);
+    __syncthreads(); // a former call may still be read
+    if (lane == 0)
+        partial[warp] = v;
+    __syncthreads();
+    return warp_sum(lane < n_warps ? partial[lane] : 0.0f);
+}
+
+/* The activation functions of enum activation in float32. */
+__device__ __forceinline__ float activate(float x, enum activation act)
+{
+    switch (act) {
+    case ACTIVATION_NONE:
+        return x;
+    case ACTIVATION_GELU:
+        return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    case ACTIVATION_GELU_TANH:
+        return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case ACTIVATION_QUICK_GELU:
+        return x / (1.0f + expf(-1.702f * x));
+    case ACTIVATION_RELU:
+        return x > 0.0f ? x : 0.0f;
+    case ACTIVATION_SILU:
+        return x / (1.0f + expf(-x));
+    }
+    return x;
+}
+
+/* ---- the ops, by file ---- */
+
+/* cuda_matmul.cu */
+void cuda_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+                      const struct tensor *bias);
+void cuda_linear_free(struct backend *b, struct linear *l);
+void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
+                 const struct linear *l, const struct epilogue *e);
+/* cuda_rows.cu */
+void cuda_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
+                int32_t first_row);
+void cuda_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                       const int32_t *rows);
+void cuda_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
+                      const int32_t *rows);
+void cuda_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
+                   float eps);
+void cuda_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const float *weight, const float *bias, float eps);
+void cuda_add(struct backend *b, struct tensor *y, const struct tensor *x);
+void cuda_add_bias(struct backend *b, struct tensor *y, const float *bias);
+void cuda_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
+                           enum activation act);
+void cuda_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
+               const float *sin, int32_t head_dim);
+void cuda_copy(struct backend *b, struct tensor *y, const struct tensor *x);
+/* cuda_vision.cu */
+void cuda_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                    const struct tensor *k, const struct tensor *v, int64_t n_tiles,
+                    int32_t n_heads, float scale, float *probs);
+void cuda_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels,
+                   int32_t ph, int32_t pw, const float *mean, const float *std);
+void cuda_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,
+                        int32_t k);
+/* cuda_paged.cu */
+void cuda_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
+                   const struct tensor *k, const struct tensor *v);
+void cuda_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                          const struct kv_pages *kv, const struct paged_layout *layout,
+                          const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);
+void cuda_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
+                     int32_t n);
+
+#endif

@@ -1,0 +1,425 @@
+/*
+ * Dense products on CUDA: weights as they are ([out_dim, in_dim], row-major), cuBLASLt for the
+ * sums, one kernel for what follows them.
+ *
+ * Batch invariance. A product's algorithm is asked for once, for PLAN_TOKENS rows whatever the
+ * call's own number, with split and stream-k sums forbidden, and kept for every later call: the
+ * order over k is then the algorithm's and the same for one row and for thousands. The price is a
+ * tile that is not the best one for a single row.
+ *
+ * Layout invariance (options.deterministic). A row-parallel product computes each lane's sum by its
+ * own product into float32 scratch; combine_kernel adds the lanes by the tree of kernels/backend.h.
+ * Algorithms are then asked for PLAN_OUT outputs too, so that a shard's smaller out_dim cannot
+ * change them. Without it a product's lanes are one sum.
+ *
+ * Which of a call's parts cuBLASLt does itself: the bias where nothing but a plain store follows,
+ * the residual (as C) where nothing else does. Everything else is combine_kernel's.
+ */
+#include "kernels/cuda_internal.h"
+
+static const int64_t PLAN_TOKENS = 128, PLAN_OUT = 1024;
+
+/* ---- weights ---- */
+
+/* Rows of `w` in l's own type into `to`; the source may have any row stride. */
+static void convert_rows(void *to, enum dtype dtype, const struct tensor *w, int64_t first,
+                         int64_t n, float *row_buffer)
+{
+    int64_t n_cols = tensor_n_cols(w);
+
+    for (int64_t i = 0; i < n; i++) {
+        const char *src =
+            (const char *)w->data + (size_t)((first + i) * w->row_stride) * dtype_size(w->dtype);
+        char *dst = (char *)to + (size_t)(i * n_cols) * dtype_size(dtype);
+        if (w->dtype == dtype) {
+            memcpy(dst, src, (size_t)n_cols * dtype_size(dtype));
+        } else if (dtype == DTYPE_F32) {
+            tensor_widen((float *)dst, src, w->dtype, n_cols);
+        } else {
+            tensor_widen(row_buffer, src, w->dtype, n_cols);
+            for (int64_t c = 0; c < n_cols; c++)
+                ((uint16_t *)dst)[c] = f32_to_bf16(row_buffer[c]);
+        }
+    }
+}
+
+static size_t weight_bytes(const struct linear *l)
+{
+    size_t n = (size_t)l->out_dim * (size_t)l->in_dim * dtype_size(l->dtype);
+
+    return (n + 255) / 256 * 256;
+}
+
+void cuda_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+                      const struct tensor *bias)
+{
+    struct cuda_state *s = cuda_state_of(b);
+    size_t row_bytes = (size_t)l->in_dim * dtype_size(l->dtype);
+    int64_t rows_at_once = (int64_t)(s->staging_bytes / row_bytes);
+    float *buffer =
+        (float *)xcalloc((size_t)(l->in_dim > l->out_dim ? l->in_dim : l->out_dim), sizeof(float));
+
+    if (rows_at_once < 1)
+        BUG("a weight's row of %zu bytes is larger than the staging buffer", row_bytes);
+    /* A copy of the bias in bfloat16 follows the weights: cuBLASLt wants it in y's type. */
+    l->packed_bytes = weight_bytes(l) + (bias ? (size_t)l->out_dim * sizeof(uint16_t) : 0);
+    l->packed = b->ops->alloc(b, l->packed_bytes);
+    for (int64_t first = 0; first < l->out_dim; first += rows_at_once) {
+        int64_t n = l->out_dim - first < rows_at_once ? l->out_dim - first : rows_at_once;
+        convert_rows(s->staging, l->dtype, w, first, n, buffer);
+        b->ops->upload(b, (char *)l->packed + (size_t)first * row_bytes, s->staging,
+                       (size_t)n * row_bytes);
+        b->ops->sync(b); // the staging buffer is pinned: it is read when the copy runs
+    }
+    l->bias = NULL;
+    if (bias) {
+        uint16_t *half = (uint16_t *)xcalloc((size_t)l->out_dim, sizeof(uint16_t));
+        tensor_widen(buffer, bias->data, bias->dtype, l->out_dim);
+        for (int64_t i = 0; i < l->out_dim; i++)
+            half[i] = f32_to_bf16(buffer[i]);
+        l->bias = (float *)b->ops->alloc(b, (size_t)l->out_dim * sizeof(float));
+        b->ops->upload(b, l->bias, buffer, (size_t)l->out_dim * sizeof(float));
+        b->ops->upload(b, (char *)l->packed + weight_bytes(l), half,
+                       (size_t)l->out_dim * sizeof(uint16_t));
+        b->ops->sync(b);
+        free(half);
+    }
+    free(buffer);
+}
+
+void cuda_linear_free(struct backend *b, struct linear *l)
+{
+    b->ops->free(b, l->packed);
+    b->ops->free(b, l->bias);
+    l->packed = NULL;
+    l->bias = NULL;
+}
+
+/* ---- one product by cuBLASLt ---- */
+
+static cudaDataType_t blas_type(enum dtype t)
+{
+    return t == DTYPE_F32 ? CUDA_R_32F : CUDA_R_16BF;
+}
+
+/* y [m, n] <- x [m, k] w[n, k]^T (+ bias [n] of y's type) (+ residual, strided as y) */
+struct product {
+    int64_t m, n, k, ld_w, ld_x, ld_y; // elements
+    enum dtype type, type_y;
+    const void *w, *x, *bias, *residual;
+    void *y;
+};
+
+/* The alignment in bytes, up to 16, that all operands of a product keep. */
+static int product_alignment(const struct product *p)
+{
+    size_t size = dtype_size(p->type), size_y = dtype_size(p->type_y);
+    uintptr_t bits = (uintptr_t)p->w | (uintptr_t)p->x | (uintptr_t)p->y | (uintptr_t)p->residual |
+                     (uintptr_t)p->bias | (uintptr_t)p->ld_w * size | (uintptr_t)p->ld_x * size |
+                     (uintptr_t)p->ld_y * size_y | 16;
+
+    return (int)(bits & ~(bits - 1));
+}
+
+static void describe_product(const struct product *p, int64_t m, int64_t n,
+                             cublasLtMatmulDescOpaque_t *desc, cublasLtMatrixLayoutOpaque_t *w,
+                             cublasLtMatrixLayoutOpaque_t *x, cublasLtMatrixLayoutOpaque_t *y)
+{
+    int32_t transposed = CUBLAS_OP_T, plain = CUBLAS_OP_N;
+    int32_t epilogue = p->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    /* PEDANTIC keeps float32 products out of TF32. */
+    cublasComputeType_t compute =
+        p->type == DTYPE_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F;
+
+    CUBLAS_CHECK(cublasLtMatmulDescInit(desc, compute, CUDA_R_32F));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
+                                                sizeof(transposed)));
+    CUBLAS_CHECK(
+        cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &plain, sizeof(plain)));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                                sizeof(epilogue)));
+    if (p->bias)
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                    &p->bias, sizeof(p->bias)));
+    /* Row-major [rows, cols] is cuBLAS's column-major [cols, rows]. */
+    CUBLAS_CHECK(
+        cublasLtMatrixLayoutInit(w, blas_type(p->type), (uint64_t)p->k, (uint64_t)n, p->ld_w));
+    CUBLAS_CHECK(
+        cublasLtMatrixLayoutInit(x, blas_type(p->type), (uint64_t)p->k, (uint64_t)m, p->ld_x));
+    CUBLAS_CHECK(cublasLtMatrixLayoutInit(y, blas_type(p->type_y), (uint64_t)n, (uint64_t)m,
+                                          p->ld_y < n ? n : p->ld_y));
+}
+
+static void choose_algorithm(struct cuda_state *s, const struct product *p, int alignment,
+                             struct cuda_plan *plan)
+{
+    int64_t n = s->deterministic ? PLAN_OUT : p->n;
+    cublasLtMatmulDescOpaque_t desc;
+    cublasLtMatrixLayoutOpaque_t w, x, y;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t result;
+    uint64_t workspace_bytes = s->workspace_bytes;
+    uint32_t no_split = CUBLASLT_REDUCTION_SCHEME_NONE, bytes = (uint32_t)alignment;
+    int n_found = 0;
+
+    describe_product(p, PLAN_TOKENS, n, &desc, &w, &x, &y);
+    CUBLAS_CHECK(cublasLtMatmulPreferenceInit(&preference));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(&preference,
+                                                      CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                      &workspace_bytes, sizeof(workspace_bytes)));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(
+        &preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &no_split, sizeof(no_split)));
+    static const cublasLtMatmulPreferenceAttributes_t sides[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    for (int i = 0; i < 4; i++)
+        CUBLAS_CHECK(
+            cublasLtMatmulPreferenceSetAttribute(&preference, sides[i], &bytes, sizeof(bytes)));
+    CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(s->blas, &desc, &w, &x, &y, &y, &preference, 1,
+                                                &result, &n_found));
+    if (n_found < 1)
+        die("cuBLASLt has no algorithm for %lld outputs of %lld inputs (%s, %d-byte alignment)",
+            (long long)p->n, (long long)p->k, dtype_name(p->type), alignment);
+    plan->algorithm = result.algo;
+}
+
+static const struct cuda_plan *plan_for(struct cuda_state *s, const struct product *p)
+{
+    struct cuda_plan want;
+
+    memset(&want, 0, sizeof(want));
+    want.n = p->n;
+    want.k = p->k;
+    want.ld_w = p->ld_w;
+    want.ld_x = p->ld_x;
+    want.ld_y = p->ld_y;
+    want.type = blas_type(p->type);
+    want.type_y = blas_type(p->type_y);
+    want.with_bias = p->bias != NULL;
+    want.with_residual = p->residual != NULL;
+    want.alignment = product_alignment(p);
+    for (int i = 0; i < s->n_plans; i++)
+        if (!memcmp(&s->plans[i], &want, offsetof(struct cuda_plan, algorithm)))
+            return &s->plans[i];
+    if (s->n_plans == PLANS_MAX)
+        BUG("more than %d shapes of products", PLANS_MAX);
+    choose_algorithm(s, p, want.alignment, &want);
+    s->plans[s->n_plans] = want;
+    return &s->plans[s->n_plans++];
+}
+
+static void multiply(struct cuda_state *s, const struct product *p)
+{
+    const struct cuda_plan *plan = plan_for(s, p);
+    cublasLtMatmulDescOpaque_t desc;
+    cublasLtMatrixLayoutOpaque_t w, x, y;
+    float one = 1.0f, beta = p->residual ? 1.0f : 0.0f;
+
+    describe_product(p, p->m, p->n, &desc, &w, &x, &y);
+    CUBLAS_CHECK(cublasLtMatmul(s->blas, &desc, &one, p->w, &w, p->x, &x, &beta,
+                                p->residual ? p->residual : p->y, &y, p->y, &y, &plan->algorithm,
+                                s->workspace, s->workspace_bytes, s->stream));
+}
+
+/* ---- lanes, bias, activation, scale, residual ---- */
+
+struct combine {
+    int n_parts;
+    size_t part_stride; // elements between two parts
+    int64_t n_cols, part_ld, y_stride, residual_stride;
+    const float *bias, *scale;
+    enum activation act;
+};
+
+/* The lanes' binary tree over N values `stride` apart: ((p0 + p1) + (p2 + p3)) + … */
+template <int N, class P> __device__ __forceinline__ float tree_of(const P *p, size_t stride)
+{
+    if (N == 1)
+        return to_float(p[0]);
+    return tree_of<(N + 1) / 2>(p, stride) +
+           tree_of<(N + 1) / 2>(p + (size_t)(N / 2) * stride, stride);
+}
+
+template <class P> __device__ __forceinline__ float tree_sum(const P *p, size_t stride, int n)
+{
+    return n == 1   ? tree_of<1>(p, stride)
+           : n == 2 ? tree_of<2>(p, stride)
+           : n == 4 ? tree_of<4>(p, stride)
+                    : tree_of<8>(p, stride);
+}
+
+/* y <- residual + scale * act(sum of parts + bias); one block a row. parts may be y itself. */
+template <class T, class P>
+__global__ void combine_kernel(T *y, const P *parts, const T *residual, struct combine c)
+{
+    int64_t row = blockIdx.x;
+
+    for (int64_t col = threadIdx.x; col < c.n_cols; col += blockDim.x) {
+        float v = tree_sum(parts + row * c.part_ld + col, c.part_stride, c.n_parts);
+        if (c.bias)
+            v += c.bias[col];
+        v = activate(v, c.act);
+        if (c.scale)
+            v *= c.scale[col];
+        if (residual)
+            v += to_float(residual[row * c.residual_stride + col]);
+        y[row * c.y_stride + col] = from_float<T>(v);
+    }
+}
+
+template <class T, class U>
+__global__ void convert_kernel(T *y, const U *x, int64_t x_stride, int64_t n_cols)
+{
+    for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x)
+        y[blockIdx.x * n_cols + c] = from_float<T>(to_float(x[blockIdx.x * x_stride + c]));
+}
+
+/* One call in pieces of rows that fit the scratch memory. */
+struct matmul_call {
+    struct tensor *y;
+    const struct tensor *x;
+    const struct linear *l;
+    const struct epilogue *e;
+    int n_lanes;         // sums of the reduced dimension: l->n_lanes, or 1
+    int converted;       // x must be brought to the weights' type first
+    int direct;          // cuBLASLt's result is y, finished
+    int into_y;          // cuBLASLt writes y, combine_kernel finishes it in place
+    enum dtype sum_type; // of what cuBLASLt writes
+};
+
+static size_t rounded(size_t n)
+{
+    return (n + 255) / 256 * 256;
+}
+
+static size_t scratch_per_row(const struct matmul_call *c)
+{
+    size_t n = 0;
+
+    if (c->converted)
+        n += (size_t)c->l->in_dim * dtype_size(c->l->dtype);
+    if (!c->direct && !c->into_y)
+        n += (size_t)c->n_lanes * (size_t)c->l->out_dim * dtype_size(c->sum_type);
+    return n;
+}
+
+static void *row_at(const struct tensor *t, int64_t row)
+{
+    return (char *)t->data + (size_t)(row * t->row_stride) * dtype_size(t->dtype);
+}
+
+static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t first, int64_t n)
+{
+    struct cuda_state *s = cuda_state_of(b);
+    const struct linear *l = c->l;
+    char *free_scratch = s->scratch;
+    struct product p = {};
+
+    p.m = n;
+    p.n = l->out_dim;
+    p.ld_w = l->in_dim;
+    p.type = l->dtype;
+    p.type_y = c->sum_type;
+    p.x = row_at(c->x, first);
+    p.ld_x = n > 1 || c->x->row_stride >= l->in_dim ? c->x->row_stride : l->in_dim;
+    if (c->converted) {
+        WITH_TYPE(
+            l->dtype, T,
+            WITH_TYPE(c->x->dtype, U,
+                      LAUNCH((convert_kernel<T, U>), dim3((unsigned)n), dim3(256), 0, s->stream,
+                             (T *)free_scratch, (const U *)p.x, p.ld_x, l->in_dim)));
+        p.x = free_scratch;
+        p.ld_x = l->in_dim;
+        free_scratch += rounded((size_t)(n * l->in_dim) * dtype_size(l->dtype));
+    }
+    p.y = c->direct || c->into_y ? row_at(c->y, first) : free_scratch;
+    p.ld_y = c->direct || c->into_y ? c->y->row_stride : l->out_dim;
+    if (c->direct && l->bias)
+        p.bias = c->sum_type == DTYPE_F32 ? (const void *)l->bias
+                                          : (const char *)l->packed + weight_bytes(l);
+    if (c->direct && c->e && c->e->residual)
+        p.residual = row_at(c->e->residual, first);
+    for (int lane = 0; lane < c->n_lanes; lane++) {
+        struct product part = p;
+        int64_t start = c->n_lanes == 1 ? 0 : l->lane_start[lane];
+        int64_t end = c->n_lanes == 1 ? l->in_dim : l->lane_start[lane + 1];
+        part.k = end - start;
+        part.w = (const char *)l->packed + (size_t)start * dtype_size(l->dtype);
+        part.x = (const char *)p.x + (size_t)start * dtype_size(l->dtype);
+        part.y = (char *)p.y + (size_t)lane * (size_t)(n * l->out_dim) * dtype_size(c->sum_type);
+        if (part.k > 0)
+            multiply(s, &part);
+        else
+            CUDA_CHECK(
+                cudaMemsetAsync(part.y, 0, (size_t)(n * l->out_dim) * sizeof(float), s->stream));
+    }
+    if (c->direct)
+        return;
+    struct combine k = {};
+    const struct tensor *residual = c->e ? c->e->residual : NULL;
+    k.n_parts = c->n_lanes;
+    k.part_stride = (size_t)(n * l->out_dim);
+    k.n_cols = l->out_dim;
+    k.part_ld = p.ld_y;
+    k.y_stride = c->y->row_stride;
+    k.residual_stride = residual ? residual->row_stride : 0;
+    k.bias = l->bias;
+    k.scale = c->e ? c->e->scale : NULL;
+    k.act = c->e ? c->e->act : ACTIVATION_NONE;
+    WITH_TYPE(c->y->dtype, T,
+              WITH_TYPE(c->sum_type, P,
+                        LAUNCH((combine_kernel<T, P>), dim3((unsigned)n), dim3(256), 0, s->stream,
+                               (T *)row_at(c->y, first), (const P *)p.y,
+                               (const T *)(residual ? row_at(residual, first) : NULL), k)));
+}
+
+void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
+                 const struct linear *l, const struct epilogue *e)
+{
+    struct cuda_state *s = cuda_state_of(b);
+    struct matmul_call c = {};
+    int64_t n = tensor_n_rows(y), step = n;
+    int act = e && e->act != ACTIVATION_NONE, scale = e && e->scale, add = e && e->residual;
+    /* float32 weights give float32 sums only; residual as C must have y's row stride. */
+    int plain_type = l->dtype == DTYPE_BF16 || y->dtype == DTYPE_F32;
+    int as_c = !add || (!l->bias && (n == 1 || e->residual->row_stride == y->row_stride));
+
+    c.y = y;
+    c.x = x;
+    c.l = l;
+    c.e = e;
+    c.n_lanes = s->deterministic ? l->n_lanes : 1;
+    c.converted = x->dtype != l->dtype;
+    c.direct = c.n_lanes == 1 && plain_type && !act && !scale && as_c;
+    c.into_y = !c.direct && c.n_lanes == 1 && y->dtype == DTYPE_F32 && !add;
+    c.sum_type = c.direct || c.into_y ? y->dtype : DTYPE_F32;
+    size_t per_row = scratch_per_row(&c);
+    if (per_row) {
+        step = (int64_t)((s->scratch_bytes - 512) / per_row);
+        if (step < 1)
+            BUG("%zu bytes of scratch do not hold one row of a product (%zu bytes)",
+                s->scratch_bytes, per_row);
+    }
+    for (int64_t first = 0; first < n; first += step)
+        matmul_rows(b, &c, first, n - first < step ? n - first : step);
+}
+
+/* ---- the reduction of comm_nccl ---- */
+
+__global__ void tree_sum_kernel(float *x, const float *parts, int n_parts, size_t n)
+{
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+
+    if (i < n)
+        x[i] = tree_sum(parts + i, n, n_parts);
+}
+
+extern "C" void backend_cuda_tree_sum(struct backend *b, float *x, const float *parts, int n_parts,
+                                      size_t n)
+{
+    if (n_parts < 1 || n_parts > LANES_MAX || (n_parts & (n_parts - 1)))
+        BUG("a tree of %d parts", n_parts);
+    if (n)
+        LAUNCH(tree_sum_kernel, dim3(blocks_for((int64_t)n, 256)), dim3(256), 0,
+               cuda_state_of(b)->stream, x, parts, n_parts, n);
+}

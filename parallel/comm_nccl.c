@@ -1,0 +1,244 @@
+/*
+ * NCCL behind the five verbs. See comm_nccl.h.
+ *
+ * Who is in the group is worked out from everybody's (color, key), exchanged once at launch; the
+ * group's first member makes the id and it travels the same way. Communicators are non-blocking:
+ * a call that is still being set up is polled, and a watchdog thread asks for asynchronous errors
+ * (a peer that vanished, a broken link), aborts the communicator, so that kernels that spin on the
+ * device end, and then the job. It includes no MPI: launch.h stands for that.
+ */
+#include "parallel/comm_nccl.h"
+
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels/cuda_backend.h"
+#include "kernels/log.h"
+#include "parallel/launch.h"
+
+#define OPEN_TIMEOUT_MS 60000
+#define WATCH_INTERVAL_MS 100
+
+struct nccl_state {
+    ncclComm_t comm;
+    struct backend *backend;
+    cudaStream_t stream;
+    int deterministic;
+    float *gathered; // device, [size, max_bytes / 4]: the parts of a deterministic all_reduce
+    size_t max_bytes;
+    pthread_t watchdog;
+    atomic_int stop;
+};
+
+static void sleep_ms(int ms)
+{
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
+
+    nanosleep(&t, NULL);
+}
+
+static _Noreturn void fail(struct nccl_state *s, const char *what, ncclResult_t r)
+{
+    const char *detail = s->comm ? ncclGetLastError(s->comm) : "";
+
+    if (s->comm)
+        ncclCommAbort(s->comm);
+    die("NCCL: %s: %s (%s)", what, ncclGetErrorString(r), detail ? detail : "");
+}
+
+/* A non-blocking communicator answers ncclInProgress while it connects. */
+static void settle(struct nccl_state *s, const char *what, ncclResult_t r)
+{
+    for (int waited_ms = 0; r == ncclInProgress; waited_ms++) {
+        ncclResult_t query = ncclCommGetAsyncError(s->comm, &r);
+        if (query != ncclSuccess)
+            fail(s, what, query);
+        if (r == ncclInProgress) {
+            if (waited_ms >= OPEN_TIMEOUT_MS)
+                fail(s, what, r);
+            sleep_ms(1);
+        }
+    }
+    if (r != ncclSuccess)
+        fail(s, what, r);
+}
+
+static struct nccl_state *state_of(struct comm *c)
+{
+    return c->state;
+}
+
+static void *watch(void *arg)
+{
+    struct nccl_state *s = arg;
+
+    while (!atomic_load(&s->stop)) {
+        ncclResult_t r = ncclSuccess;
+        if (ncclCommGetAsyncError(s->comm, &r) != ncclSuccess)
+            r = ncclSystemError;
+        if (r != ncclSuccess && r != ncclInProgress)
+            fail(s, "the group is broken", r);
+        sleep_ms(WATCH_INTERVAL_MS);
+    }
+    return NULL;
+}
+
+/* ---- the verbs ---- */
+
+static void all_reduce(struct comm *c, float *x, size_t n)
+{
+    struct nccl_state *s = state_of(c);
+
+    if (n * sizeof(*x) > s->max_bytes)
+        BUG("all_reduce of %zu bytes, opened for %zu", n * sizeof(*x), s->max_bytes);
+    if (!s->deterministic) {
+        settle(s, "all_reduce", ncclAllReduce(x, x, n, ncclFloat32, ncclSum, s->comm, s->stream));
+        return;
+    }
+    settle(s, "all_gather", ncclAllGather(x, s->gathered, n, ncclFloat32, s->comm, s->stream));
+    backend_cuda_tree_sum(s->backend, x, s->gathered, c->size, n);
+}
+
+static void all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
+{
+    struct nccl_state *s = state_of(c);
+
+    settle(s, "all_gather", ncclAllGather(src, dst, n_bytes, ncclUint8, s->comm, s->stream));
+}
+
+static void broadcast(struct comm *c, void *x, size_t n_bytes, int root)
+{
+    struct nccl_state *s = state_of(c);
+
+    settle(s, "broadcast", ncclBroadcast(x, x, n_bytes, ncclUint8, root, s->comm, s->stream));
+}
+
+static void send_to(struct comm *c, const void *x, size_t n_bytes, int to)
+{
+    struct nccl_state *s = state_of(c);
+
+    settle(s, "send", ncclSend(x, n_bytes, ncclUint8, to, s->comm, s->stream));
+}
+
+static void recv_from(struct comm *c, void *x, size_t n_bytes, int from)
+{
+    struct nccl_state *s = state_of(c);
+
+    settle(s, "recv", ncclRecv(x, n_bytes, ncclUint8, from, s->comm, s->stream));
+}
+
+static void close_comm(struct comm *c)
+{
+    struct nccl_state *s = state_of(c);
+
+    if (s->comm) {
+        atomic_store(&s->stop, 1);
+        pthread_join(s->watchdog, NULL);
+        op_sync(s->backend);
+        settle(s, "finalize", ncclCommFinalize(s->comm));
+        ncclCommDestroy(s->comm);
+    }
+    if (s->gathered)
+        op_free(s->backend, s->gathered);
+    free(s);
+    free(c);
+}
+
+static const struct comm_ops nccl_ops = {
+    .name = "nccl",
+    .all_reduce = all_reduce,
+    .all_gather = all_gather,
+    .broadcast = broadcast,
+    .send = send_to,
+    .recv = recv_from,
+    .close = close_comm,
+};
+
+/* ---- making the group ---- */
+
+struct member {
+    int color, key, rank;
+};
+
+static int by_key(const void *a, const void *b)
+{
+    const struct member *x = a, *y = b;
+
+    return x->key != y->key ? (x->key > y->key) - (x->key < y->key)
+                            : (x->rank > y->rank) - (x->rank < y->rank);
+}
+
+/* This rank's place in its group and the group's first member (a rank of the job). */
+static void find_group(struct comm *c, int rank, int world, int color, int key, int *leader)
+{
+    struct member mine = {color, key, rank}, *all = xcalloc((size_t)world, sizeof(*all));
+    int n = 0;
+
+    launch_all_gather(all, &mine, sizeof(mine));
+    for (int i = 0; i < world; i++) {
+        if (all[i].color == color)
+            all[n++] = all[i];
+    }
+    qsort(all, (size_t)n, sizeof(*all), by_key);
+    c->size = n;
+    *leader = all[0].rank;
+    for (int i = 0; i < n; i++) {
+        if (all[i].rank == rank)
+            c->rank = i;
+    }
+    free(all);
+}
+
+/* Every group's leader offers an id; each rank takes its own leader's. */
+static void exchange_id(ncclUniqueId *id, int rank, int world, int leader, int size)
+{
+    ncclUniqueId mine, *all = xcalloc((size_t)world, sizeof(*all));
+
+    memset(&mine, 0, sizeof(mine));
+    if (rank == leader && size > 1) {
+        ncclResult_t r = ncclGetUniqueId(&mine);
+        if (r != ncclSuccess)
+            die("NCCL: no id for a group of %d: %s", size, ncclGetErrorString(r));
+    }
+    launch_all_gather(all, &mine, sizeof(mine));
+    *id = all[leader];
+    free(all);
+}
+
+struct comm *comm_nccl_open(struct backend *b, int rank, int world, int color, int key,
+                            size_t max_bytes, int deterministic)
+{
+    struct comm *c = xcalloc(1, sizeof(*c));
+    struct nccl_state *s = xcalloc(1, sizeof(*s));
+    ncclUniqueId id;
+    int leader;
+
+    find_group(c, rank, world, color, key, &leader);
+    exchange_id(&id, rank, world, leader, color < 0 ? 1 : c->size);
+    if (color < 0) {
+        free(s);
+        free(c);
+        return NULL;
+    }
+    c->ops = &nccl_ops;
+    c->state = s;
+    s->backend = b;
+    s->deterministic = deterministic;
+    s->max_bytes = max_bytes;
+    if (c->size == 1)
+        return c;
+    s->stream = backend_cuda_stream(b);
+    if (deterministic)
+        s->gathered = op_alloc(b, (size_t)c->size * max_bytes);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    settle(s, "making the group", ncclCommInitRankConfig(&s->comm, c->size, id, c->rank, &config));
+    if (pthread_create(&s->watchdog, NULL, watch, s) != 0)
+        die("cannot start NCCL's watchdog thread");
+    return c;
+}

@@ -1,0 +1,442 @@
+/*
+ * CUDA's run time calls over host memory: device memory, streams, graphs, events, launches.
+ *
+ * What makes it a test rather than a stand-in:
+ *   - Device memory is one reserved range that the host can touch only while a stream's queue runs:
+ *     a host pointer and a device pointer mixed up is a crash that says so.
+ *   - Work on a stream is queued and runs at the next synchronisation, never at the call: a missing
+ *     one reads old bytes. Pageable host memory is read at the call (as the real call stages it),
+ *     pinned memory when the copy runs.
+ *   - Fresh device memory is filled with 0xff (NaN), its first MiB at least.
+ *   - A launch is checked against the limits of sm_80: threads, grid, shared memory.
+ *   - A captured stream records; what a capture must not do (allocate, synchronise) fails.
+ */
+#include <map>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vector>
+
+#include "execution.h"
+
+#if EMULATION_ASAN
+extern "C" {
+void __asan_poison_memory_region(void const volatile *p, size_t n_bytes);
+void __asan_unpoison_memory_region(void const volatile *p, size_t n_bytes);
+}
+#define ASAN(x) x
+#else
+#define ASAN(x)
+#endif
+
+struct emulated_stream {
+    std::vector<std::function<void()>> queue;
+    struct emulated_graph *capture; // being recorded, or NULL
+};
+
+struct emulated_graph {
+    std::vector<std::function<void()>> nodes;
+};
+
+struct emulated_event {
+    int pending;
+};
+
+static const size_t DEVICE_BYTES = (size_t)16 << 30, GAP_BYTES = 256;
+static const size_t FILL_BYTES = 1 << 20; // more would cost every process its pages
+static const size_t STATIC_SHARED_LIMIT = 48 << 10, SHARED_LIMIT = 163 << 10; // sm_80
+
+static char *device_base;
+static size_t device_top; // end of the last live block
+static std::map<char *, size_t> blocks, pinned;
+static std::map<const void *, size_t> shared_limits; // cudaFuncSetAttribute
+static std::vector<emulated_stream *> streams;
+static int open_depth;
+static cudaError_t last_error;
+static struct sigaction old_action;
+
+/* ---- the door to device memory ---- */
+
+static void on_segv(int sig, siginfo_t *info, void *context)
+{
+    static const char message[] =
+        "cuda emulation: the host touched device memory (a pointer of op_alloc() was dereferenced "
+        "outside a kernel or a copy)\n";
+    char *p = (char *)info->si_addr;
+
+    (void)sig;
+    (void)context;
+    if (p >= device_base && p < device_base + DEVICE_BYTES)
+        (void)!write(2, message, sizeof(message) - 1);
+    sigaction(SIGSEGV, &old_action, nullptr); // the fault repeats under the former handler
+}
+
+static void device_reserve(void)
+{
+    struct sigaction action = {};
+
+    if (device_base)
+        return;
+    device_base = (char *)mmap(nullptr, DEVICE_BYTES, PROT_NONE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (device_base == MAP_FAILED)
+        emulated_die("cannot reserve the device's memory");
+    action.sa_sigaction = on_segv;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &action, &old_action);
+}
+
+static void device_open(void)
+{
+    if (open_depth++ == 0 && device_top)
+        mprotect(device_base, device_top, PROT_READ | PROT_WRITE);
+}
+
+static void device_close(void)
+{
+    if (--open_depth == 0 && device_top)
+        mprotect(device_base, device_top, PROT_NONE);
+}
+
+static int is_device(const void *p)
+{
+    return device_base && (char *)p >= device_base && (char *)p < device_base + DEVICE_BYTES;
+}
+
+static cudaError_t fail(cudaError_t e)
+{
+    if (e != cudaSuccess)
+        last_error = e;
+    return e;
+}
+
+/* ---- queues ---- */
+
+void emulated_submit(cudaStream_t s, std::function<void()> work)
+{
+    if (!s)
+        emulated_die("work on the default stream: name the back end's stream");
+    (s->capture ? s->capture->nodes : s->queue).push_back(std::move(work));
+}
+
+static void stream_run(emulated_stream *s)
+{
+    if (s->queue.empty())
+        return;
+    std::vector<std::function<void()>> queue;
+    queue.swap(s->queue);
+    device_open();
+    for (auto &work : queue)
+        work();
+    device_close();
+}
+
+static int any_capture(void)
+{
+    for (emulated_stream *s : streams)
+        if (s->capture)
+            return 1;
+    return 0;
+}
+
+void emulated_launch_checked(const void *kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                             cudaStream_t s, std::function<void()> body)
+{
+    auto limit = shared_limits.find(kernel);
+    size_t allowed = limit == shared_limits.end() ? STATIC_SHARED_LIMIT : limit->second;
+    size_t n_threads = (size_t)block.x * block.y * block.z;
+
+    if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+        !n_threads || n_threads > 1024 || block.z > 64 || shared_bytes > allowed) {
+        fail(cudaErrorInvalidConfiguration);
+        return;
+    }
+    emulated_submit(s, [=] { emulated_run(grid, block, shared_bytes, body); });
+}
+
+/* ---- the calls ---- */
+
+extern "C" {
+
+const char *cudaGetErrorString(cudaError_t e)
+{
+    switch (e) {
+    case cudaSuccess:
+        return "no error";
+    case cudaErrorInvalidValue:
+        return "invalid argument";
+    case cudaErrorMemoryAllocation:
+        return "out of memory";
+    case cudaErrorInvalidConfiguration:
+        return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+        return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle:
+        return "invalid resource handle";
+    case cudaErrorNotReady:
+        return "device not ready";
+    case cudaErrorStreamCaptureUnsupported:
+        return "operation not permitted when stream is capturing";
+    }
+    return "unknown error";
+}
+
+cudaError_t cudaGetLastError(void)
+{
+    cudaError_t e = last_error;
+
+    last_error = cudaSuccess;
+    return e;
+}
+
+cudaError_t cudaGetDeviceCount(int *n)
+{
+    const char *e = getenv("INTERNVLD_EMULATION_DEVICES");
+
+    *n = e ? atoi(e) : 8;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device)
+{
+    int n;
+
+    cudaGetDeviceCount(&n);
+    return fail(device >= 0 && device < n ? cudaSuccess : cudaErrorInvalidDevice);
+}
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
+{
+    (void)device;
+    memset(p, 0, sizeof(*p));
+    snprintf(p->name, sizeof(p->name), "emulated sm_80");
+    p->totalGlobalMem = DEVICE_BYTES;
+    p->major = 8;
+    p->multiProcessorCount = 4;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void **p, size_t n_bytes)
+{
+    size_t size = (n_bytes + 255) / 256 * 256;
+
+    device_reserve();
+    if (any_capture())
+        return fail(cudaErrorStreamCaptureUnsupported);
+    if (n_bytes > DEVICE_BYTES || device_top + size + GAP_BYTES > DEVICE_BYTES)
+        return fail(cudaErrorMemoryAllocation);
+    char *block = device_base + device_top;
+    device_top += size + GAP_BYTES;
+    device_open();
+    ASAN(__asan_unpoison_memory_region(block, size));
+    memset(block, 0xff, size < FILL_BYTES ? size : FILL_BYTES);
+    device_close();
+    ASAN(__asan_poison_memory_region(block + n_bytes, size + GAP_BYTES - n_bytes));
+    blocks[block] = size;
+    *p = block;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *p)
+{
+    if (!p)
+        return cudaSuccess;
+    auto it = blocks.find((char *)p);
+    if (it == blocks.end())
+        return fail(cudaErrorInvalidValue);
+    if (any_capture())
+        return fail(cudaErrorStreamCaptureUnsupported);
+    for (emulated_stream *s : streams)
+        stream_run(s);
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    char *first = (char *)(((uintptr_t)it->first + page - 1) / page * page);
+    char *last = (char *)((uintptr_t)(it->first + it->second) / page * page);
+    if (last > first)
+        madvise(first, (size_t)(last - first), MADV_DONTNEED);
+    ASAN(__asan_poison_memory_region(it->first, it->second));
+    blocks.erase(it);
+    device_top = blocks.empty() ? 0
+                                : (size_t)(blocks.rbegin()->first - device_base) +
+                                      blocks.rbegin()->second + GAP_BYTES;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMallocHost(void **p, size_t n_bytes)
+{
+    if (any_capture())
+        return fail(cudaErrorStreamCaptureUnsupported);
+    *p = malloc(n_bytes ? n_bytes : 1);
+    if (!*p)
+        return fail(cudaErrorMemoryAllocation);
+    pinned[(char *)*p] = n_bytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *p)
+{
+    if (!p)
+        return cudaSuccess;
+    if (!pinned.erase((char *)p))
+        return fail(cudaErrorInvalidValue);
+    free(p);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes)
+{
+    *free_bytes = DEVICE_BYTES - device_top;
+    *total_bytes = DEVICE_BYTES;
+    return cudaSuccess;
+}
+
+static int is_pinned(const void *p)
+{
+    auto it = pinned.upper_bound((char *)p);
+
+    return it != pinned.begin() && (--it, (char *)p < it->first + it->second);
+}
+
+cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t n_bytes, enum cudaMemcpyKind kind,
+                            cudaStream_t s)
+{
+    int to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    int from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+
+    if (kind == cudaMemcpyDefault)
+        to_device = is_device(dst), from_device = is_device(src);
+    if (n_bytes && (to_device != is_device(dst) || from_device != is_device(src)))
+        return fail(cudaErrorInvalidValue);
+    if (!n_bytes)
+        return cudaSuccess;
+    if (!from_device && !is_pinned(src)) {
+        if (s && s->capture)
+            return fail(cudaErrorStreamCaptureUnsupported);
+        std::vector<char> staged((const char *)src, (const char *)src + n_bytes);
+        emulated_submit(s, [=] { memcpy(dst, staged.data(), n_bytes); });
+    } else {
+        emulated_submit(s, [=] { memcpy(dst, src, n_bytes); });
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *dst, int value, size_t n_bytes, cudaStream_t s)
+{
+    if (n_bytes && !is_device(dst))
+        return fail(cudaErrorInvalidValue);
+    emulated_submit(s, [=] { memset(dst, value, n_bytes); });
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags)
+{
+    (void)flags;
+    *s = new emulated_stream();
+    streams.push_back(*s);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t s)
+{
+    stream_run(s);
+    for (size_t i = 0; i < streams.size(); i++)
+        if (streams[i] == s)
+            streams.erase(streams.begin() + (long)i);
+    delete s;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t s)
+{
+    if (any_capture())
+        return fail(cudaErrorStreamCaptureUnsupported);
+    stream_run(s);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode)
+{
+    (void)mode;
+    if (s->capture)
+        return fail(cudaErrorInvalidValue);
+    s->capture = new emulated_graph();
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph)
+{
+    if (!s->capture)
+        return fail(cudaErrorInvalidValue);
+    *graph = s->capture;
+    s->capture = nullptr;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags)
+{
+    (void)flags;
+    *exec = new emulated_graph(*graph);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s)
+{
+    emulated_submit(s, [exec] {
+        for (auto &node : exec->nodes)
+            node();
+    });
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+    for (emulated_stream *s : streams)
+        stream_run(s);
+    delete exec;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    delete graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags)
+{
+    (void)flags;
+    *e = new emulated_event();
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t e)
+{
+    for (emulated_stream *s : streams)
+        stream_run(s);
+    delete e;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s)
+{
+    e->pending++;
+    emulated_submit(s, [e] { e->pending--; });
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t e)
+{
+    return e->pending ? cudaErrorNotReady : cudaSuccess;
+}
+
+} // extern "C"
+
+cudaError_t emulated_func_limit(const void *kernel, int value)
+{
+    if ((size_t)value > SHARED_LIMIT)
+        return fail(cudaErrorInvalidValue);
+    shared_limits[kernel] = (size_t)value;
+    return cudaSuccess;
+}
