@@ -43,17 +43,18 @@ struct settings {
     struct auth auth;
 };
 
-static int check_listen(const struct options *o, struct error *err)
+static int check_listen(const struct options *o, const char *name, const char *address,
+                        struct error *err)
 {
-    int is_local = listener_is_local(o->listen, err);
+    int is_local = listener_is_local(address, err);
 
     if (is_local < 0)
         return -1;
     if (!is_local && !o->auth_token_file && !o->insecure_listen)
         return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "--listen %.64s can be reached from other machines: give "
+                         "%s %.64s can be reached from other machines: give "
                          "--auth-token-file, or --insecure-listen",
-                         o->listen);
+                         name, address);
     return 0;
 }
 
@@ -80,7 +81,10 @@ static int settings_make(struct settings *s, struct error *err)
     s->layout = (struct layout){.n_vision = (int)o->vision_ranks,
                                 .tensor_parallel = (int)o->tensor_parallel_size,
                                 .pipeline_parallel = (int)o->pipeline_parallel_size};
-    if (check_listen(o, err) || model_config_load(&s->model, o->model, err) ||
+    if (check_listen(o, "--listen", o->listen, err) ||
+        (o->metrics_listen && check_listen(o, "--metrics-listen", o->metrics_listen, err)))
+        return -1;
+    if (model_config_load(&s->model, o->model, err) ||
         model_dtype_parse(&s->model, o->dtype, &s->dtype, err))
         return -1;
     if (o->auth_token_file && auth_load(&s->auth, o->auth_token_file, err))
@@ -112,6 +116,7 @@ static int run_gateway(const struct settings *s, const struct topology *t,
     const struct text_config *text = &s->model.text;
     struct gateway_options g = {
         .listen = o->listen,
+        .metrics_listen = o->metrics_listen,
         .port_file = o->port_file,
         .auth = o->auth_token_file ? &s->auth : NULL,
         .max_message_bytes = o->max_message_bytes,

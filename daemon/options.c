@@ -101,6 +101,9 @@ static const struct option table[] = {
     {"Server", "--listen", NULL, OPTION_TEXT, FIELD(listen), "HOST:PORT", 0, 0,
      "Where to serve; also unix:PATH. Port 0 picks a free one and prints it. An address that other "
      "machines can reach needs --auth-token-file."},
+    {NULL, "--metrics-listen", NULL, OPTION_TEXT, FIELD(metrics_listen), "HOST:PORT", 0, 0,
+     "Where to answer GET /metrics in Prometheus' text format, under the same rules as --listen. "
+     "Default: nowhere."},
     {NULL, "--port-file", NULL, OPTION_TEXT, FIELD(port_file), "FILE", 0, 0,
      "When ready, write the bound address into FILE (all at once); removed at the end."},
     {NULL, "--auth-token-file", NULL, OPTION_TEXT, FIELD(auth_token_file), "FILE", 0, 0,

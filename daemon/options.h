@@ -20,7 +20,7 @@ struct options {
     int64_t max_model_len, max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory_bytes;
     int64_t max_vision_tiles, max_queued_requests;
     int64_t no_enable_prefix_caching;
-    const char *listen, *port_file, *auth_token_file;
+    const char *listen, *metrics_listen, *port_file, *auth_token_file;
     int64_t insecure_listen; // flags are 0 or 1
     int64_t drain_timeout, processor_threads, max_connections, max_message_bytes;
     int64_t max_image_pixels, max_tiles, max_media, max_frames;

@@ -50,11 +50,13 @@ struct engine {
     int32_t n_inbox, n_unstarted, n_live;
     int draining, closing, ending_all, lost;
     struct engine_stats stats;
+    struct observations published; // a copy of `observed`
 
     struct scheduler scheduler;
     struct vision_stage vision;
     struct flight *flights; // [n_batches_in_flight]
     uint64_t n_finished, n_tiles;
+    struct observations observed;
 };
 
 static uint64_t now_ns(void)
@@ -124,6 +126,9 @@ static void end_request(struct engine *e, struct ticket *t, const struct error *
     struct request *r = scheduler_remove(&e->scheduler, t);
     stream_finish(r->stream, err, &u, &m);
     log_request(r, &u, &m, finish, err);
+    if (err)
+        finish = err->code == ERROR_CANCELLED ? FINISH_CANCELLED : FINISH_ERROR;
+    observations_add_request(&e->observed, finish, r->n_tiles, &m);
     request_free(r);
     e->n_finished++;
 
@@ -197,6 +202,8 @@ static void send_tiles(struct engine *e)
             (size_t)r->channels * (size_t)r->height * (size_t)r->width * dtype_size(r->pixel_dtype);
         if (job.first_tile == 0) {
             t->vision_start_ns = now_ns();
+            histogram_add(&e->observed.vision_queue,
+                          (double)since_us(r->arrival_ns, t->vision_start_ns) / 1e6);
             t->features =
                 xcalloc((size_t)r->n_tiles, feature_floats_per_tile(e) * sizeof(*t->features));
         }
@@ -246,6 +253,7 @@ static void publish(struct engine *e)
     const struct scheduler *s = &e->scheduler;
     pthread_mutex_lock(&e->mutex);
     e->n_unstarted = s->n_unstarted;
+    observations_copy(&e->published, &e->observed);
     e->stats = (struct engine_stats){.n_running = s->n_tickets - s->n_unstarted,
                                      .n_waiting = s->n_unstarted,
                                      .n_pages_used = scheduler_n_pages_used(s),
@@ -299,6 +307,7 @@ static void take_features(struct engine *e, const struct message *m)
         die("rank %d sent features [%d, %d] a tile, expected [%d, %d]", m->rank,
             f.n_tokens_per_tile, f.dim, e->config.n_features_per_tile, e->config.feature_dim);
     e->n_tiles += (uint64_t)f.n_tiles;
+    stage_times_add(&e->observed.vision[job.vision_index], now_ns(), f.compute_ns, 0);
     struct ticket *t = job.ticket;
     if (t && f.not_finite) {
         fail_not_finite(e, t);
@@ -357,7 +366,20 @@ static void push_target_logprobs(const struct step *p, const struct step_result 
     }
 }
 
-static void push_event(struct engine *e, const struct token_event *event)
+/* A token was drawn: the first of its request, or one after another of its candidate. */
+static void observe_token(struct engine *e, const struct token_event *event, uint64_t now)
+{
+    struct ticket *t = event->ticket;
+    struct sequence *q = &t->sequences[event->candidate];
+    if (q->last_token_ns)
+        histogram_add(&e->observed.inter_token, (double)(now - q->last_token_ns) / 1e9);
+    else if (event->candidate == 0)
+        histogram_add(&e->observed.first_token,
+                      (double)since_us(t->request->arrival_ns, now) / 1e6);
+    q->last_token_ns = now;
+}
+
+static void push_event(struct engine *e, const struct token_event *event, uint64_t now)
 {
     struct ticket *t = event->ticket;
     if (!t->request) // another candidate's value was not finite
@@ -368,6 +390,8 @@ static void push_event(struct engine *e, const struct token_event *event)
     }
     struct stream *stream = t->request->stream;
     enum finish_reason finish = event->finish;
+    if (event->sample)
+        observe_token(e, event, now);
     if (event->sample &&
         stream_push(stream, event->candidate, event->sample, event->is_end) == FINISH_STOP) {
         scheduler_finish(&e->scheduler, t, event->candidate);
@@ -386,9 +410,11 @@ static void complete_step(struct engine *e, struct step *p, struct flight *f)
     if (f->result.n_samples != p->n_samples)
         die("step %llu came back with %d samples of %d", (unsigned long long)p->step_id,
             f->result.n_samples, p->n_samples);
-    scheduler_update(s, p, f->result.samples, f->result.n_samples, now_ns());
+    uint64_t now = now_ns();
+    histogram_add(&e->observed.iteration_tokens, p->n_tokens);
+    scheduler_update(s, p, f->result.samples, f->result.n_samples, now);
     for (int32_t i = 0; i < s->n_events; i++)
-        push_event(e, &s->events[i]);
+        push_event(e, &s->events[i], now);
     for (int32_t i = 0; i < s->n_events; i++)
         if (s->events[i].ticket->request && s->events[i].ticket->n_unfinished == 0)
             end_request(e, s->events[i].ticket, NULL);
@@ -401,7 +427,11 @@ static void take_result(struct engine *e, struct message *m)
 {
     struct step_result result;
     step_result_unpack(&result, m);
-    int is_last = result.stage == e->topology.layout.pipeline_parallel - 1;
+    int n_stages = e->topology.layout.pipeline_parallel, is_last = result.stage == n_stages - 1;
+    if (result.stage < 0 || result.stage >= n_stages)
+        die("rank %d sent a result of stage %d of %d", m->rank, result.stage, n_stages);
+    stage_times_add(&e->observed.language[result.stage], now_ns(), result.compute_ns,
+                    result.wait_ns);
     struct step *p = result.step_id ? scheduler_find_step(&e->scheduler, result.step_id) : NULL;
     if (!is_last && (!p || !p->has_captures)) { // nobody waits for it
         step_result_release(&result);
@@ -568,6 +598,8 @@ struct engine *engine_open(const struct engine_config *c, const struct topology 
                       FEATURE_BYTES_MAX / tile_bytes);
     e->flights = xcalloc((size_t)c->n_batches_in_flight, sizeof(*e->flights));
     e->stats.n_pages = c->n_pages;
+    observations_init(&e->observed, t->layout.pipeline_parallel, t->layout.n_vision);
+    observations_init(&e->published, t->layout.pipeline_parallel, t->layout.n_vision);
 
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -668,6 +700,16 @@ void engine_stats(struct engine *e, struct engine_stats *out)
     pthread_mutex_unlock(&e->mutex);
 }
 
+void engine_observe(struct engine *e, struct engine_stats *stats, struct observations *o)
+{
+    observations_init(o, e->topology.layout.pipeline_parallel, e->topology.layout.n_vision);
+    pthread_mutex_lock(&e->mutex);
+    *stats = e->stats;
+    stats->n_waiting = e->n_unstarted + e->n_inbox;
+    observations_copy(o, &e->published);
+    pthread_mutex_unlock(&e->mutex);
+}
+
 int engine_drain(struct engine *e, int timeout_ms)
 {
     uint64_t until = now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u;
@@ -707,6 +749,8 @@ void engine_close(struct engine *e)
     free(e->flights);
     scheduler_release(&e->scheduler);
     vision_stage_release(&e->vision);
+    observations_release(&e->observed);
+    observations_release(&e->published);
     free(e->inbox);
     close(e->epoll_fd);
     close(e->event_fd);

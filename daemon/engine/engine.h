@@ -8,6 +8,7 @@
 
 #include <stdint.h>
 
+#include "daemon/engine/observations.h"
 #include "daemon/engine/request.h"
 #include "daemon/engine/stream.h"
 #include "kernels/error.h"
@@ -55,6 +56,8 @@ int engine_submit(struct engine *e, struct request *r, struct error *err);
  * alive until then). */
 void engine_cancel(struct engine *e, struct stream *s);
 void engine_stats(struct engine *e, struct engine_stats *out);
+/* Both of one moment. `o` is initialised here, for the caller to release. Any thread. */
+void engine_observe(struct engine *e, struct engine_stats *stats, struct observations *o);
 /* No new requests; returns 1 when all have finished within timeout_ms, else ends the rest with
  * UNAVAILABLE and returns 0. Any thread but the engine's. */
 int engine_drain(struct engine *e, int timeout_ms);

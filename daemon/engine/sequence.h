@@ -41,6 +41,7 @@ struct sequence {
     int32_t n_image_computed; // image tokens among them
     int32_t *output;          // [n_output] drawn ids
     int32_t n_output, output_capacity;
+    uint64_t last_token_ns; // when the latest was drawn; 0: none yet
     int32_t *pages; // [n_pages] page i holds tokens [i * page_size, (i + 1) * page_size)
     int32_t n_pages, pages_capacity;
     int32_t n_cached;      // pages of it that the prefix cache knows, from the first on

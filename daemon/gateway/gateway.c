@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "daemon/gateway/gateway_state.h"
+#include "daemon/gateway/metrics.h"
 #include "kernels/log.h"
 #include "parallel/launch.h"
 
@@ -316,6 +317,28 @@ static _Noreturn void leave_lost(struct gateway *g, int rank)
     launch_abort(1);
 }
 
+/* NULL without --metrics-listen. */
+static struct metrics *open_metrics(struct gateway *g)
+{
+    struct metrics_options o = {.listen = g->options->metrics_listen,
+                                .auth = g->options->auth,
+                                .model_name = g->model->name,
+                                .engine = g->engine,
+                                .work = g->work};
+    struct error err = {0};
+    struct metrics *m;
+
+    if (!o.listen)
+        return NULL;
+    m = metrics_open(&o, &err);
+    if (!m) {
+        log_error("gateway", "metrics: %s", err.msg);
+        launch_abort(1);
+    }
+    log_info("gateway", "metrics: http://%s/metrics", metrics_address(m));
+    return m;
+}
+
 static void serve(struct gateway *g, struct watch *w)
 {
     if (g->options->port_file)
@@ -345,6 +368,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     struct gateway g = {.options = o, .model = m, .topology = t, .processor = processor};
     struct watch w = {0};
     struct error err = {0};
+    struct metrics *metrics = NULL;
 
     g.convert = (struct convert){m, o->limits, o->engine.max_model_len, o->max_message_bytes};
     g.start_ns = now_ns();
@@ -369,8 +393,10 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     g.ranks[0].rss_bytes = own_rss_bytes();
     g.ranks[0].load_ms = (now_ns() - g.start_ns) / 1000000u;
     g.engine = engine_open(&o->engine, t, control, on_lost, &w);
+    metrics = open_metrics(&g);
     serve(&g, &w);
 out:
+    metrics_close(metrics);
     rpc_server_close(g.server, CLOSE_MS);
     work_queue_close(g.work);
     if (g.engine)

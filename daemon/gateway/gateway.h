@@ -15,6 +15,7 @@
 
 struct gateway_options {
     const char *listen;      // "HOST:PORT", "[V6]:PORT", "unix:PATH"
+    const char *metrics_listen; // as `listen`, of GET /metrics; NULL: none
     const char *port_file;   // the bound address is written there; NULL: nowhere
     const struct auth *auth; // NULL: no token is asked
     int64_t max_message_bytes;
