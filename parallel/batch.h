@@ -21,8 +21,9 @@ enum capture {
     CAPTURE_EMBEDS = 1, // "inputs_embeds" [n, dim], after the scatter of features
     CAPTURE_HIDDEN_STATES =
         2, // "hidden_states.i" [n, dim], i = 0 … n_layers; the last one after the final norm
-    CAPTURE_LOGITS = 4, // "logits" [n, vocab_size], the rows whose `want_logits` is set
-    CAPTURE_CACHE = 8,  // "cache.i.key" / ".value" [n_kv_heads * head_dim] a row, keys after rope
+    CAPTURE_LOGITS = 4,             // "logits" [n, vocab_size], the rows whose `want_logits` is set
+    CAPTURE_LAST_HIDDEN_STATE = 16, // of "hidden_states.i" the last one alone
+    CAPTURE_CACHE = 8, // "cache.i.key" / ".value" [n_kv_heads * head_dim] a row, keys after rope
 };
 
 /* How one token is drawn; vLLM's names. Plain data. */

@@ -133,8 +133,30 @@ static int convert_video(const Internvl__V1__VideoPart *w, struct video_options 
     return 0;
 }
 
+/* A list of pictures in place of a video's bytes. */
+static int convert_frames(const Internvl__V1__VideoPart *w, struct arena *a,
+                          struct content_part *out, struct error *err)
+{
+    struct media_bytes *frames = arena_alloc(a, w->n_frames, sizeof(*frames));
+
+    if (!frames)
+        return out_of_memory(err);
+    if (w->data.len)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "a video has both data and frames; give one of them");
+    for (size_t i = 0; i < w->n_frames; i++) {
+        if (w->frames[i].len == 0)
+            return error_set(err, ERROR_INVALID_ARGUMENT, "frames[%zu] is empty", i);
+        frames[i] = (struct media_bytes){w->frames[i].data, w->frames[i].len};
+        out->n_bytes += w->frames[i].len;
+    }
+    out->frames = frames;
+    out->n_frames = (int)w->n_frames; // bounded by the message's elements
+    return 0;
+}
+
 static int convert_part(const Internvl__V1__ContentPart *w, size_t message, size_t part,
-                        struct content_part *out, struct error *err)
+                        struct arena *a, struct content_part *out, struct error *err)
 {
     out->tiling = (struct tiling_options){-1, -1, -1, -1};
     out->video = (struct video_options){.sample = -1, .initial_shift = NAN};
@@ -153,6 +175,8 @@ static int convert_part(const Internvl__V1__ContentPart *w, size_t message, size
         out->kind = PART_VIDEO;
         out->bytes = w->video->data.data;
         out->n_bytes = w->video->data.len;
+        if (w->video->n_frames && convert_frames(w->video, a, out, err))
+            return -1;
         break;
     default:
         return error_set(err, ERROR_INVALID_ARGUMENT,
@@ -183,7 +207,7 @@ int convert_conversation(const Internvl__V1__ChatPrompt *wire, struct arena *a,
         if (!parts)
             return out_of_memory(err);
         for (size_t k = 0; k < w->n_parts; k++)
-            if (convert_part(w->parts[k], i, k, &parts[k], err))
+            if (convert_part(w->parts[k], i, k, a, &parts[k], err))
                 return -1;
         messages[i] = (struct chat_message){w->role, parts, (int)w->n_parts};
     }

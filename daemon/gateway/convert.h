@@ -25,6 +25,7 @@
 #define LIMIT_STOP_TOKEN_IDS 64
 #define LIMIT_LOGIT_BIAS 1024
 #define LIMIT_OUTPUTS 16
+#define LIMIT_CONTINUATIONS 64
 #define LIMIT_FORWARD_BYTES ((int64_t)2 << 30) // of all tensors of one Forward
 
 /* What conversion must know; immutable, shared by all threads. */
@@ -47,6 +48,10 @@ enum output {
     OUTPUT_VISION_LAYER0 = 128,
     OUTPUT_VISION_ATTENTIONS = 256,
     OUTPUT_PROJECTOR = 512,
+    OUTPUT_LAST_TOKEN = 1024, // of Embed alone
+    OUTPUT_MEAN = 2048,
+    OUTPUT_TILE_MEAN = 4096,
+    OUTPUT_IMAGE_MEAN = 8192,
 };
 
 /* Elements a message may have, and the memory one request may take. */
@@ -74,5 +79,11 @@ int convert_sampling(const struct convert *c, const Internvl__V1__SamplingParams
  * past LIMIT_FORWARD_BYTES: RESOURCE_EXHAUSTED. */
 int convert_forward(const struct convert *c, const Internvl__V1__ForwardRequest *wire,
                     struct request *r, uint32_t *outputs, struct error *err);
+/* targets of `r` from the labels of its prompt; none: NULL. */
+int convert_labels(const struct convert *c, const int32_t *labels, size_t n_labels,
+                   struct request *r, struct error *err);
+/* The same for an Embed. */
+int convert_embed(const struct convert *c, const Internvl__V1__EmbedRequest *wire,
+                  struct request *r, uint32_t *outputs, struct error *err);
 
 #endif

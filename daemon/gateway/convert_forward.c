@@ -19,7 +19,7 @@ static const struct output_name output_names[] = {
     {"hidden_states", OUTPUT_HIDDEN_STATES, CAPTURE_HIDDEN_STATES, 0},
     {"inputs_embeds", OUTPUT_INPUTS_EMBEDS, CAPTURE_EMBEDS, 0},
     {"image_features", OUTPUT_IMAGE_FEATURES, 0, 0},
-    {"last_hidden_state", OUTPUT_LAST_HIDDEN_STATE, CAPTURE_HIDDEN_STATES, 0},
+    {"last_hidden_state", OUTPUT_LAST_HIDDEN_STATE, CAPTURE_LAST_HIDDEN_STATE, 0},
     {"past_key_values", OUTPUT_PAST_KEY_VALUES, CAPTURE_CACHE, 0},
     {"vision.hidden_states", OUTPUT_VISION_HIDDEN_STATES, 0, VISION_CAPTURE_HIDDEN_STATES},
     {"vision.layer0", OUTPUT_VISION_LAYER0, 0, VISION_CAPTURE_LAYER0},
@@ -27,40 +27,47 @@ static const struct output_name output_names[] = {
     {"projector", OUTPUT_PROJECTOR, 0, VISION_CAPTURE_PROJECTOR},
 };
 
+static const struct output_name embed_names[] = {
+    {"last_hidden_state", OUTPUT_LAST_HIDDEN_STATE, CAPTURE_LAST_HIDDEN_STATE, 0},
+    {"last_token", OUTPUT_LAST_TOKEN, CAPTURE_LAST_HIDDEN_STATE, 0},
+    {"mean", OUTPUT_MEAN, CAPTURE_LAST_HIDDEN_STATE, 0},
+    {"image_features", OUTPUT_IMAGE_FEATURES, 0, 0},
+    {"tile_mean", OUTPUT_TILE_MEAN, 0, 0},
+    {"image_mean", OUTPUT_IMAGE_MEAN, 0, 0},
+};
+
+#define OUTPUTS_OF_FEATURES (OUTPUT_IMAGE_FEATURES | OUTPUT_TILE_MEAN | OUTPUT_IMAGE_MEAN)
+#define OUTPUTS_OF_LAST_HIDDEN (OUTPUT_LAST_HIDDEN_STATE | OUTPUT_LAST_TOKEN | OUTPUT_MEAN)
+
 static int out_of_memory(struct error *err)
 {
     return error_set(err, ERROR_RESOURCE_EXHAUSTED, "the request needs more memory than the limit");
 }
 
-static const struct output_name *find_output(const char *name)
+/* The names [n_wire] of a request, each one of table [n_table]. */
+static int convert_outputs(char *const *wire, size_t n_wire, const struct output_name *table,
+                           size_t n_table, struct request *r, uint32_t *outputs, struct error *err)
 {
-    for (size_t i = 0; i < sizeof(output_names) / sizeof(output_names[0]); i++)
-        if (strcmp(output_names[i].name, name) == 0)
-            return &output_names[i];
-    return NULL;
-}
-
-static int convert_outputs(const Internvl__V1__ForwardRequest *wire, struct request *r,
-                           uint32_t *outputs, struct error *err)
-{
-    if (wire->n_outputs > LIMIT_OUTPUTS)
+    if (n_wire > LIMIT_OUTPUTS)
         return error_set(err, ERROR_INVALID_ARGUMENT, "outputs has %zu names; the limit is %d",
-                         wire->n_outputs, LIMIT_OUTPUTS);
+                         n_wire, LIMIT_OUTPUTS);
     *outputs = 0;
-    for (size_t i = 0; i < wire->n_outputs; i++) {
-        const struct output_name *o = find_output(wire->outputs[i]);
+    for (size_t i = 0; i < n_wire; i++) {
+        const struct output_name *o = table;
 
-        if (!o)
+        while (o < table + n_table && strcmp(o->name, wire[i]) != 0)
+            o++;
+        if (o == table + n_table)
             return error_set(err, ERROR_INVALID_ARGUMENT,
                              "outputs[%zu] is \"%.48s\", which is not the name of an output", i,
-                             wire->outputs[i]);
-        if ((o->vision_captures || o->output == OUTPUT_IMAGE_FEATURES) && r->n_tiles == 0)
+                             wire[i]);
+        if ((o->vision_captures || (o->output & OUTPUTS_OF_FEATURES)) && r->n_tiles == 0)
             return error_set(err, ERROR_INVALID_ARGUMENT,
                              "outputs[%zu] is \"%s\", but the prompt has no picture", i, o->name);
         *outputs |= o->output;
         r->captures |= o->captures;
         r->vision_captures |= o->vision_captures;
-        r->want_image_features |= o->output == OUTPUT_IMAGE_FEATURES;
+        r->want_image_features |= (o->output & OUTPUTS_OF_FEATURES) != 0;
     }
     return 0;
 }
@@ -100,22 +107,21 @@ static int convert_rows(const Internvl__V1__ForwardRequest *wire, struct request
 }
 
 /* targets[i] = labels[i + 1], -1 where that is -100: the loss is shifted by one. */
-static int convert_labels(const struct convert *c, const Internvl__V1__ForwardRequest *wire,
-                          struct request *r, struct error *err)
+int convert_labels(const struct convert *c, const int32_t *labels, size_t n_labels,
+                   struct request *r, struct error *err)
 {
     int32_t *targets;
 
-    if (!wire->n_labels)
+    if (!n_labels)
         return 0;
-    if (wire->n_labels != (size_t)r->n_ids)
+    if (n_labels != (size_t)r->n_ids)
         return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "labels has %zu entries; the prompt has %d tokens", wire->n_labels,
-                         r->n_ids);
+                         "labels has %zu entries; the prompt has %d tokens", n_labels, r->n_ids);
     targets = arena_alloc(&r->arena, (size_t)r->n_ids, sizeof(*targets));
     if (!targets)
         return out_of_memory(err);
     for (int32_t i = 0; i < r->n_ids; i++) {
-        int32_t label = wire->labels[i];
+        int32_t label = labels[i];
 
         if (label != LABEL_IGNORED && (label < 0 || label >= c->model->text.vocab_size))
             return error_set(err, ERROR_INVALID_ARGUMENT,
@@ -145,13 +151,15 @@ static double forward_bytes(const struct convert *c, const struct request *r, ui
 
     if (outputs & OUTPUT_LOGITS)
         elements += (double)n_logits * t->vocab_size;
-    if (outputs & (OUTPUT_HIDDEN_STATES | OUTPUT_LAST_HIDDEN_STATE))
+    if (outputs & OUTPUT_HIDDEN_STATES)
         elements += (t->n_layers + 1) * n * t->hidden_size;
+    else if (outputs & OUTPUTS_OF_LAST_HIDDEN)
+        elements += n * t->hidden_size;
     if (outputs & OUTPUT_INPUTS_EMBEDS)
         elements += n * t->hidden_size;
     if (outputs & OUTPUT_PAST_KEY_VALUES)
         elements += 2.0 * t->n_layers * n * t->n_kv_heads * t->head_dim;
-    if (outputs & OUTPUT_IMAGE_FEATURES)
+    if (outputs & OUTPUTS_OF_FEATURES)
         elements += tiles * features * t->hidden_size;
     if (outputs & OUTPUT_VISION_HIDDEN_STATES)
         elements += (v->n_layers + 2) * tiles * tile_tokens * v->hidden_size;
@@ -164,23 +172,46 @@ static double forward_bytes(const struct convert *c, const struct request *r, ui
     return elements * sizeof(float);
 }
 
-int convert_forward(const struct convert *c, const Internvl__V1__ForwardRequest *wire,
-                    struct request *r, uint32_t *outputs, struct error *err)
+static int check_bytes(double n_bytes, struct error *err)
 {
-    int64_t n_logits = 0;
-    double n_bytes;
-
-    r->n = 1;
-    r->max_tokens = 0;
-    r->sampling = (struct sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
-    if (convert_outputs(wire, r, outputs, err) || convert_labels(c, wire, r, err))
-        return -1;
-    if ((*outputs & OUTPUT_LOGITS) && convert_rows(wire, r, &n_logits, err))
-        return -1;
-    n_bytes = forward_bytes(c, r, *outputs, n_logits);
     if (n_bytes > (double)LIMIT_FORWARD_BYTES)
         return error_set(err, ERROR_RESOURCE_EXHAUSTED,
                          "the outputs asked for are %.0f MiB; the limit is %.0f MiB",
                          n_bytes / 1048576, (double)LIMIT_FORWARD_BYTES / 1048576);
     return 0;
+}
+
+/* A pass that draws nothing. */
+static void set_forward(struct request *r)
+{
+    r->n = 1;
+    r->max_tokens = 0;
+    r->sampling = (struct sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
+}
+
+int convert_forward(const struct convert *c, const Internvl__V1__ForwardRequest *wire,
+                    struct request *r, uint32_t *outputs, struct error *err)
+{
+    int64_t n_logits = 0;
+
+    set_forward(r);
+    if (convert_outputs(wire->outputs, wire->n_outputs, output_names,
+                        sizeof(output_names) / sizeof(output_names[0]), r, outputs, err) ||
+        convert_labels(c, wire->labels, wire->n_labels, r, err))
+        return -1;
+    if ((*outputs & OUTPUT_LOGITS) && convert_rows(wire, r, &n_logits, err))
+        return -1;
+    return check_bytes(forward_bytes(c, r, *outputs, n_logits), err);
+}
+
+int convert_embed(const struct convert *c, const Internvl__V1__EmbedRequest *wire,
+                  struct request *r, uint32_t *outputs, struct error *err)
+{
+    set_forward(r);
+    if (convert_outputs(wire->outputs, wire->n_outputs, embed_names,
+                        sizeof(embed_names) / sizeof(embed_names[0]), r, outputs, err))
+        return -1;
+    if (!*outputs)
+        return error_set(err, ERROR_INVALID_ARGUMENT, "outputs is empty");
+    return check_bytes(forward_bytes(c, r, *outputs, 0), err);
 }

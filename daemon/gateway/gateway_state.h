@@ -40,6 +40,8 @@ struct gateway {
 /* rpc_method.message of each method; `arg` is the struct gateway. */
 void generate_message(void *arg, struct rpc_call *c);
 void forward_message(void *arg, struct rpc_call *c);
+void score_message(void *arg, struct rpc_call *c);
+void embed_message(void *arg, struct rpc_call *c);
 void tokenize_message(void *arg, struct rpc_call *c);
 void model_info_message(void *arg, struct rpc_call *c);
 

@@ -20,6 +20,8 @@
 struct outgoing { // a tensor on its way
     const struct stream_tensor *tensor;
     const char *name;
+    float *pooled; // [n_pooled, the tensor's columns] means of its rows, sent in its place; or NULL
+    int n_pooled;
 };
 
 struct reply {
@@ -91,6 +93,8 @@ static void reply_free(struct reply *r)
     stream_unref(r->stream);
     if (r->has_delta)
         stream_delta_release(&r->delta);
+    for (int i = 0; i < r->n_tensors; i++)
+        free(r->tensors[i].pooled);
     free(r->tensors);
     atomic_fetch_sub(&r->gateway->request_bytes, r->request_bytes);
     arena_release(&r->arena);
@@ -339,20 +343,66 @@ static int is_asked_for(uint32_t outputs, const char *name)
     return 0;
 }
 
+#define N_POOLED_MAX 8
+
+/* Adds the mean of each of n_groups equal parts of the rows of `t`, summed in double in their
+ * order; or the last row alone. */
+static void add_mean(struct reply *r, const struct stream_tensor *t, const char *name, int n_groups,
+                     int last_only)
+{
+    size_t n_cols = (size_t)t->n_cols;
+    int n_rows = last_only ? 1 : t->n_rows / n_groups;
+    double *sum = xcalloc(n_cols, sizeof(*sum));
+    float *out = xcalloc((size_t)n_groups * n_cols, sizeof(*out));
+
+    for (int g = 0; g < n_groups; g++) {
+        const float *rows = t->data + (size_t)(last_only ? t->n_rows - 1 : g * n_rows) * n_cols;
+
+        memset(sum, 0, n_cols * sizeof(*sum));
+        for (size_t i = 0; i < (size_t)n_rows; i++)
+            for (size_t k = 0; k < n_cols; k++)
+                sum[k] += rows[i * n_cols + k];
+        for (size_t k = 0; k < n_cols; k++)
+            out[(size_t)g * n_cols + k] = (float)(sum[k] / n_rows);
+    }
+    free(sum);
+    r->tensors[r->n_tensors++] = (struct outgoing){t, name, out, n_groups};
+}
+
+static void choose_last_hidden(struct reply *r, const struct stream_tensor *t)
+{
+    if (r->outputs & OUTPUT_LAST_HIDDEN_STATE)
+        r->tensors[r->n_tensors++] = (struct outgoing){t, "last_hidden_state", NULL, 0};
+    if (r->outputs & OUTPUT_LAST_TOKEN)
+        add_mean(r, t, "last_token", 1, 1);
+    if (r->outputs & OUTPUT_MEAN)
+        add_mean(r, t, "mean", 1, 0);
+}
+
+static void choose_features(struct reply *r, const struct stream_tensor *t)
+{
+    if (r->outputs & OUTPUT_TILE_MEAN)
+        add_mean(r, t, "tile_mean", t->n_tiles, 0);
+    if (r->outputs & OUTPUT_IMAGE_MEAN)
+        add_mean(r, t, "image_mean", 1, 0);
+}
+
 /* The tensors of the delta that are sent, in the order they were taken. */
 static void choose_tensors(struct reply *r)
 {
     char last[CAPTURE_NAME_MAX];
 
     snprintf(last, sizeof(last), "hidden_states.%d", r->gateway->model->text.n_layers);
-    r->tensors = xcalloc((size_t)r->delta.n_tensors + 1, sizeof(*r->tensors));
+    r->tensors = xcalloc((size_t)r->delta.n_tensors + N_POOLED_MAX, sizeof(*r->tensors));
     for (int i = 0; i < r->delta.n_tensors; i++) {
         const struct stream_tensor *t = &r->delta.tensors[i];
 
         if (is_asked_for(r->outputs, t->name))
-            r->tensors[r->n_tensors++] = (struct outgoing){t, t->name};
-        if ((r->outputs & OUTPUT_LAST_HIDDEN_STATE) && strcmp(t->name, last) == 0)
-            r->tensors[r->n_tensors++] = (struct outgoing){t, "last_hidden_state"};
+            r->tensors[r->n_tensors++] = (struct outgoing){t, t->name, NULL, 0};
+        if (strcmp(t->name, last) == 0)
+            choose_last_hidden(r, t);
+        if (strcmp(t->name, "image_features") == 0)
+            choose_features(r, t);
     }
 }
 
@@ -363,6 +413,12 @@ static size_t wire_shape(const struct reply *r, const struct outgoing *o, uint64
     const struct model_config *m = r->gateway->model;
     size_t n = 0;
 
+    if (o->pooled) {
+        if (o->n_pooled > 1 || strcmp(o->name, "tile_mean") == 0)
+            shape[n++] = (uint64_t)o->n_pooled;
+        shape[n++] = (uint64_t)t->n_cols;
+        return n;
+    }
     if (t->n_tiles) {
         shape[n++] = (uint64_t)t->n_tiles;
         if (begins_with(t->name, "vision.attentions."))
@@ -392,7 +448,9 @@ static int write_next_chunk(struct reply *r)
     if (r->next == r->n_tensors)
         return 0;
     const struct outgoing *o = &r->tensors[r->next];
-    size_t n_bytes = (size_t)o->tensor->n_rows * (size_t)o->tensor->n_cols * sizeof(float);
+    const float *data = o->pooled ? o->pooled : o->tensor->data;
+    size_t n_rows = (size_t)(o->pooled ? o->n_pooled : o->tensor->n_rows);
+    size_t n_bytes = n_rows * (size_t)o->tensor->n_cols * sizeof(float);
 
     if (!r->is_header_sent) {
         r->is_header_sent = 1;
@@ -406,7 +464,7 @@ static int write_next_chunk(struct reply *r)
         size_t n = n_bytes - r->offset < CHUNK_BYTES ? n_bytes - r->offset : CHUNK_BYTES;
 
         response.part_case = INTERNVL__V1__FORWARD_RESPONSE__PART_DATA;
-        response.data.data = (uint8_t *)o->tensor->data + r->offset;
+        response.data.data = (uint8_t *)(uintptr_t)data + r->offset;
         response.data.len = n;
         r->offset += n;
     }
@@ -421,7 +479,7 @@ static int write_next_chunk(struct reply *r)
 
 /* ---- the end ---- */
 
-static void wire_usage(Internvl__V1__Usage *out, const struct usage *u)
+void reply_usage(Internvl__V1__Usage *out, const struct usage *u)
 {
     internvl__v1__usage__init(out);
     out->prompt_tokens = (uint32_t)u->prompt_tokens;
@@ -431,7 +489,7 @@ static void wire_usage(Internvl__V1__Usage *out, const struct usage *u)
     out->tiles = (uint32_t)u->tiles;
 }
 
-static void wire_timing(Internvl__V1__Timing *out, const struct timing *t)
+void reply_timing(Internvl__V1__Timing *out, const struct timing *t)
 {
     internvl__v1__timing__init(out);
     out->queue_us = t->queue_us;
@@ -450,8 +508,8 @@ static void finish_generate(struct reply *r)
     Internvl__V1__Usage usage;
     Internvl__V1__Timing timing;
 
-    wire_usage(&usage, &r->delta.usage);
-    wire_timing(&timing, &r->delta.timing);
+    reply_usage(&usage, &r->delta.usage);
+    reply_timing(&timing, &r->delta.timing);
     done.usage = &usage;
     done.timing = &timing;
     response.event_case = INTERNVL__V1__GENERATE_RESPONSE__EVENT_DONE;
@@ -490,8 +548,8 @@ static void finish_forward(struct reply *r)
     Internvl__V1__Usage usage;
     Internvl__V1__Timing timing;
 
-    wire_usage(&usage, &r->delta.usage);
-    wire_timing(&timing, &r->delta.timing);
+    reply_usage(&usage, &r->delta.usage);
+    reply_timing(&timing, &r->delta.timing);
     wire_loss(r, &done);
     done.n_token_ids = (size_t)r->n_ids;
     done.token_ids = (uint32_t *)r->ids;

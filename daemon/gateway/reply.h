@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "daemon/engine/request.h"
+#include "daemon/engine/stream.h"
 #include "daemon/gateway/rpc.h"
 #include "daemon/processor/processor.h"
 #include "internvl/v1/internvl.pb-c.h"
@@ -35,5 +36,7 @@ void reply_refuse(struct reply *r, const struct error *err);
 /* A media plan as the wire has it. */
 void reply_media_plan(Internvl__V1__MediaPlan *out, const struct media_plan *plan,
                       int tokens_per_tile);
+void reply_usage(Internvl__V1__Usage *out, const struct usage *u);
+void reply_timing(Internvl__V1__Timing *out, const struct timing *t);
 
 #endif

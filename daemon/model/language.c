@@ -42,6 +42,7 @@ static void all_gather(struct language_model *m, void *dst, const void *src, siz
 
 /* ---- captures: shard 0 of the stage that has the tensor ---- */
 
+/* `kind`: any of these. */
 static void capture_rows(struct step *s, uint32_t kind, const struct tensor *x, const char *name)
 {
     const struct batch *b = s->batch;
@@ -60,7 +61,10 @@ static void capture_hidden(struct step *s, const struct tensor *x, int i)
 {
     char name[CAPTURE_NAME_MAX];
     snprintf(name, sizeof(name), "hidden_states.%d", i);
-    capture_rows(s, CAPTURE_HIDDEN_STATES, x, name);
+    uint32_t kinds = CAPTURE_HIDDEN_STATES;
+    if (i == s->m->config->n_layers)
+        kinds |= CAPTURE_LAST_HIDDEN_STATE;
+    capture_rows(s, kinds, x, name);
 }
 
 /* Keys or values of all the stage's shards, put together in the order of the model's kv heads

@@ -244,6 +244,34 @@ static int resolve_sampling(const struct video_settings *s, const struct video_o
     return 0;
 }
 
+/* A video as a list of pictures; as in Transformers it cannot be sampled. */
+static int plan_frames(struct preparation *r, struct media_job *job, struct error *err)
+{
+    const struct content_part *part = job->part;
+    const struct video_options *o = &part->video;
+
+    if (o->num_frames || o->fps > 0 || o->sample > 0 || !isnan(o->initial_shift))
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "frames are given one by one: they cannot be sampled");
+    if (part->n_frames > r->p->limits.max_frames)
+        return error_set(err, ERROR_INVALID_ARGUMENT, "%d frames; at most %d are accepted",
+                         part->n_frames, r->p->limits.max_frames);
+    for (int i = 0; i < part->n_frames; i++)
+        if (image_probe(part->frames[i].bytes, part->frames[i].n_bytes,
+                        r->p->limits.max_image_pixels, &job->image, err)) {
+            struct error cause = *err;
+
+            return error_set(err, cause.code, "frame %d: %s", i + 1, cause.msg);
+        }
+    *job->plan = (struct media_plan){.kind = PART_VIDEO,
+                                     .width = job->image.width,
+                                     .height = job->image.height,
+                                     .n_columns = 1,
+                                     .n_rows = 1,
+                                     .n_tiles = part->n_frames};
+    return 0;
+}
+
 static int plan_video(struct preparation *r, struct media_job *job, struct error *err)
 {
     const struct processor_limits *l = &r->p->limits;
@@ -253,6 +281,8 @@ static int plan_video(struct preparation *r, struct media_job *job, struct error
     struct video_sampling sampling;
     struct video_info info;
 
+    if (job->part->n_frames)
+        return plan_frames(r, job, err);
     if (resolve_sampling(&r->p->settings.video, &job->part->video, &sampling, err))
         return -1;
     job->video = video_open(job->part->bytes, job->part->n_bytes, &limits, VIDEO_WHOLE, &info, err);
@@ -422,15 +452,33 @@ static int put_frame(void *arg, int k, const struct rgb_view *frame, struct erro
     return 0;
 }
 
+static int decode_frames(const struct media_job *job, struct prompt *out, struct error *err)
+{
+    struct media_plan plan = *job->plan;
+    struct content_part part = {.kind = PART_IMAGE};
+    struct media_job one = {.part = &part, .plan = &plan};
+
+    plan.n_tiles = 1;
+    for (int i = 0; i < job->part->n_frames; i++) {
+        part.bytes = job->part->frames[i].bytes;
+        part.n_bytes = job->part->frames[i].n_bytes;
+        plan.first_tile = job->plan->first_tile + i;
+        if (image_probe(part.bytes, part.n_bytes, INT64_MAX, &one.image, err) || // checked before
+            decode_image(&one, out, err))
+            return -1;
+    }
+    return 0;
+}
+
 static int decode_media(struct preparation *r, struct prompt *out)
 {
     for (int i = 0; i < r->n_jobs; i++) {
         const struct media_job *job = &r->jobs[i];
         struct frame_target target = {.job = job, .out = out};
-        int rc = job->plan->kind == PART_IMAGE
-                     ? decode_image(job, out, r->err)
-                     : video_read(job->video, job->indices, job->plan->n_tiles, put_frame, &target,
-                                  r->err);
+        int rc = job->plan->kind == PART_IMAGE ? decode_image(job, out, r->err)
+                 : job->part->n_frames         ? decode_frames(job, out, r->err)
+                                       : video_read(job->video, job->indices, job->plan->n_tiles,
+                                                    put_frame, &target, r->err);
 
         if (rc)
             return media_error(job, i, r->err);

@@ -43,11 +43,17 @@ struct video_options {
     int num_frames, sample;
     double fps, initial_shift;
 };
+struct media_bytes {
+    const uint8_t *bytes;
+    size_t n_bytes;
+};
 struct content_part {
     enum part_kind kind;
     const char *text;     // PART_TEXT, [n_bytes], need not be terminated
     const uint8_t *bytes; // PART_IMAGE, PART_VIDEO: the file's bytes [n_bytes]
     size_t n_bytes;
+    const struct media_bytes *frames; // PART_VIDEO instead of bytes: picture files [n_frames]
+    int n_frames;
     struct tiling_options tiling;
     struct video_options video;
 };
