@@ -176,6 +176,8 @@ static void reflection_method(void *arg, struct rpc_call *c)
 static const struct rpc_method methods[] = {
     {"/internvl.v1.InferenceService/Generate", 0, 0, generate_message},
     {"/internvl.v1.InferenceService/Forward", 0, 0, forward_message},
+    {"/internvl.v1.InferenceService/Score", 0, 0, score_message},
+    {"/internvl.v1.InferenceService/Embed", 0, 0, embed_message},
     {"/internvl.v1.InferenceService/Tokenize", 0, 0, tokenize_message},
     {"/internvl.v1.InferenceService/GetModel", 0, 0, model_info_message},
     {"/grpc.health.v1.Health/Check", 1, 0, health_check_method},
