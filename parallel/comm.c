@@ -6,7 +6,6 @@
 #include "parallel/comm.h"
 
 #include <stdint.h>
-#include <string.h>
 #include <time.h>
 
 #include "kernels/log.h"
@@ -39,13 +38,8 @@ void comm_all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
 {
     if (n_bytes == 0)
         return;
-    uint8_t *mine = (uint8_t *)dst + (size_t)c->rank * n_bytes;
-    if (src != mine)
-        memcpy(mine, src, n_bytes);
-    if (c->size == 1)
-        return;
     uint64_t start_ns = now_ns();
-    c->ops->all_gather(c, dst, mine, n_bytes);
+    c->ops->all_gather(c, dst, src, n_bytes); // a group of one too: it knows whose memory this is
     c->wait_ns += now_ns() - start_ns;
 }
 

@@ -118,10 +118,12 @@ static void mpi_all_reduce(struct comm *c, float *x, size_t n)
     }
 }
 
-/* comm_all_gather() has put this rank's part in its place. */
 static void mpi_all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
 {
     struct mpi_state *s = c->state;
+    uint8_t *mine = (uint8_t *)dst + (size_t)c->rank * n_bytes;
+    if (src != mine)
+        memcpy(mine, src, n_bytes);
     for (size_t done = 0; done < n_bytes; done += SEND_CHUNK_BYTES) {
         size_t n_chunk = size_min(n_bytes - done, SEND_CHUNK_BYTES);
         for (int r = 0; r < c->size; r++) {

@@ -108,7 +108,11 @@ static void all_gather(struct comm *c, void *dst, const void *src, size_t n_byte
 {
     struct nccl_state *s = state_of(c);
 
-    settle(s, "all_gather", ncclAllGather(src, dst, n_bytes, ncclUint8, s->comm, s->stream));
+    if (c->size > 1)
+        settle(s, "all_gather", ncclAllGather(src, dst, n_bytes, ncclUint8, s->comm, s->stream));
+    else if (src != dst &&
+             cudaMemcpyAsync(dst, src, n_bytes, cudaMemcpyDeviceToDevice, s->stream) != cudaSuccess)
+        die("CUDA: copying %zu bytes on the device failed", n_bytes);
 }
 
 static void broadcast(struct comm *c, void *x, size_t n_bytes, int root)
@@ -230,9 +234,9 @@ struct comm *comm_nccl_open(struct backend *b, int rank, int world, int color, i
     s->backend = b;
     s->deterministic = deterministic;
     s->max_bytes = max_bytes;
+    s->stream = backend_cuda_stream(b);
     if (c->size == 1)
         return c;
-    s->stream = backend_cuda_stream(b);
     if (deterministic)
         s->gathered = op_alloc(b, (size_t)c->size * max_bytes);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;

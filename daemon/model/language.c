@@ -32,12 +32,14 @@ static void all_reduce(struct step *s, struct tensor *x)
         comm_all_reduce(s->m->comm->shards, x->data, (size_t)tensor_n_elements(x));
 }
 
-static void all_gather(struct language_model *m, void *dst, const void *src, size_t n_bytes)
+/* dst [n_shards, n] <- src [n] of every shard; float32 in back-end memory. */
+static void all_gather(struct language_model *m, float *dst, const float *src, int64_t n)
 {
+    struct tensor to = tensor_1d(dst, DTYPE_F32, n), from = tensor_1d((float *)src, DTYPE_F32, n);
     if (m->comm && m->comm->shards)
-        comm_all_gather(m->comm->shards, dst, src, n_bytes);
+        comm_all_gather(m->comm->shards, dst, src, (size_t)n * sizeof(float));
     else
-        memcpy(dst, src, n_bytes);
+        op_copy(m->backend, &to, &from);
 }
 
 /* ---- captures: shard 0 of the stage that has the tensor ---- */
@@ -78,13 +80,16 @@ static void capture_cache(struct step *s, const struct tensor *x, int layer, con
     char name[CAPTURE_NAME_MAX];
     if (!(s->any_capture & CAPTURE_CACHE))
         return;
-    float *mine = xcalloc((size_t)(s->n * local), sizeof(float));
-    float *all = xcalloc((size_t)(s->n * local) * (size_t)m->n_shards, sizeof(float));
+    size_t n_bytes = (size_t)(s->n * local) * (size_t)m->n_shards * sizeof(float);
+    float *all = xcalloc(n_bytes, 1);
     float *whole = xcalloc((size_t)(s->n * width), sizeof(float));
-    for (int64_t r = 0; r < s->n; r++)
-        op_download(m->backend, mine + r * local, (const float *)x->data + r * x->row_stride,
-                    (size_t)local * sizeof(float));
-    all_gather(m, all, mine, (size_t)(s->n * local) * sizeof(float));
+    float *gathered = op_alloc(m->backend, n_bytes), *mine = op_alloc(m->backend, n_bytes);
+    struct tensor packed = tensor_2d(mine, DTYPE_F32, s->n, local);
+    op_copy(m->backend, &packed, x);
+    all_gather(m, gathered, mine, s->n * local);
+    op_download(m->backend, all, gathered, n_bytes);
+    op_free(m->backend, gathered);
+    op_free(m->backend, mine);
     for (int shard = 0; shard < m->n_shards; shard++) {
         struct weight_cut cut;
         struct error err;
@@ -104,7 +109,6 @@ static void capture_cache(struct step *s, const struct tensor *x, int layer, con
     }
     free(whole);
     free(all);
-    free(mine);
 }
 
 /* ---- the step's arrays ---- */
@@ -391,7 +395,7 @@ static void finish(struct step *s)
         upload(m, m->scratch.rows, m->needed + first, n);
         op_gather_rows(b, &chosen, &s->normed, m->scratch.rows);
         op_matmul(b, &logits, &chosen, &m->lm_head, NULL);
-        all_gather(m, m->scratch.gathered, logits.data, n_bytes);
+        all_gather(m, m->scratch.gathered, logits.data, n * part);
         if (m->shard != 0)
             continue;
         op_download(b, m->host_logits, m->scratch.gathered, n_bytes * (size_t)m->n_shards);

@@ -73,8 +73,12 @@ static void check_moves(struct backend *b, struct comm *c)
     for (int i = 0; i < 64; i++)
         mine[i] = c->rank * 64 + i;
     op_upload(b, x + c->rank * 64, mine, sizeof(mine));
-    if (c->size > 1)
-        c->ops->all_gather(c, x, x + c->rank * 64, sizeof(mine));
+    comm_all_gather(c, x, x + c->rank * 64, sizeof(mine));
+    op_download(b, got, x, (size_t)c->size * sizeof(mine));
+    for (int i = 0; i < c->size * 64; i++)
+        CHECK(got[i] == i);
+    op_upload(b, x + 7 * 64, mine, sizeof(mine)); // from elsewhere
+    comm_all_gather(c, x, x + 7 * 64, sizeof(mine));
     op_download(b, got, x, (size_t)c->size * sizeof(mine));
     for (int i = 0; i < c->size * 64; i++)
         CHECK(got[i] == i);
