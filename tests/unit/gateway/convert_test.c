@@ -359,7 +359,7 @@ static void test_outputs(void **state)
     w.outputs = names;
     w.n_outputs = 3;
     assert_int_equal(forward(&w, 0, NULL, NULL, &captures), ERROR_OK);
-    assert_int_equal(captures, CAPTURE_HIDDEN_STATES | CAPTURE_CACHE | CAPTURE_EMBEDS);
+    assert_int_equal(captures, CAPTURE_LAST_HIDDEN_STATE | CAPTURE_CACHE | CAPTURE_EMBEDS);
     w.outputs = wrong;
     w.n_outputs = 1;
     assert_int_equal(forward(&w, 0, NULL, NULL, NULL), ERROR_INVALID_ARGUMENT);
