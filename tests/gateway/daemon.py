@@ -5,6 +5,7 @@ a mark in its environment: that is how ranks and orphans are found, and nothing 
 """
 
 import atexit
+import ctypes
 import os
 import pathlib
 import shutil
@@ -27,6 +28,11 @@ def program(name):
     return path
 
 
+def _end_with_parent():
+    """Run in the child: SIGTERM when the test program dies, also when that is killed (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 class Daemon:
     """with Daemon(tensor=2) as d: … d.address …; leaving the block drains it."""
 
@@ -44,7 +50,8 @@ class Daemon:
         self.status = None
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            env={**os.environ, MARK: self.mark}, start_new_session=True)
+                                            env={**os.environ, MARK: self.mark}, start_new_session=True,
+                                            preexec_fn=_end_with_parent)
         self.address = self._wait_for_address(port_file)
 
     def _clean_up(self, folder):
