@@ -350,6 +350,57 @@ static void cache_pages(struct scheduler *s, struct sequence *q)
     }
 }
 
+/* ---- priority ---- */
+
+static int is_below(const struct sequence *victim, const struct sequence *q)
+{
+    return victim->state == SEQUENCE_RUNNING && victim->ticket->priority > q->ticket->priority;
+}
+
+/* Would `q` get in if every running sequence below it were gone? A bound from above: pages that
+ * they share are counted for each. */
+static int has_enough_below(const struct scheduler *s, const struct sequence *q)
+{
+    int64_t n_pages = s->pool.n_free + s->pool.n_idle;
+    int32_t n_running = s->n_running;
+    for (int32_t i = s->n_order - 1; i >= 0 && s->order[i] != q; i--) {
+        if (!is_below(s->order[i], q))
+            continue;
+        n_pages += s->order[i]->n_pages;
+        n_running -= places_of(s->order[i]);
+    }
+    return n_running < s->n_running && n_running + places_of(q) <= s->config.max_num_seqs &&
+           n_pages >= pages_of(s->config.page_size, sequence_n_known(q)) + n_running;
+}
+
+static int preempt_below(struct scheduler *s, const struct sequence *q)
+{
+    for (int32_t i = s->n_order - 1; i >= 0 && s->order[i] != q; i--)
+        if (is_below(s->order[i], q) && !s->order[i]->in_flight) {
+            preempt(s, s->order[i]);
+            return 1;
+        }
+    return 0;
+}
+
+/* Ready requests, in order, that are above a running one are let in before the batch is made up:
+ * later those below them would be in it. */
+static void admit_above(struct scheduler *s)
+{
+    for (int32_t i = 0; i < s->n_order; i++) {
+        struct sequence *q = s->order[i];
+        if (q->state != SEQUENCE_WAITING || !ticket_is_ready(q->ticket))
+            continue;
+        if (!has_enough_below(s, q))
+            return;
+        int admitted = admit(s, q);
+        while (!admitted && preempt_below(s, q))
+            admitted = admit(s, q);
+        if (!admitted)
+            return;
+    }
+}
+
 /* ---- the step ---- */
 
 static void add_item(struct step *p, struct sequence *q, int32_t n_new)
@@ -422,6 +473,7 @@ struct step *scheduler_step(struct scheduler *s, uint64_t now_ns)
     if (!p || s->n_order == 0)
         return NULL;
     p->n_items = p->n_tokens = p->n_copies = 0;
+    admit_above(s);
     add_decodes(s, p);
     add_prefills(s, p);
     if (p->n_items == 0)

@@ -17,8 +17,12 @@
  * waits for a prefill. A sequence is in one batch at a time. At admission a sequence gets the pages
  * of all it knows, so a prefill never stalls; a decode that needs a page when there is none
  * preempts the newest running sequence (which later recomputes) and never an older one, so the
- * oldest always goes on. Candidates of one request share the prompt's pages; the one who writes
- * into a shared page copies it first.
+ * oldest always goes on. A ready request that cannot be admitted takes the places and pages of
+ * running sequences whose priority is lower than its own (those of equal priority it waits for),
+ * newest first, unless all of them together would not make enough room. The first in the order of
+ * service is never preempted, so something always gets on; a low priority can starve under a load
+ * of higher ones that never ends, and that is what it asked for. Candidates of one request share
+ * the prompt's pages; the one who writes into a shared page copies it first.
  *
  * A full page stays in the prefix cache when it is computed, and when nobody has it any more until
  * pages are needed. A sequence that is admitted begins after the pages that the cache has of it;

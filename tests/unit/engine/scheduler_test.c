@@ -822,6 +822,69 @@ static void test_order_of_service(void **state)
     scheduler_release(&s);
 }
 
+/* A higher priority takes a running one's place at once and gives it back; an equal one waits. */
+static void test_priority(void **state)
+{
+    (void)state;
+    struct scheduler s;
+    struct scheduler_config c = small_config();
+    c.max_num_seqs = 2;
+    scheduler_init(&s, &c);
+    struct ticket *low[2];
+    for (int i = 0; i < 2; i++) {
+        struct request *r = text_request(3, 10);
+        r->priority = 1;
+        low[i] = scheduler_add(&s, r);
+    }
+    answer(&s, scheduler_step(&s, 1), 9);
+    struct request *equal = text_request(3, 10), *high = text_request(3, 2);
+    equal->priority = 1;
+    struct ticket *e = scheduler_add(&s, equal);
+    struct step *p = scheduler_step(&s, 1);
+    assert_int_equal(p->n_items, 2);
+    assert_ptr_equal(p->items[1].sequence->ticket, low[1]);
+    struct ticket *h = scheduler_add(&s, high);
+    assert_null(scheduler_step(&s, 1)); // both are in a batch
+    answer(&s, p, 9);
+    p = scheduler_step(&s, 1);
+    assert_int_equal(p->n_items, 2);
+    assert_ptr_equal(p->items[0].sequence->ticket, low[0]);
+    assert_ptr_equal(p->items[1].sequence->ticket, h);
+    assert_int_equal(low[1]->n_preempted, 1);
+    assert_int_equal(low[0]->n_preempted, 0);
+    answer(&s, p, 9);
+    answer(&s, scheduler_step(&s, 1), 9); // the high one has its two tokens
+    assert_int_equal(h->n_unfinished, 0);
+    p = scheduler_step(&s, 1);
+    assert_ptr_equal(p->items[1].sequence->ticket, low[1]);
+    answer(&s, p, 9);
+    assert_int_equal(low[1]->sequences[0].n_output, 3); // it went on where it was
+    assert_int_equal(e->sequences[0].n_output, 0);
+    scheduler_release(&s);
+}
+
+/* Nobody is preempted in vain: all that is below would not make enough room. */
+static void test_priority_in_vain(void **state)
+{
+    (void)state;
+    struct scheduler s;
+    struct scheduler_config c = small_config();
+    scheduler_init(&s, &c);
+    struct request *first = text_request(36, 10), *below = text_request(3, 10);
+    struct request *large = text_request(40, 10);
+    below->priority = 1;
+    scheduler_add(&s, first);
+    struct ticket *b = scheduler_add(&s, below);
+    while (b->first_token_ns == 0)
+        answer(&s, scheduler_step(&s, 1), 9);
+    scheduler_add(&s, large);
+    struct step *p = scheduler_step(&s, 1);
+    assert_int_equal(p->n_items, 2);
+    assert_int_equal(b->n_preempted, 0);
+    answer(&s, p, 9);
+    scheduler_release(&s);
+}
+
 /* Two batches in flight share the running sequences. */
 static void test_share_of_pipeline(void **state)
 {
@@ -964,6 +1027,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_cancel_in_flight),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_order_of_service),
+        cmocka_unit_test(test_priority),
+        cmocka_unit_test(test_priority_in_vain),
         cmocka_unit_test(test_share_of_pipeline),
         cmocka_unit_test(test_prefix),
         cmocka_unit_test(test_prefix_pictures),
