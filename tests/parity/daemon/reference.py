@@ -1,11 +1,13 @@
-"""One reference checkpoint, served in float32 at every layout, held against the recorded tensors and texts.
+"""Reference checkpoints, served in float32, held against the recorded tensors and texts.
 
     reference.py CHECKPOINT [LAYOUT]...        a layout is T x P x V: 2x1x1; default: all of LAYOUTS
+    reference.py PATTERN*  [LAYOUT]...         every checkpoint of that name; default: FEW_LAYOUTS
 
 Forward gives the tensors, Generate the greedy continuations. Tolerances are those of the reference's README. Between
 layouts not a bit may differ. The largest error of every tensor is printed.
 """
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -19,14 +21,20 @@ from support import Client, Picture, Video, at_once, part, pb
 SKIPPED = 77
 LAYOUTS = ["1x1x1", "2x1x1", "4x1x1", "1x2x1", "2x2x1", "1x1x2", "2x2x2"]
 SANITIZED_LAYOUTS = ["1x1x1", "2x2x2"]
+FEW_LAYOUTS = ["1x1x1"]
+MAX_MODEL_LEN = 512  # past the original length of t-rope-dynamic-short, whose frequencies then grow
 HIDDEN_ABS, HIDDEN_REL, LOGITS_ABS, LOSS_ABS, MARGIN = 1e-4, 1e-5, 5e-4, 1e-4, 2e-3
 
 
-def reference_folder():
+def checkpoints_of(folder, pattern):
+    return sorted(x.name for x in (folder / "checkpoints").iterdir() if x.is_dir() and fnmatch.fnmatch(x.name, pattern))
+
+
+def reference_folder(pattern):
     beside = daemon.ROOT.parent / "shared/reference"
     named = os.environ.get("INTERNVLD_REFERENCE")
     for folder in ([pathlib.Path(named)] if named else []) + [daemon.ROOT / "tests/data/reference", beside]:
-        if (folder / "checkpoints").is_dir():
+        if (folder / "checkpoints").is_dir() and checkpoints_of(folder, pattern):
             return folder
     return None
 
@@ -87,6 +95,17 @@ class Report:
     def skip(self, what):
         self.skipped[what] = self.skipped.get(what, 0) + 1
 
+    def print_worst(self, name):
+        """One line: the largest error of hidden values and of logits."""
+        logits = [x[0] for n, x in self.worst.items() if n.startswith(("logits", "loss", "token_nll"))]
+        hidden = [x[0] for n, x in self.worst.items() if not n.startswith(("logits", "loss", "token_nll"))]
+        print(f"  {name:24} {self.n_checks:3} tensors  hidden {max(hidden):.1e}  logits {max(logits):.1e}  "
+              f"{self.n_generations} generations, {len(self.failures)} failures", flush=True)
+        for what in self.skipped:
+            print(f"    skipped: {what}")
+        for failure in self.failures:
+            print(f"FAILED {failure}")
+
     def print(self):
         for name, (error, scale, layout) in sorted(self.worst.items()):
             print(f"  {name:32} largest error {error:9.3g}   largest value {scale:9.3g}   first at {layout}")
@@ -133,11 +152,12 @@ def check_vision(client, layout, goldens, report, config):
         report.compare(layout, ours, tensors.get(ours), expected, "hidden")
 
 
-def check_language(client, layout, goldens, report):
+def check_language(client, layout, goldens, report, config):
     """Embeddings after the scatter, hidden states, cache, logits, logits_to_keep, the loss."""
-    lm, scalars, pixels = goldens["lm"], goldens["scalars"], goldens["vision"]["pixel_values"][:2]
+    lm, scalars, pixels = goldens["lm"], goldens["scalars"], goldens["vision"]["pixel_values"]
     ids = lm["input_ids"].reshape(-1)
-    prompt = token_prompt(ids, pixels)
+    n_tiles = int((ids == config["image_token_id"]).sum()) // config["image_seq_length"]
+    prompt = token_prompt(ids, pixels[:n_tiles])
     tensors, done = client.forward(prompt, ["hidden_states", "inputs_embeds", "past_key_values", "logits",
                                             "last_hidden_state"], labels=[int(x) for x in lm["labels"].reshape(-1)])
     report.compare(layout, "inputs_embeds", tensors.get("inputs_embeds"), lm["inputs_embeds"], "hidden")
@@ -148,10 +168,17 @@ def check_language(client, layout, goldens, report):
             n_hidden = max(n_hidden, int(name.split(".")[1]))
         elif name.startswith("cache."):  # [batch, kv heads, seq, head dim]: a row of ours is one position
             rows = numpy.ascontiguousarray(expected[0].transpose(1, 0, 2)).reshape(expected.shape[2], -1)
-            report.compare(layout, name, tensors.get(name), rows, "hidden")
-    report.compare(layout, "last_hidden_state", tensors.get("last_hidden_state"), lm[f"hidden_states.{n_hidden}"],
-                   "hidden")
-    report.compare(layout, "logits", tensors.get("logits"), lm["logits"], "logits")
+            got = tensors.get(name)  # a sliding window keeps the last rows alone
+            report.compare(layout, name, None if got is None else got[-len(rows):], rows, "hidden")
+    if n_hidden:
+        report.compare(layout, "last_hidden_state", tensors.get("last_hidden_state"), lm[f"hidden_states.{n_hidden}"],
+                       "hidden")
+    logits = tensors.get("logits")
+    if "logits" in lm:
+        report.compare(layout, "logits", logits, lm["logits"], "logits")
+    else:
+        n_tail = lm["logits_tail"].shape[1]
+        report.compare(layout, "logits_tail", None if logits is None else logits[-n_tail:], lm["logits_tail"], "logits")
     loss = done.loss if done.HasField("loss") else None
     report.compare(layout, "loss", None if loss is None else numpy.array([loss]), numpy.array([scalars["loss"]]),
                    "logits")
@@ -165,11 +192,23 @@ def check_language(client, layout, goldens, report):
                    "logits")
     for keep, fields in (("1", dict(logits_to_keep=1)), ("3", dict(logits_to_keep=3)),
                          ("index", dict(logits_positions=[0, 5, len(ids) - 1]))):
+        if f"logits_to_keep.{keep}" not in lm:
+            continue
         tensors, _ = client.forward(prompt, ["logits"], **fields)
         report.compare(layout, f"logits_to_keep.{keep}", tensors.get("logits"), lm[f"logits_to_keep.{keep}"], "logits")
 
 
-def generations(goldens, scenarios, folder, config):
+def depends_on_batch(config, record, row):
+    """Dynamic rope past the original length takes the length of the batch's longest row in Transformers; ours is the
+    row's own, so that an answer does not depend on its neighbours."""
+    text = config["text_config"]
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    longest = max(sum(x) for x in record["attention_mask"])
+    return (rope.get("rope_type", rope.get("type")) == "dynamic" and sum(record["attention_mask"][row]) < longest and
+            longest + len(record["fp32"][row]["ids"]) > text["max_position_embeddings"])
+
+
+def generations(goldens, scenarios, folder, config, report):
     """(name, prompt, record) of every recorded greedy generation."""
     pixels = goldens["vision"]["pixel_values"]
     for name, record in goldens["generate"].items():
@@ -181,6 +220,9 @@ def generations(goldens, scenarios, folder, config):
             n_tiles = ids.count(config["image_token_id"]) // config["image_seq_length"]
             own = pixels[first_tile:first_tile + n_tiles] if n_tiles else None
             first_tile += n_tiles
+            if depends_on_batch(config, record, row):
+                report.skip(f"{name}[{row}]: dynamic rope past the original length sees the batch's longest row")
+                continue
             if own is not None and len(own) < n_tiles:
                 raise AssertionError(f"{name}: more tiles than recorded")
             yield f"generate.{name}[{row}]", token_prompt(ids, own), record["fp32"][row]
@@ -228,38 +270,56 @@ def check_generations(client, layout, cases, report, end_ids):
             report.generation(layout, name, ids, record, end_ids)
 
 
-def main():
-    name, layouts = sys.argv[1], sys.argv[2:]
-    folder = reference_folder()
-    if folder is None or not (folder / "goldens" / name).is_dir():
-        print("skipped: no reference data (INTERNVLD_REFERENCE, tests/data/reference, ../shared/reference)")
-        sys.exit(SKIPPED)
-    layouts = layouts or (SANITIZED_LAYOUTS if os.environ.get("INTERNVLD_SANITIZED") else LAYOUTS)
-    model, at = folder / "checkpoints" / name, folder / "goldens" / name
-    config = json.loads((model / "config.json").read_text())
-    generation = json.loads((model / "generation_config.json").read_text())
+def check_checkpoint(folder, name, layouts):
+    """One checkpoint at every layout that its heads and layers take; its report."""
+    listed = folder / "checkpoints/index.json"
+    index = json.loads(listed.read_text()) if listed.is_file() else {}
+    golden_name = index.get(name, {"goldens": name})["goldens"]
+    model, at = folder / "checkpoints" / name, folder / "goldens" / golden_name
+    config = json.loads((folder / "checkpoints" / golden_name / "config.json").read_text())
+    generation = json.loads((folder / "checkpoints" / golden_name / "generation_config.json").read_text())
     end = generation["eos_token_id"]
     end_ids = set(end if isinstance(end, list) else [end])
     goldens = {x: read_safetensors(at / f"{x}.safetensors") for x in ("vision", "projector", "lm")}
     goldens |= {x: json.loads((at / f"{x}.json").read_text()) for x in ("scalars", "generate")}
-    scenarios = json.loads((folder / "scenarios" / f"{name}.json").read_text())
-    cases = list(generations(goldens, scenarios, folder, config))
+    recorded = folder / "scenarios" / f"{name}.json"
+    scenarios = json.loads(recorded.read_text()) if recorded.is_file() else []
     report = Report()
+    cases = list(generations(goldens, scenarios, folder, config, report))
     for text in layouts:
         tensor, pipeline, vision = (int(x) for x in text.split("x"))
-        heads = config["text_config"]["num_attention_heads"]
-        if heads % tensor:
-            report.skip(f"T={tensor} does not divide the {heads} heads of {name}")
+        heads, n_layers = (config["text_config"][x] for x in ("num_attention_heads", "num_hidden_layers"))
+        if heads % tensor or n_layers < pipeline:
+            report.skip(f"T={tensor}, P={pipeline}: {name} has {heads} heads and {n_layers} layers")
             continue
-        with daemon.Daemon(model=model, tensor=tensor, pipeline=pipeline, vision=vision, dtype="float32") as d:
+        with daemon.Daemon(model=model, tensor=tensor, pipeline=pipeline, vision=vision, dtype="float32",
+                           extra=("--max-model-len", MAX_MODEL_LEN)) as d:
             client = Client(d.address)
             check_vision(client, text, goldens, report, config)
-            check_language(client, text, goldens, report)
+            check_language(client, text, goldens, report, config)
             check_generations(client, text, cases, report, end_ids)
             client.close()
         print(f"  {name} at T x P x V = {text}: done, {len(report.failures)} failures so far", flush=True)
-    report.print()
-    sys.exit(1 if report.failures else 0)
+    return report
+
+
+def main():
+    pattern, layouts = sys.argv[1], sys.argv[2:]
+    folder = reference_folder(pattern)
+    if folder is None:
+        print("skipped: no reference data (INTERNVLD_REFERENCE, tests/data/reference, ../shared/reference)")
+        sys.exit(SKIPPED)
+    sanitized = SANITIZED_LAYOUTS if os.environ.get("INTERNVLD_SANITIZED") else LAYOUTS
+    layouts = layouts or (FEW_LAYOUTS if "*" in pattern else sanitized)
+    n_failures = 0
+    for name in checkpoints_of(folder, pattern):
+        report = check_checkpoint(folder, name, layouts)
+        if "*" in pattern:
+            report.print_worst(name)
+        else:
+            report.print()
+        n_failures += len(report.failures)
+    sys.exit(1 if n_failures else 0)
 
 
 main()
