@@ -82,7 +82,8 @@ static const struct option table[] = {
     {"Scheduling and memory", "--max-num-seqs", NULL, OPTION_NUMBER, FIELD(max_num_seqs), "N", 1,
      4096, "Most sequences in one batch."},
     {NULL, "--max-num-batched-tokens", NULL, OPTION_NUMBER, FIELD(max_num_batched_tokens), "N", 1,
-     1 << 20, "Token budget of one batch; longer prompts are computed in chunks."},
+     1 << 20,
+     "Token budget of one batch, at least --max-num-seqs; longer prompts are computed in chunks."},
     {NULL, "--block-size", NULL, OPTION_NUMBER, FIELD(block_size), "TOKENS", 16, 1024,
      "Tokens of one page of the KV cache, a multiple of 16."},
     {NULL, "--kv-cache-memory-bytes", NULL, OPTION_NUMBER, FIELD(kv_cache_memory_bytes), "BYTES", 1,
@@ -236,6 +237,11 @@ int options_parse(struct options *o, int argc, char **argv, struct error *err)
     }
     if (!o->model && !o->help && !o->version)
         return error_set(err, ERROR_INVALID_ARGUMENT, "--model is missing");
+    if (o->max_num_batched_tokens < o->max_num_seqs)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--max-num-batched-tokens %lld is less than --max-num-seqs %lld: every "
+                         "sequence of a batch needs a token",
+                         (long long)o->max_num_batched_tokens, (long long)o->max_num_seqs);
     return 0;
 }
 

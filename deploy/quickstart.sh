@@ -70,7 +70,7 @@ if [ $keep = 1 ]; then
     mv "$run/log" build/quickstart-daemon.log
     rm -rf "$run"
     step "left running on $address (process $daemon)"
-    echo "ask:  build/release/client/internvl --address $address ask \"Capital letter of b?\""
+    echo "ask:  build/release/client/internvl --address $address ask \"Write stop in capital letters.\""
     echo "stop: kill $daemon"
     exit 0
 fi

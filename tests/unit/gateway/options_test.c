@@ -58,6 +58,7 @@ static void test_errors(void **state)
         "--model m --no-such-option 1",
         "--model m --max-num-seqs 0",
         "--model m --max-num-seqs 1x",
+        "--model m --max-num-seqs 64 --max-num-batched-tokens 32",
         "--model m --max-num-seqs 99999999999999999999",
         "--model m --max-message-bytes 2G",
         "--model m --max-message-bytes 9000000000000000000G",
