@@ -24,10 +24,11 @@ enum { // bits of a subcommand
     TOKENIZE = 8,
     INFO = 16,
     EVALUATE = 32,
-    ANY = 63,
-    GENERATE = ASK | CHAT | EVALUATE,
+    BENCH = 1024,
+    ANY = 2047,
+    GENERATE = ASK | CHAT | EVALUATE | BENCH,
     PROMPT = ASK | FORWARD | TOKENIZE,
-    MEDIA = PROMPT | CHAT | EVALUATE,
+    MEDIA = PROMPT | CHAT | EVALUATE | BENCH,
 };
 
 static const struct subcommand {
@@ -60,6 +61,11 @@ static const struct subcommand {
      "Greedy and at most 64 tokens unless options say otherwise. --output goes on where an earlier "
      "run\n"
      "of the same questions and settings was cut off; nothing that was answered is asked again."},
+    {"bench", BENCH, command_bench, "[FILE.jsonl]", "throughput and latency of the daemon",
+     "Requests are those of a file (as for evaluate), or made up; --image adds a picture to each of\n"
+     "those. Without --request-rate --concurrency requests are always in flight; with it they "
+     "arrive\n"
+     "at random, so many a second, however long answers take."},
 };
 #define N_SUBCOMMANDS (sizeof(subcommands) / sizeof(subcommands[0]))
 
@@ -158,8 +164,16 @@ static const struct option {
     {"chat", NULL, TOKENIZE, KIND_ON, "through the chat template", AT(chat), 0, 0},
     {"output", "FILE", FORWARD | EVALUATE, KIND_STRING,
      "forward: tensors (safetensors); evaluate: results (JSONL)", AT(output), 0, 0},
-    {"concurrency", "N", EVALUATE, KIND_U32, "questions in flight [16]", AT(concurrency), 0, 0},
-    {"limit", "N", EVALUATE, KIND_U32, "only the first N questions", AT(limit), 0, 0},
+    {"concurrency", "N", EVALUATE | BENCH, KIND_U32, "questions in flight [16]", AT(concurrency), 0, 0},
+    {"request-rate", "X", BENCH, KIND_DOUBLE, "arrivals a second (Poisson); 0: closed loop [0]",
+     AT(request_rate), 0, 0},
+    {"num-requests", "N", BENCH, KIND_U32, "requests that are measured [64]", AT(num_requests), 0,
+     0},
+    {"warm-up", "N", BENCH, KIND_U32, "requests before them [4]", AT(warm_up), 0, 0},
+    {"input-len", "N", BENCH, KIND_U32, "words of a made-up prompt [16]", AT(input_len), 0, 0},
+    {"output-len", "N", BENCH, KIND_U32, "exactly N tokens of each answer", AT(output_len), 0, 0},
+    {"csv", "FILE", BENCH, KIND_STRING, "add the figures as a line", AT(csv), 0, 0},
+    {"limit", "N", EVALUATE | BENCH, KIND_U32, "only the first N questions", AT(limit), 0, 0},
     {"score", "HOW", EVALUATE, KIND_STRING,
      "auto, exact, choice, number or anls, where the question does not say [auto]", AT(score), 0,
      0},
@@ -573,6 +587,9 @@ static int run(const struct subcommand *s, struct command_options *o)
 int main(int argc, char **argv)
 {
     struct command_options o = {.concurrency = 16,
+                                .num_requests = 64,
+                                .warm_up = 4,
+                                .input_len = 16,
                                 .tolerance = 0.05,
                                 .retry_for_s = 60,
                                 .address = getenv("INTERNVL_ADDRESS")};

@@ -47,6 +47,9 @@ struct command_options {
     double tolerance, retry_for_s;
     const char **results; // evaluate --results [n_results]
     size_t n_results;
+    double request_rate; // bench
+    uint32_t num_requests, warm_up, input_len, output_len;
+    const char *csv;
     const char **arguments; // [n_arguments] what is not an option
     size_t n_arguments;
 };
@@ -84,5 +87,6 @@ int command_forward(struct internvl_client *c, const struct command_options *o);
 int command_tokenize(struct internvl_client *c, const struct command_options *o);
 int command_info(struct internvl_client *c, const struct command_options *o);
 int command_evaluate(struct internvl_client *c, const struct command_options *o);
+int command_bench(struct internvl_client *c, const struct command_options *o);
 
 #endif
