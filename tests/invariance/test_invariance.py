@@ -1,0 +1,170 @@
+"""The same bits of every token id and log-probability, through real ranks of the demo model.
+
+Fourteen prompts (text, a picture, two pictures, many tiles, greedy and seeded) are answered one by one by the smallest
+layout with every cache off: that is what all others are compared with, in this very run. Then the same alone, with 63
+others, in chunks of 16 and 64 tokens, from a cold and a warm prefix cache, preempted for want of pages and by higher
+priorities, as the first of four candidates, and under other layouts.
+
+    test_invariance.py [--full]      --full: T 1, 2, 4, 8 x P 1, 2, 4 x V 1, 2; else three of them
+"""
+
+import itertools
+import sys
+
+from support import SANITIZED, Answer, Client, at_once, chat, example, main, pb, unittest
+import daemon
+
+FULL = "--full" in sys.argv
+if FULL:
+    sys.argv.remove("--full")
+
+PASSAGE = "The red square is left of the two blue stars. " * 12
+GREEDY = dict(temperature=0.0, ignore_eos=True, logprobs=3)
+SEEDED = dict(temperature=1.1, top_p=0.9, top_k=60, ignore_eos=True, logprobs=2)
+
+
+def tiled(name, *parts):
+    """A picture cut into many tiles with a thumbnail."""
+    prompt = chat(example(name), *parts)
+    prompt.chat.messages[0].parts[0].image.tiling.CopyFrom(
+        pb.TilingOptions(crop_to_patches=True, min_patches=4, max_patches=6, use_thumbnail=True))
+    return prompt
+
+
+SUBJECTS = [
+    (chat("What is the opposite of old?"), dict(GREEDY, max_tokens=24)),
+    (chat(PASSAGE, "Where is the square?"), dict(GREEDY, max_tokens=24)),
+    (chat(PASSAGE, "Where are the stars?"), dict(SEEDED, max_tokens=24, seed=1)),
+    (chat(example("scene-three.png"), "Describe the image."), dict(GREEDY, max_tokens=24)),
+    (chat(example("scene-three.png"), "How many shapes are there?"), dict(SEEDED, max_tokens=20, seed=2)),
+    (chat(example("chart.png"), example("word.png"), "What word is written?"), dict(GREEDY, max_tokens=16)),
+    (chat(example("word.png"), example("chart.png"), "What word is written?"), dict(GREEDY, max_tokens=16)),
+    (tiled("scene-four.png", "Describe the image."), dict(GREEDY, max_tokens=12)),
+    (tiled("number.png", PASSAGE), dict(SEEDED, max_tokens=12, seed=3, repetition_penalty=1.1)),
+    (chat("Say one word."), dict(SEEDED, max_tokens=30, seed=4, presence_penalty=0.4, min_tokens=8)),
+    (chat("a"), dict(GREEDY, max_tokens=40)),
+    (chat(PASSAGE + PASSAGE), dict(SEEDED, max_tokens=8, seed=5, min_p=0.05)),
+    (chat("Tell a story."), dict(GREEDY, max_tokens=300)),
+    (chat("Tell a long story."), dict(SEEDED, max_tokens=300, seed=6)),
+]
+TEXT = [0, 1, 9, 10]
+LONG = [12, 13]  # 20 pages each
+SHORT = range(12)
+PAGE_BYTES = 2 * 4 * 4 * 32 * 16 * 2  # key and value, layers, heads, head size, tokens, bfloat16
+
+
+def layouts():
+    if FULL:
+        return list(itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2)))
+    return [(2, 2, 2)] if SANITIZED else [(2, 2, 2), (4, 1, 1), (8, 1, 2)]
+
+
+def collect(events, answer=None):
+    answer = answer or Answer()
+    for event in events:
+        answer.add(event)
+    return answer
+
+
+class Daemon:
+    def __init__(self, *extra, layout=(1, 1, 1)):
+        tensor, pipeline, vision = layout
+        self.daemon = daemon.Daemon(tensor=tensor, pipeline=pipeline, vision=vision,
+                                    extra=("--threads", 1, *extra))
+        self.client = Client(self.daemon.address)
+
+    def ask(self, index, **changes):
+        prompt, sampling = SUBJECTS[index]
+        return self.client.generate(prompt, **{**sampling, **changes})
+
+    def start(self, index, **fields):
+        prompt, sampling = SUBJECTS[index]
+        request = pb.GenerateRequest(prompt=prompt, sampling=pb.SamplingParams(**sampling), **fields)
+        return self.client.stub.Generate(request, timeout=300)
+
+    def __enter__(self):
+        self.daemon.__enter__()
+        return self
+
+    def __exit__(self, *what):
+        self.client.close()
+        return self.daemon.__exit__(*what)
+
+
+class Invariance(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        with Daemon("--no-enable-prefix-caching") as d:
+            cls.expected = [d.ask(i).bits() for i in range(len(SUBJECTS))]
+
+    def check(self, index, answer, where):
+        self.assertEqual(answer.bits(), self.expected[index], f"subject {index}, {where}")
+
+    def check_all(self, d, where, indices=SHORT):
+        """All at once: that they run beside each other is part of it."""
+        indices = list(indices)
+        answers = at_once([lambda i=i: d.ask(i) for i in indices])
+        for i, answer in zip(indices, answers):
+            self.check(i, answer, where)
+        return answers
+
+    def test_prefix_cache(self):
+        with Daemon() as d:
+            cold = [d.ask(i) for i in SHORT]
+            warm = [d.ask(i) for i in SHORT]
+            for i in SHORT:
+                self.check(i, cold[i], "cold")
+                self.check(i, warm[i], "warm")
+                n = warm[i].done.usage.prompt_tokens
+                self.assertEqual(warm[i].done.usage.cached_tokens, (n - 1) // 16 * 16, f"subject {i}")
+            self.assertEqual(cold[0].done.usage.cached_tokens, 0)
+            self.assertGreater(cold[2].done.usage.cached_tokens, 100, "the passage was there")
+            self.check_all(d, "warm, beside each other")
+            salted = pb.GenerateRequest(prompt=SUBJECTS[1][0], cache_salt="mine",
+                                        sampling=pb.SamplingParams(**SUBJECTS[1][1]))
+            answer = collect(d.client.stub.Generate(salted, timeout=120))
+            self.check(1, answer, "another salt")
+            self.assertEqual(answer.done.usage.cached_tokens, 0, "another salt")
+            for i in (2, 4, 8):  # n = 1 is the first of n = 4
+                several = d.ask(i, n=4)
+                self.assertEqual(several.bits()[0], self.expected[i][0], f"subject {i}, the first of four")
+
+    def test_company(self):
+        """With 63 others of the same kinds; chunks as they come."""
+        with Daemon("--no-enable-prefix-caching") as d:
+            indices = [i % len(SHORT) for i in range(16 if SANITIZED else 64)]
+            answers = at_once([lambda i=i: d.ask(i) for i in indices])
+            for i, answer in zip(indices, answers):
+                self.check(i, answer, "with others")
+
+    def test_chunks(self):
+        for n_tokens in (16, 64):
+            with Daemon("--max-num-batched-tokens", n_tokens, "--max-num-seqs", 16) as d:
+                self.check_all(d, f"chunks of {n_tokens}")
+
+    def test_preempted(self):
+        """A KV cache that cannot hold two long answers, then two places that the more urgent take."""
+        for extra in ((), ("--no-enable-prefix-caching",)):
+            with Daemon("--kv-cache-memory-bytes", 32 * PAGE_BYTES, "--max-model-len", 512, "--max-num-seqs", 16,
+                        *extra) as d:
+                answers = self.check_all(d, "short of pages", [*LONG, *TEXT])
+                self.assertGreater(sum(a.done.timing.preemptions for a in answers), 0, "nobody was preempted")
+        with Daemon("--max-num-seqs", 2) as d:
+            calls = [d.start(i, priority=1) for i in LONG]
+            begun = [collect([next(call), next(call)]) for call in calls]  # Started, a token: they run
+            urgent = at_once([lambda i=i: collect(d.start(i, priority=0)) for i in TEXT])
+            for i, answer in zip(TEXT, urgent):
+                self.check(i, answer, "urgent")
+            answers = [collect(call, answer) for call, answer in zip(calls, begun)]
+            for i, answer in zip(LONG, answers):
+                self.check(i, answer, "gave way to the urgent")
+            self.assertGreater(sum(a.done.timing.preemptions for a in answers), 0, "nobody gave way")
+
+    def test_layouts(self):
+        for layout in layouts():
+            with Daemon(layout=layout) as d:
+                self.check_all(d, f"layout {layout}")
+
+
+if __name__ == "__main__":
+    main()
