@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import time
 import unittest
 import urllib.error
 import urllib.request
@@ -60,6 +61,17 @@ def scrape(address, path="/metrics", token=None):
         return answer.read().decode()
 
 
+def metrics_address(d):
+    """From the log, which mpirun passes on a little later than the daemon writes it."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        match = re.search(r"metrics: http://(\S+)/metrics", d.log())
+        if match:
+            return match[1]
+        time.sleep(0.02)
+    raise AssertionError("the log does not say where the metrics are")
+
+
 class Metrics(unittest.TestCase):
     def value(self, name, **labels):
         found = [v for (n, l), v in self.values.items() if n == name and labels.items() <= dict(l).items()]
@@ -81,7 +93,7 @@ class Metrics(unittest.TestCase):
     def test_a_known_load(self):
         extra = ["--metrics-listen", "127.0.0.1:0", "--no-enable-prefix-caching"]
         with daemon.Daemon(pipeline=2, vision=2, extra=extra) as d:
-            address = re.search(r"metrics: http://(\S+)/metrics", d.log())[1]
+            address = metrics_address(d)
             client = Client(d.address)
             self.read(address)
             before = self.values
@@ -130,7 +142,7 @@ class Metrics(unittest.TestCase):
 
     def test_a_token(self):
         with daemon.Daemon(extra=["--metrics-listen", "127.0.0.1:0", "--auth-token-file", self.token_file()]) as d:
-            address = re.search(r"metrics: http://(\S+)/metrics", d.log())[1]
+            address = metrics_address(d)
             for token in (None, "Bearer wrong-wrong-wrong-wrong"):
                 with self.assertRaises(urllib.error.HTTPError) as caught:
                     scrape(address, token=token)
