@@ -14,7 +14,7 @@
 #include "parallel/control.h"
 #include "parallel/launch.h"
 
-#define BIG ((uint64_t)64 << 20)
+#define BIG ((uint64_t)24 << 20)
 #define N_PINGS 100
 #define IDLE_S 2
 
