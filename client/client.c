@@ -178,20 +178,38 @@ static int forward_message(void *arg, const uint8_t *bytes, size_t n_bytes,
     return rc;
 }
 
-int internvl_forward(struct internvl_client *c, const struct internvl_forward_request *r,
-                     const struct internvl_call_options *o, struct internvl_forward_result *out,
-                     struct internvl_error *err)
+/* A call that is answered with tensors: Forward, Embed. */
+static int run_forward(struct internvl_client *c, const char *method,
+                       const ProtobufCMessage *request, const struct internvl_call_options *o,
+                       struct internvl_forward_result *out, struct internvl_error *err)
 {
     memset(out, 0, sizeof(*out));
-    struct wire_pool pool = {0};
     struct wire_forward_reader reader = {.out = out};
-    int rc = rpc_run(c->channel, SERVICE "Forward", &wire_forward(&pool, r)->base, o,
-                     forward_message, &reader, err);
-    wire_pool_release(&pool);
+    int rc = rpc_run(c->channel, method, request, o, forward_message, &reader, err);
     if (rc == 0)
         rc = wire_forward_complete(&reader, err);
     if (rc)
         internvl_forward_result_release(out);
+    return rc;
+}
+
+int internvl_forward(struct internvl_client *c, const struct internvl_forward_request *r,
+                     const struct internvl_call_options *o, struct internvl_forward_result *out,
+                     struct internvl_error *err)
+{
+    struct wire_pool pool = {0};
+    int rc = run_forward(c, SERVICE "Forward", &wire_forward(&pool, r)->base, o, out, err);
+    wire_pool_release(&pool);
+    return rc;
+}
+
+int internvl_embed(struct internvl_client *c, const struct internvl_embed_request *r,
+                   const struct internvl_call_options *o, struct internvl_forward_result *out,
+                   struct internvl_error *err)
+{
+    struct wire_pool pool = {0};
+    int rc = run_forward(c, SERVICE "Embed", &wire_embed(&pool, r)->base, o, out, err);
+    wire_pool_release(&pool);
     return rc;
 }
 
@@ -238,6 +256,32 @@ static void *run_unary(struct internvl_client *c, const char *method,
         s.answer = NULL;
     }
     return s.answer;
+}
+
+int internvl_score(struct internvl_client *c, const struct internvl_score_request *r,
+                   const struct internvl_call_options *o, struct internvl_score_result *out,
+                   struct internvl_error *err)
+{
+    memset(out, 0, sizeof(*out));
+    struct wire_pool pool = {0};
+    Internvl__V1__ScoreResponse *m = run_unary(c, SERVICE "Score", &wire_score(&pool, r)->base,
+                                               &internvl__v1__score_response__descriptor, o, err);
+    wire_pool_release(&pool);
+    if (!m)
+        return -1;
+    wire_read_score(m, out);
+    discard(m);
+    return 0;
+}
+
+void internvl_score_result_release(struct internvl_score_result *r)
+{
+    for (size_t i = 0; i < r->n_scores; i++) {
+        free(r->scores[i].token_ids);
+        free(r->scores[i].token_logprobs);
+    }
+    free(r->scores);
+    memset(r, 0, sizeof(*r));
 }
 
 int internvl_tokenize(struct internvl_client *c, const struct internvl_tokenize_request *r,

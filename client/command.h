@@ -84,6 +84,8 @@ void *command_grow(void *array, size_t n, size_t size);
 int command_ask(struct internvl_client *c, const struct command_options *o);
 int command_chat(struct internvl_client *c, const struct command_options *o);
 int command_forward(struct internvl_client *c, const struct command_options *o);
+int command_score(struct internvl_client *c, const struct command_options *o);
+int command_embed(struct internvl_client *c, const struct command_options *o);
 int command_tokenize(struct internvl_client *c, const struct command_options *o);
 int command_info(struct internvl_client *c, const struct command_options *o);
 int command_evaluate(struct internvl_client *c, const struct command_options *o);

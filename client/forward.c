@@ -1,5 +1,5 @@
-/* internvl forward: named tensors and the loss of a prompt; a table, JSON, or a safetensors file.
- */
+/* internvl forward and embed: named tensors, and the loss, of a prompt; a table, JSON, or a
+ * safetensors file. */
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -209,5 +209,39 @@ out:
     conversation_release(&conversation);
     free(ids);
     free(labels);
+    return status;
+}
+
+int command_embed(struct internvl_client *c, const struct command_options *o)
+{
+    static const char *const default_outputs[] = {"mean"};
+    if (o->n_arguments != 1)
+        return command_usage(o, "one text is needed");
+    struct internvl_error err = {0};
+    struct conversation conversation = {0};
+    struct internvl_forward_result result = {0};
+    struct internvl_call_options call = command_call_options(o);
+    int status = EXIT_OK;
+    if (conversation_from_options(&conversation, o, o->arguments[0], &err)) {
+        status = command_fail(o, &err);
+        goto out;
+    }
+    struct internvl_embed_request request = {
+        .request_id = o->request_id,
+        .prompt = conversation_prompt(&conversation),
+        .outputs = o->n_outputs ? o->outputs : default_outputs,
+        .n_outputs = o->n_outputs ? o->n_outputs : 1,
+    };
+    interrupt_set_busy(1);
+    if (internvl_embed(c, &request, &call, &result, &err) ||
+        (o->output && write_safetensors(o->output, &result, &err)))
+        status = command_fail(o, &err);
+    else if (o->json)
+        print_json(&result);
+    else
+        print_table(&result);
+out:
+    internvl_forward_result_release(&result);
+    conversation_release(&conversation);
     return status;
 }

@@ -116,6 +116,11 @@ struct internvl_part {
     const char *text; // INTERNVL_TEXT: UTF-8, NUL-terminated
     const void *data; // INTERNVL_IMAGE, INTERNVL_VIDEO: the file's bytes [n_bytes]
     size_t n_bytes;
+    const struct internvl_frame { // INTERNVL_VIDEO instead of data: picture files [n_frames]
+        const void *data;
+        size_t n_bytes;
+    } * frames;
+    size_t n_frames;
     struct internvl_tiling tiling; // INTERNVL_IMAGE
     struct internvl_video video;   // INTERNVL_VIDEO
 };
@@ -317,6 +322,52 @@ int internvl_forward(struct internvl_client *c, const struct internvl_forward_re
                      const struct internvl_call_options *o, struct internvl_forward_result *out,
                      struct internvl_error *err);
 void internvl_forward_result_release(struct internvl_forward_result *r);
+
+/* ---- score, embed ---- */
+
+struct internvl_continuation { // one of: text, token_ids
+    const char *text;
+    const uint32_t *token_ids; // [n_token_ids]
+    size_t n_token_ids;
+};
+struct internvl_score_request {
+    const char *request_id;
+    struct internvl_prompt prompt;
+    const struct internvl_continuation *continuations; // [n_continuations]
+    size_t n_continuations;
+    const int32_t *labels; // instead [n_labels]: as many as prompt tokens, -100 is ignored
+    size_t n_labels;
+};
+struct internvl_score {
+    uint32_t *token_ids;   // [n_tokens]
+    float *token_logprobs; // [n_tokens]
+    size_t n_tokens;
+    double sum_logprob, mean_logprob;
+};
+struct internvl_score_result {
+    struct internvl_score *scores; // [n_scores] in the order asked for
+    size_t n_scores;
+    int has_loss; // with labels
+    double loss;
+    struct internvl_usage usage;
+    struct internvl_timing timing;
+};
+/* Log-probabilities of given continuations. 0, or -1 and `err` (`out` is then zeroed). */
+int internvl_score(struct internvl_client *c, const struct internvl_score_request *r,
+                   const struct internvl_call_options *o, struct internvl_score_result *out,
+                   struct internvl_error *err);
+void internvl_score_result_release(struct internvl_score_result *r);
+
+struct internvl_embed_request {
+    const char *request_id;
+    struct internvl_prompt prompt;
+    const char *const *outputs; // [n_outputs] names as in the .proto
+    size_t n_outputs;
+};
+/* Features of pictures and text; the result is Forward's, without loss. */
+int internvl_embed(struct internvl_client *c, const struct internvl_embed_request *r,
+                   const struct internvl_call_options *o, struct internvl_forward_result *out,
+                   struct internvl_error *err);
 
 /* ---- tokens ---- */
 

@@ -108,6 +108,10 @@ static Internvl__V1__VideoPart *wire_video(struct wire_pool *p, const struct int
     Internvl__V1__VideoPart *m = wire_alloc(p, 1, sizeof(*m));
     internvl__v1__video_part__init(m);
     m->data = borrow_bytes(part->data, part->n_bytes);
+    m->n_frames = part->n_frames;
+    m->frames = wire_alloc(p, part->n_frames, sizeof(*m->frames));
+    for (size_t i = 0; i < part->n_frames; i++)
+        m->frames[i] = borrow_bytes(part->frames[i].data, part->frames[i].n_bytes);
     if (v->set & INTERNVL_NUM_FRAMES) {
         m->_num_frames_case = INTERNVL__V1__VIDEO_PART___NUM_FRAMES_NUM_FRAMES;
         m->num_frames = v->num_frames;
@@ -328,6 +332,52 @@ Internvl__V1__ForwardRequest *wire_forward(struct wire_pool *p,
     return m;
 }
 
+static Internvl__V1__TokenIds *wire_token_ids(struct wire_pool *p, const uint32_t *ids, size_t n)
+{
+    Internvl__V1__TokenIds *m = wire_alloc(p, 1, sizeof(*m));
+    internvl__v1__token_ids__init(m);
+    m->n_ids = n;
+    m->ids = (uint32_t *)ids;
+    return m;
+}
+
+Internvl__V1__ScoreRequest *wire_score(struct wire_pool *p, const struct internvl_score_request *r)
+{
+    Internvl__V1__ScoreRequest *m = wire_alloc(p, 1, sizeof(*m));
+    internvl__v1__score_request__init(m);
+    m->request_id = borrow_string(r->request_id);
+    m->prompt = wire_prompt(p, &r->prompt);
+    m->n_labels = r->n_labels;
+    m->labels = (int32_t *)r->labels;
+    m->n_continuations = r->n_continuations;
+    m->continuations = wire_alloc(p, r->n_continuations, sizeof(*m->continuations));
+    for (size_t i = 0; i < r->n_continuations; i++) {
+        const struct internvl_continuation *src = &r->continuations[i];
+        Internvl__V1__Continuation *dst = wire_alloc(p, 1, sizeof(*dst));
+        internvl__v1__continuation__init(dst);
+        if (src->text) {
+            dst->input_case = INTERNVL__V1__CONTINUATION__INPUT_TEXT;
+            dst->text = borrow_string(src->text);
+        } else {
+            dst->input_case = INTERNVL__V1__CONTINUATION__INPUT_TOKEN_IDS;
+            dst->token_ids = wire_token_ids(p, src->token_ids, src->n_token_ids);
+        }
+        m->continuations[i] = dst;
+    }
+    return m;
+}
+
+Internvl__V1__EmbedRequest *wire_embed(struct wire_pool *p, const struct internvl_embed_request *r)
+{
+    Internvl__V1__EmbedRequest *m = wire_alloc(p, 1, sizeof(*m));
+    internvl__v1__embed_request__init(m);
+    m->request_id = borrow_string(r->request_id);
+    m->prompt = wire_prompt(p, &r->prompt);
+    m->n_outputs = r->n_outputs;
+    m->outputs = (char **)r->outputs;
+    return m;
+}
+
 Internvl__V1__TokenizeRequest *wire_tokenize(struct wire_pool *p,
                                              const struct internvl_tokenize_request *r)
 {
@@ -341,10 +391,7 @@ Internvl__V1__TokenizeRequest *wire_tokenize(struct wire_pool *p,
         m->chat = wire_chat(p, r->prompt);
     } else {
         m->input_case = INTERNVL__V1__TOKENIZE_REQUEST__INPUT_TOKEN_IDS;
-        m->token_ids = wire_alloc(p, 1, sizeof(*m->token_ids));
-        internvl__v1__token_ids__init(m->token_ids);
-        m->token_ids->n_ids = r->n_token_ids;
-        m->token_ids->ids = (uint32_t *)r->token_ids;
+        m->token_ids = wire_token_ids(p, r->token_ids, r->n_token_ids);
     }
     if (r->skip_special_tokens) {
         m->_skip_special_tokens_case =
@@ -464,6 +511,26 @@ int wire_read_event(struct wire_pool *p, const Internvl__V1__GenerateResponse *m
     default:
         return rpc_error(err, INTERNVL_INTERNAL, "the server sent an event of an unknown kind");
     }
+}
+
+void wire_read_score(const Internvl__V1__ScoreResponse *m, struct internvl_score_result *out)
+{
+    out->n_scores = m->n_scores;
+    out->scores = own(m->n_scores, sizeof(*out->scores));
+    for (size_t i = 0; i < m->n_scores; i++) {
+        const Internvl__V1__ContinuationScore *src = m->scores[i];
+        struct internvl_score *s = &out->scores[i];
+        s->n_tokens =
+            src->n_token_ids < src->n_token_logprobs ? src->n_token_ids : src->n_token_logprobs;
+        s->token_ids = own_copy(src->token_ids, s->n_tokens, sizeof(*s->token_ids));
+        s->token_logprobs = own_copy(src->token_logprobs, s->n_tokens, sizeof(float));
+        s->sum_logprob = src->sum_logprob;
+        s->mean_logprob = src->mean_logprob;
+    }
+    out->has_loss = m->_loss_case == INTERNVL__V1__SCORE_RESPONSE___LOSS_LOSS;
+    out->loss = out->has_loss ? m->loss : 0;
+    read_usage(m->usage, &out->usage);
+    read_timing(m->timing, &out->timing);
 }
 
 void wire_read_tokenize(const Internvl__V1__TokenizeResponse *m,

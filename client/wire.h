@@ -23,12 +23,15 @@ Internvl__V1__GenerateRequest *wire_generate(struct wire_pool *p,
                                              const struct internvl_generate_request *r);
 Internvl__V1__ForwardRequest *wire_forward(struct wire_pool *p,
                                            const struct internvl_forward_request *r);
+Internvl__V1__ScoreRequest *wire_score(struct wire_pool *p, const struct internvl_score_request *r);
+Internvl__V1__EmbedRequest *wire_embed(struct wire_pool *p, const struct internvl_embed_request *r);
 Internvl__V1__TokenizeRequest *wire_tokenize(struct wire_pool *p,
                                              const struct internvl_tokenize_request *r);
 
 /* Answers. An event points into `m` and `p`; results own their memory. */
 int wire_read_event(struct wire_pool *p, const Internvl__V1__GenerateResponse *m,
                     struct internvl_event *e, struct internvl_error *err);
+void wire_read_score(const Internvl__V1__ScoreResponse *m, struct internvl_score_result *out);
 void wire_read_tokenize(const Internvl__V1__TokenizeResponse *m,
                         struct internvl_tokenize_result *out);
 void wire_read_model(const Internvl__V1__GetModelResponse *m, struct internvl_model *out);

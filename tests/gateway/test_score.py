@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import struct
+import subprocess
 
 import numpy
 
@@ -116,6 +117,49 @@ class Score(DaemonTest):
                 self.client.stub.Score(request, timeout=delay)
             self.client.stub.Score.future(request).cancel()
         self.client.wait_idle()
+
+    # ---- the command ----
+
+    def internvl(self, *arguments):
+        done = subprocess.run([daemon.program("INTERNVLD_COMMAND"), "--address", self.daemon.address,
+                               *map(str, arguments)], capture_output=True, text=True, timeout=120)
+        self.assertEqual(done.returncode, 0, f"{arguments}: {done.stdout}\n{done.stderr}")
+        return done.stdout
+
+    def test_command(self):
+        scene = daemon.EXAMPLES / "scene-two.png"
+        words = ["yellow", "red", "a blue star"]
+        expected = self.score(chat(example("scene-two.png"), QUESTION), words)
+        got = json.loads(self.internvl("score", "--json", "--image", scene, QUESTION, *words))
+        for word, a, b in zip(words, got["scores"], expected.scores, strict=True):
+            self.assertEqual((a["text"], a["token_ids"]), (word, list(b.token_ids)))
+            self.assertEqual(bits(a["token_logprobs"]), bits(b.token_logprobs))
+        self.assertIn("a blue star", self.internvl("score", "--image", scene, QUESTION, *words))
+        table = self.internvl("embed", "--image", scene, "--tensor", "mean", "--tensor", "tile_mean", "x")
+        for name in ("mean", "tile_mean"):
+            self.assertRegex(table, rf"(?m)^{name} ")
+
+    def test_command_media_options(self):
+        """Each flag of tiling and sampling is the field of the same name."""
+        def plan(part):
+            return list(self.client.tokenize(chat=user_parts(part, pb.ContentPart(text="x")).chat).media)
+
+        def said(*arguments):
+            return [pb.MediaPlan(**m) for m in json.loads(self.internvl("tokenize", "--json", *arguments, "x"))["media"]]
+
+        picture, video = daemon.EXAMPLES / "scene-two.png", next(daemon.EXAMPLES.glob("*.mp4"))
+        plans = []
+        for flags, options in ((("--no-crop",), dict(crop_to_patches=False)),
+                               (("--min-patches", 2, "--max-patches", 4), dict(min_patches=2, max_patches=4)),
+                               (("--min-patches", 2, "--no-thumbnail"), dict(min_patches=2, use_thumbnail=False))):
+            wanted = plan(part(example("scene-two.png"), tiling=pb.TilingOptions(**options)))
+            self.assertEqual(said("--image", picture, *flags), wanted, flags)
+            plans.append(wanted[0].tiles)
+        self.assertEqual(len(set(plans)), len(plans), plans)
+        for flags, options in ((("--num-frames", 3), dict(num_frames=3)), (("--fps", 1), dict(fps=1)),
+                               (("--all-frames",), dict(sample_frames=False)),
+                               (("--num-frames", 2, "--initial-shift", 5), dict(num_frames=2, initial_shift=5))):
+            self.assertEqual(said("--video", video, *flags), plan(part(example(video.name), video=options)), flags)
 
     # ---- Embed ----
 
