@@ -166,6 +166,12 @@ static int load_image(const struct source *s, const struct processor_model *m,
         return -1;
     if (out->min_patches > out->max_patches)
         return refuse(err, s, "\"min_patches\" is larger than \"max_patches\"");
+    if (out->tile_height != m->image_height || out->tile_width != m->image_width)
+        return error_set(
+            err, ERROR_FAILED_PRECONDITION,
+            "%s: tiles are %d x %d pixels (height x width), and vision_config.image_size "
+            "of config.json is %d x %d",
+            s->file, out->tile_height, out->tile_width, m->image_height, m->image_width);
     return 0;
 }
 

@@ -305,9 +305,20 @@ out:
 
 int main(void)
 {
-    static const char *const names[] = {"ln-1b-style",      "rms-78b-style",       "t-qwen3",
-                                        "t-llama",          "t-sliding",           "t-qwen3moe",
-                                        "t-qwen3moe-mixed", "t-rope-dynamic-short"};
+    static const char *const names[] = {
+        "ln-1b-style",      "rms-78b-style",
+        "hd64-fp32",        "names-hf",
+        "t-gelu-untied",    "t-llama",
+        "t-qwen3",          "t-qwen3moe",
+        "t-qwen3moe-mixed", "t-rope-dynamic-short",
+        "t-rope-linear",    "t-rope-theta1e4",
+        "t-rope-yarn",      "t-sliding",
+        "v-chan1",          "v-down025",
+        "v-down1",          "v-feat-1",
+        "v-full",           "v-mask",
+        "v-nomean-rms",     "v-nonsquare",
+        "v-nopos",          "v-patchrect",
+    };
     int failed = 0;
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
         failed += check_checkpoint(names[i]);

@@ -79,6 +79,7 @@ static void test_settings_refusals(void **state)
     expect_settings_error("preprocessor_config.json", "{\"do_center_crop\": true}", "center_crop");
     expect_settings_error("preprocessor_config.json", "{\"size\": {\"shortest_edge\": 3}}", "size");
     expect_settings_error("preprocessor_config.json", "{\"size\": 1e9}", "size");
+    expect_settings_error("preprocessor_config.json", "{\"size\": 56}", "image_size");
     expect_settings_error("preprocessor_config.json", "{\"max_patches\": 0}", "max_patches");
     expect_settings_error("preprocessor_config.json", "{\"min_patches\": 13}", "min_patches");
     expect_settings_error("preprocessor_config.json", "{\"image_std\": [1, 0, 1]}", "image_std");
