@@ -76,6 +76,8 @@ void emulated_launch_checked(const void *kernel, dim3 grid, dim3 block, size_t s
 cudaError_t emulated_func_limit(const void *kernel, int n_bytes);
 /* Queues any other work of a stream: copies, cuBLASLt, NCCL. It may touch device memory. */
 void emulated_submit(cudaStream_t s, std::function<void()> work);
+/* Runs what is queued now, unless the stream is being recorded: other ranks wait for it. */
+void emulated_flush(cudaStream_t s);
 
 template <class... P, class... A>
 void emulated_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,

@@ -1,6 +1,7 @@
 /*
- * NCCL over MPI: a communicator is an MPI one made by its members alone, work runs when the
- * stream's queue does. The program has called MPI_Init; work is done by its main thread.
+ * NCCL over MPI: a communicator is an MPI one made by its members alone; a call runs the stream's
+ * queue up to itself, because a device would get there without the host. The program has called
+ * MPI_Init; work is done by its main thread.
  *
  * Non-blocking as the real one can be: every call on a communicator opened so answers
  * ncclInProgress, and ncclCommGetAsyncError() says success at its second question.
@@ -57,6 +58,7 @@ static ncclResult_t enqueue(ncclComm_t comm, cudaStream_t stream, std::function<
         if (!comm->broken)
             work();
     });
+    emulated_flush(stream);
     return started(comm);
 }
 

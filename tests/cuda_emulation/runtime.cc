@@ -4,9 +4,9 @@
  * What makes it a test rather than a stand-in:
  *   - Device memory is one reserved range that the host can touch only while a stream's queue runs:
  *     a host pointer and a device pointer mixed up is a crash that says so.
- *   - Work on a stream is queued and runs at the next synchronisation, never at the call: a missing
- *     one reads old bytes. Pageable host memory is read at the call (as the real call stages it),
- *     pinned memory when the copy runs.
+ *   - Work on a stream is queued and runs at the next synchronisation or communication, not at the
+ *     call: a missing synchronisation reads old bytes. Pageable host memory is read at the call (as
+ * the real call stages it), pinned memory when the copy runs.
  *   - Fresh device memory is filled with 0xff (NaN), its first MiB at least.
  *   - A launch is checked against the limits of sm_80: threads, grid, shared memory.
  *   - A captured stream records; what a capture must not do (allocate, synchronise) fails.
@@ -132,6 +132,12 @@ static void stream_run(emulated_stream *s)
     for (auto &work : queue)
         work();
     device_close();
+}
+
+void emulated_flush(cudaStream_t s)
+{
+    if (!s->capture)
+        stream_run(s);
 }
 
 static int any_capture(void)
@@ -387,6 +393,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s)
         for (auto &node : exec->nodes)
             node();
     });
+    emulated_flush(s); // it may communicate
     return cudaSuccess;
 }
 

@@ -1,0 +1,55 @@
+"""The daemon on the emulated CUDA back end against Transformers' recorded numbers, through RPC.
+
+    daemon_parity.py CHECKPOINT LAYOUT...      a layout is T x P x V: 2x2x1 is four ranks over NCCL
+
+The tensors of tests/parity/daemon/reference.py with its tolerances, and the first greedy generations one after the
+other (emulated threads are slow). Between layouts not a bit may differ.
+"""
+
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "parity/daemon"))
+
+import daemon
+import reference
+from support import Client
+
+N_GENERATIONS = 3
+TIMEOUT_S = 300
+
+
+def main():
+    name, layouts = sys.argv[1], sys.argv[2:]
+    folder = reference.reference_folder(name)
+    if folder is None:
+        print("skipped: no reference data (INTERNVLD_REFERENCE, tests/data/reference, ../shared/reference)")
+        sys.exit(reference.SKIPPED)
+    at = folder / "goldens" / name
+    config = json.loads((folder / "checkpoints" / name / "config.json").read_text())
+    generation = json.loads((folder / "checkpoints" / name / "generation_config.json").read_text())
+    end = generation["eos_token_id"]
+    end_ids = set(end if isinstance(end, list) else [end])
+    goldens = {x: reference.read_safetensors(at / f"{x}.safetensors") for x in ("vision", "projector", "lm")}
+    goldens |= {x: json.loads((at / f"{x}.json").read_text()) for x in ("scalars", "generate")}
+    report = reference.Report()
+    cases = list(reference.generations(goldens, [], folder, config, report))[:N_GENERATIONS]
+    for text in layouts:
+        tensor, pipeline, vision = (int(x) for x in text.split("x"))
+        with daemon.Daemon(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline, vision=vision,
+                           dtype="float32", extra=("--max-model-len", "2048")) as d:
+            client = Client(d.address)
+            reference.check_vision(client, text, goldens, report, config)
+            reference.check_language(client, text, goldens, report, config)
+            for case, prompt, record in cases:
+                reply = client.generate(prompt, timeout=TIMEOUT_S, temperature=0, max_tokens=len(record["ids"]))
+                report.generation(text, case, reply.ids, record, end_ids)
+            client.close()
+        print(f"  {name} at T x P x V = {text}: done, {len(report.failures)} failures so far", flush=True)
+    report.print()
+    sys.exit(1 if report.failures else 0)
+
+
+if __name__ == "__main__":
+    main()
