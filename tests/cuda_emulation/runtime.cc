@@ -69,8 +69,10 @@ static void on_segv(int sig, siginfo_t *info, void *context)
 
     (void)sig;
     (void)context;
-    if (p >= device_base && p < device_base + DEVICE_BYTES)
+    if (p >= device_base && p < device_base + DEVICE_BYTES) {
         (void)!write(2, message, sizeof(message) - 1);
+        _exit(3);
+    }
     sigaction(SIGSEGV, &old_action, nullptr); // the fault repeats under the former handler
 }
 

@@ -1,0 +1,103 @@
+/*
+ * Mistakes planted on purpose, one a run: `cuda_planted_test NAME` must be caught by the emulation
+ * (or, where the name says so, by the sanitizer it is built with). `none` must pass.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "kernels/cuda_internal.h"
+
+enum planted {
+    NONE,
+    NO_BARRIER,
+    DIVERGENT_BARRIER,
+    EXITED_LANE,
+    EARLY_READ,
+    NEVER_WAITED,
+    BLOCKS_RACE,
+    HOST_TOUCH,
+    TOO_MANY_THREADS,
+    CAPTURED_ALLOCATION,
+    N_PLANTED
+};
+static const char *const names[N_PLANTED] = {
+    "none",         "no-barrier",  "divergent-barrier", "exited-lane",      "early-read",
+    "never-waited", "blocks-race", "host-touch",        "too-many-threads", "captured-allocation"};
+
+/* y[i] <- sum over the block of x, through shared memory; y[n] counts blocks. */
+__global__ void sum_kernel(float *y, const float *x, enum planted planted)
+{
+    CUDA_SHARED(float, partial, 32);
+    float v = x[threadIdx.x];
+
+    if (planted == EXITED_LANE && threadIdx.x == 3)
+        return;
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0)
+        partial[threadIdx.x / 32] = v;
+    if (planted != NO_BARRIER && (planted != DIVERGENT_BARRIER || threadIdx.x < 64))
+        __syncthreads();
+    v = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f);
+    if (planted == BLOCKS_RACE)
+        y[threadIdx.x] = v;
+    else
+        y[blockIdx.x * blockDim.x + threadIdx.x] = v;
+}
+
+/* Through cp.async into shared memory. */
+__global__ void copy_kernel(float *y, const float *x, enum planted planted)
+{
+    CUDA_SHARED(uint4, buffer, 128);
+    const float *values = (const float *)buffer;
+
+    cp_async_16(&buffer[threadIdx.x], x + 4 * threadIdx.x, true);
+    cp_async_commit();
+    if (planted == NEVER_WAITED)
+        return;
+    if (planted == EARLY_READ)
+        cp_async_wait<1>(); // leaves the group that is needed
+    else
+        cp_async_wait<0>();
+    y[threadIdx.x] = values[4 * threadIdx.x];
+    cp_async_wait<0>();
+}
+
+static int check(struct backend *b, const float *y, float want, int n)
+{
+    float got[256];
+
+    b->ops->download(b, got, y, (size_t)n * sizeof(float));
+    for (int i = 0; i < n; i++)
+        if (!(got[i] == want)) {
+            printf("wrong result: %g instead of %g\n", got[i], want);
+            return 1;
+        }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    struct cuda_options o = {0, DTYPE_F32, 0, 1 << 20};
+    struct backend *b = backend_cuda_open(&o);
+    cudaStream_t stream = (cudaStream_t)backend_cuda_stream(b);
+    float *x = (float *)b->ops->alloc(b, 512 * sizeof(float)), ones[512];
+    float *y = (float *)b->ops->alloc(b, 512 * sizeof(float));
+    int planted = NONE;
+
+    while (argc > 1 && planted < N_PLANTED && strcmp(argv[1], names[planted]))
+        planted++;
+    for (int i = 0; i < 512; i++)
+        ones[i] = 1.0f;
+    b->ops->upload(b, x, ones, sizeof(ones));
+    if (planted == HOST_TOUCH)
+        printf("%g\n", x[0]);
+    if (planted == CAPTURED_ALLOCATION)
+        backend_cuda_capture_begin(b), b->ops->alloc(b, 64);
+    LAUNCH(sum_kernel, dim3(2), dim3(planted == TOO_MANY_THREADS ? 1056 : 128), 0, stream, y, x,
+           (enum planted)planted);
+    int failed = check(b, y, 128.0f, 256);
+    LAUNCH(copy_kernel, dim3(1), dim3(128), 0, stream, y, x, (enum planted)planted);
+    failed |= check(b, y, 1.0f, 128);
+    printf(failed ? "wrong\n" : "all right\n");
+    return failed;
+}
