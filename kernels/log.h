@@ -44,8 +44,9 @@ _Noreturn void log_bug(const char *file, int line, const char *fmt, ...)
 #define BUG(...) log_bug(__FILE__, __LINE__, __VA_ARGS__)
 
 /* Host memory: zeroed, never NULL (dies), freed with free(). n * size is checked for overflow. */
-void *xcalloc(size_t n, size_t size);
-void *xrealloc(void *p, size_t n, size_t size); // new part is not zeroed
-char *xstrdup(const char *s);
+void *xcalloc(size_t n, size_t size) __attribute__((returns_nonnull));
+/* The new part is not zeroed. */
+void *xrealloc(void *p, size_t n, size_t size) __attribute__((returns_nonnull));
+char *xstrdup(const char *s) __attribute__((returns_nonnull));
 
 #endif

@@ -6,11 +6,12 @@
  * Non-blocking as the real one can be: every call on a communicator opened so answers
  * ncclInProgress, and ncclCommGetAsyncError() says success at its second question.
  * INTERNVLD_EMULATION_NCCL_FAIL=n: the n-th collective of this rank breaks the communicator, as a
- * vanished peer would: an asynchronous error from then on, and no more data.
+ * vanished peer would: an asynchronous error a little later, and no more data.
  */
 #include "nccl.h"
 
 #include <atomic>
+#include <chrono>
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,13 +20,13 @@
 
 #include "execution.h"
 
-static const int TAG = 30000, ID_KINDS = 1000;
+static const int TAG = 30000, ID_KINDS = 1000, NOTICE_MS = 50;
 
 struct emulated_nccl {
     MPI_Comm comm;
     int size, rank, blocking;
     std::atomic<int> questions; // until a call counts as done
-    std::atomic<int> broken;
+    std::atomic<int64_t> broken_ms; // when it broke, 0: it did not
 };
 
 struct id_content {
@@ -33,6 +34,13 @@ struct id_content {
 };
 
 static int n_ids, n_collectives;
+
+static int64_t now_ms(void)
+{
+    using namespace std::chrono;
+
+    return duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count() + 1;
+}
 
 static ncclResult_t started(ncclComm_t comm)
 {
@@ -54,8 +62,8 @@ static ncclResult_t enqueue(ncclComm_t comm, cudaStream_t stream, std::function<
         const char *e = getenv("INTERNVLD_EMULATION_NCCL_FAIL");
 
         if (e && ++n_collectives >= atoi(e))
-            comm->broken = 1;
-        if (!comm->broken)
+            comm->broken_ms = now_ms();
+        if (!comm->broken_ms)
             work();
     });
     emulated_flush(stream);
@@ -83,7 +91,7 @@ const char *ncclGetErrorString(ncclResult_t r)
 
 const char *ncclGetLastError(ncclComm_t comm)
 {
-    return comm->broken ? "emulated failure" : "";
+    return comm->broken_ms ? "emulated failure" : "";
 }
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
@@ -147,7 +155,8 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *async_error)
 
     if (left > 0)
         comm->questions = left - 1;
-    *async_error = comm->broken ? ncclRemoteError : left > 0 ? ncclInProgress : ncclSuccess;
+    int noticed = comm->broken_ms && now_ms() - comm->broken_ms >= NOTICE_MS;
+    *async_error = noticed ? ncclRemoteError : left > 0 ? ncclInProgress : ncclSuccess;
     return ncclSuccess;
 }
 
@@ -166,7 +175,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm)
 /* Not collective: the MPI communicator is left to the end of the process. */
 ncclResult_t ncclCommAbort(ncclComm_t comm)
 {
-    comm->broken = 1;
+    comm->broken_ms = now_ms();
     return ncclSuccess;
 }
 
