@@ -98,28 +98,30 @@ __device__ __forceinline__ void load_step(step_tile<HEAD_DIM> *t, const struct p
 /* The rows of one tile of one kv head's group, as one thread sees them. */
 struct tile_rows {
     int sequence, token0, n_new; // first token row and number of new tokens of the sequence
-    int token[2], head[2];       // of rows g and g + 8; token -1: no such row
-    int low[2], high[2];         // keys they see
+    int row;                     // of this thread's row g; its other one is row + 8
+    int low[2], high[2];         // keys that the two see; none where there is no such row
     int tile_low, tile_high;     // keys that any row of the tile sees
 };
+
+__device__ __forceinline__ int group_of(const struct paged_params &p, int kv_head)
+{
+    return p.map.start[kv_head + 1] - p.map.start[kv_head];
+}
 
 __device__ __forceinline__ void tile_rows_init(struct tile_rows *t, const struct paged_params &p,
                                                int kv_head, int sequence, int first_row, int n_rows)
 {
-    int start = p.map.start[kv_head], group = p.map.start[kv_head + 1] - start;
-    int warp_row = (int)(threadIdx.x >> 5) * WARP_ROWS + (int)(threadIdx.x & 31) / 4;
-    int context = p.context_len[sequence];
+    int group = group_of(p, kv_head), context = p.context_len[sequence];
 
     t->sequence = sequence;
     t->token0 = p.query_start[sequence];
     t->n_new = p.query_start[sequence + 1] - t->token0;
+    t->row = first_row + (int)(threadIdx.x >> 5) * WARP_ROWS + (int)(threadIdx.x & 31) / 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        int row = first_row + warp_row + 8 * r, token = row / group;
+        int token = (t->row + 8 * r) / group;
         bool here = token < t->n_new;
         int position = context - t->n_new + token;
-        t->token[r] = here ? token : -1;
-        t->head[r] = here ? p.map.heads[start + row % group] : 0;
         t->low[r] = here ? first_visible(p, position) : 0;
         t->high[r] = here ? position + 1 : 0;
     }
@@ -130,17 +132,35 @@ __device__ __forceinline__ void tile_rows_init(struct tile_rows *t, const struct
     t->tile_high = context - t->n_new + last + 1;
 }
 
+/* The query head of this thread's row r. */
+__device__ __forceinline__ int head_of(const struct paged_params &p, const struct tile_rows &t,
+                                       int kv_head, int r)
+{
+    return p.map.heads[p.map.start[kv_head] + (t.row + 8 * r) % group_of(p, kv_head)];
+}
+
+/* Where row r of this thread begins in a tensor of queries or results, in elements. */
+__device__ __forceinline__ int64_t row_offset(const struct paged_params &p,
+                                              const struct tile_rows &t, int kv_head, int r,
+                                              int64_t stride, int head_dim)
+{
+    int token = t.token0 + (t.row + 8 * r) / group_of(p, kv_head);
+
+    return token * stride + head_of(p, t, kv_head, r) * head_dim;
+}
+
 template <int HEAD_DIM>
-__device__ __forceinline__ void
-tile_queries(uint32_t q[HEAD_DIM / 16][4], const struct paged_params &p, const struct tile_rows &t)
+__device__ __forceinline__ void tile_queries(uint32_t q[HEAD_DIM / 16][4],
+                                             const struct paged_params &p,
+                                             const struct tile_rows &t, int kv_head)
 {
     const bf16 *row[2];
 
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        row[r] = t.token[r] < 0 ? NULL
-                                : (const bf16 *)p.q + (t.token0 + t.token[r]) * p.q_stride +
-                                      t.head[r] * HEAD_DIM;
+        row[r] = t.high[r] > 0
+                     ? (const bf16 *)p.q + row_offset(p, t, kv_head, r, p.q_stride, HEAD_DIM)
+                     : NULL;
     load_queries<HEAD_DIM>(q, row[0], row[1]);
 }
 
@@ -181,7 +201,7 @@ template <int HEAD_DIM> __global__ void decode_kernel(const struct paged_params 
     CUDA_DYNAMIC_SHARED(step_tile<HEAD_DIM>, tiles);
     int sequence = p.first_sequence + (int)blockIdx.z;
     int kv_head = (int)blockIdx.y % p.n_kv_heads, row_tile = (int)blockIdx.y / p.n_kv_heads;
-    int group = p.map.start[kv_head + 1] - p.map.start[kv_head];
+    int group = group_of(p, kv_head);
     uint32_t q[HEAD_DIM / 16][4];
     row_state<HEAD_DIM> s;
     struct tile_rows t;
@@ -194,16 +214,17 @@ template <int HEAD_DIM> __global__ void decode_kernel(const struct paged_params 
         return;
     begin = begin > t.tile_low ? begin : t.tile_low / STEP_KEYS * STEP_KEYS;
     end = end < t.tile_high ? end : t.tile_high;
-    tile_queries<HEAD_DIM>(q, p, t);
+    tile_queries<HEAD_DIM>(q, p, t, kv_head);
     row_state_clear<HEAD_DIM>(&s);
     attend_range<HEAD_DIM>(&s, q, tiles, p, t, kv_head, begin, end);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        if (t.token[r] < 0)
+        if (t.high[r] == 0)
             continue;
-        float *row =
-            p.partial + (((int64_t)blockIdx.z * p.n_heads + t.head[r]) * p.n_splits + blockIdx.x) *
-                            (HEAD_DIM + 2);
+        float *row = p.partial +
+                     (((int64_t)blockIdx.z * p.n_heads + head_of(p, t, kv_head, r)) * p.n_splits +
+                      blockIdx.x) *
+                         (HEAD_DIM + 2);
 #pragma unroll
         for (int d = 0; d < HEAD_DIM / 8; d++)
             for (int i = 0; i < 2; i++)
@@ -260,7 +281,7 @@ __global__ void __launch_bounds__(32 * PREFILL_WARPS) prefill_kernel(const struc
     CUDA_DYNAMIC_SHARED(step_tile<HEAD_DIM>, tiles);
     const int TILE_ROWS = PREFILL_WARPS * WARP_ROWS;
     int kv_head = (int)blockIdx.y, tile = (int)blockIdx.x;
-    int group = p.map.start[kv_head + 1] - p.map.start[kv_head];
+    int group = group_of(p, kv_head);
     uint32_t q[HEAD_DIM / 16][4];
     row_state<HEAD_DIM> all, split;
     struct tile_rows t;
@@ -271,7 +292,7 @@ __global__ void __launch_bounds__(32 * PREFILL_WARPS) prefill_kernel(const struc
     if (sequence < 0)
         return;
     tile_rows_init(&t, p, kv_head, sequence, tile * TILE_ROWS, TILE_ROWS);
-    tile_queries<HEAD_DIM>(q, p, t);
+    tile_queries<HEAD_DIM>(q, p, t, kv_head);
     row_state_clear<HEAD_DIM>(&all);
     for (int border = t.tile_low / SPLIT_KEYS * SPLIT_KEYS; border < t.tile_high;
          border += SPLIT_KEYS) {
@@ -295,10 +316,9 @@ __global__ void __launch_bounds__(32 * PREFILL_WARPS) prefill_kernel(const struc
     }
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        if (t.token[r] >= 0)
-            store_row<HEAD_DIM>((bf16 *)p.out + (t.token0 + t.token[r]) * p.out_stride +
-                                    t.head[r] * HEAD_DIM,
-                                &all, r);
+        if (t.high[r] > 0)
+            store_row<HEAD_DIM>(
+                (bf16 *)p.out + row_offset(p, t, kv_head, r, p.out_stride, HEAD_DIM), &all, r);
 }
 
 /* ---- ordinary cores ---- */
