@@ -276,7 +276,7 @@ __device__ __forceinline__ int find_tile(const struct paged_params &p, int group
 
 /* Grid (tile, kv head). */
 template <int HEAD_DIM>
-__global__ void __launch_bounds__(32 * PREFILL_WARPS) prefill_kernel(const struct paged_params p)
+__global__ void __launch_bounds__(32 * PREFILL_WARPS, 2) prefill_kernel(const struct paged_params p)
 {
     CUDA_DYNAMIC_SHARED(step_tile<HEAD_DIM>, tiles);
     const int TILE_ROWS = PREFILL_WARPS * WARP_ROWS;

@@ -2,7 +2,7 @@
 # The register table of the CUDA kernels, from the logs of nvcc -Xptxas -v: one line a kernel and architecture. Fails
 # when a kernel spills more than SPILL_MAX bytes: spilling is a change to look at, not to let pass.
 #   cuda_registers.sh LOG…
-SPILL_MAX=${SPILL_MAX:-64}
+SPILL_MAX=${SPILL_MAX:-96}
 filter=cat
 command -v c++filt >/dev/null && filter=c++filt
 printf '%-58s %-8s %9s %7s %7s\n' kernel arch registers stack spills

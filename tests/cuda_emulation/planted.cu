@@ -98,6 +98,9 @@ int main(int argc, char **argv)
     int failed = check(b, y, 128.0f, 256);
     LAUNCH(copy_kernel, dim3(1), dim3(128), 0, stream, y, x, (enum planted)planted);
     failed |= check(b, y, 1.0f, 128);
+    b->ops->free(b, x);
+    b->ops->free(b, y);
+    b->ops->close(b);
     printf(failed ? "wrong\n" : "all right\n");
     return failed;
 }
