@@ -33,6 +33,13 @@ def _end_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
+def refusal(model, tensor, pipeline):
+    """Why the daemon does not take this layout of the model, in its own words; None when it takes it."""
+    plan = subprocess.run([program("INTERNVLD_DAEMON"), "--model", str(model), "--tensor-parallel-size", str(tensor),
+                           "--pipeline-parallel-size", str(pipeline), "--plan"], capture_output=True, text=True)
+    return plan.stderr.strip() if plan.returncode else None
+
+
 class Daemon:
     """with Daemon(tensor=2) as d: … d.address …; leaving the block drains it."""
 

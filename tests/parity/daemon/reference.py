@@ -288,9 +288,9 @@ def check_checkpoint(folder, name, layouts):
     cases = list(generations(goldens, scenarios, folder, config, report))
     for text in layouts:
         tensor, pipeline, vision = (int(x) for x in text.split("x"))
-        heads, n_layers = (config["text_config"][x] for x in ("num_attention_heads", "num_hidden_layers"))
-        if heads % tensor or n_layers < pipeline:
-            report.skip(f"T={tensor}, P={pipeline}: {name} has {heads} heads and {n_layers} layers")
+        refusal = daemon.refusal(model=model, tensor=tensor, pipeline=pipeline)
+        if refusal:
+            report.skip(f"T={tensor}, P={pipeline}: {refusal}")
             continue
         with daemon.Daemon(model=model, tensor=tensor, pipeline=pipeline, vision=vision, dtype="float32",
                            extra=("--max-model-len", MAX_MODEL_LEN)) as d:
