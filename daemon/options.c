@@ -53,7 +53,7 @@ static const struct options defaults = {
 
 static const struct option table[] = {
     {"Model", "--model", NULL, OPTION_TEXT, FIELD(model), "DIR", 0, 0,
-     "Directory of the checkpoint: config.json, safetensors, tokenizer.json and the processor's "
+     "Directory of the checkpoint: config.json, safetensors, tokenizer and the processor's "
      "files. Required."},
     {NULL, "--dtype", NULL, OPTION_CHOICE, FIELD(dtype), "auto|float32|bfloat16|float16", 0, 0,
      "What the weights are held in and products are computed from; sums are float32. auto is what "

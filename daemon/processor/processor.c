@@ -70,13 +70,13 @@ static int check_tokens(const struct processor *p, struct error *err)
 
     for (int i = 0; i < 3; i++)
         if (tokenizer_token_id(p->tokenizer, needed[i]) < 0)
-            return error_set(err, ERROR_FAILED_PRECONDITION, "tokenizer.json has no token \"%s\"",
+            return error_set(err, ERROR_FAILED_PRECONDITION, "the tokenizer has no token \"%s\"",
                              needed[i]);
     int id = tokenizer_token_id(p->tokenizer, CHAT_IMAGE_TOKEN);
 
     if (id != p->model.image_token_id)
         return error_set(err, ERROR_FAILED_PRECONDITION,
-                         "\"" CHAT_IMAGE_TOKEN "\" is %d in tokenizer.json and %d in config.json",
+                         "\"" CHAT_IMAGE_TOKEN "\" is %d in the tokenizer and %d in config.json",
                          id, p->model.image_token_id);
     return 0;
 }

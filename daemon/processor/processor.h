@@ -92,7 +92,7 @@ struct processor_model {
     int n_channels, image_height,
         image_width; // of vision_config: fallback where no preprocessor_config exists
 };
-/* Reads tokenizer.json, chat_template (checked to be InternVL's; another template is refused by
+/* Reads the tokenizer, chat_template (checked to be InternVL's; another template is refused by
  * name), preprocessor_config.json, processor_config.json, video_preprocessor_config.json. */
 struct processor *processor_open(const char *dir, const struct processor_model *m,
                                  const struct processor_limits *l, struct error *err);

@@ -93,11 +93,71 @@ static inline uint8_t to_byte(int32_t sum, int precision)
     return (uint8_t)(v < 0 ? 0 : v > 255 ? 255 : v);
 }
 
-/* One strip through the horizontal pass: columns [n_in, 3, STRIP] to rows [STRIP] of
- * [3, n_out], row_stride apart. */
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+typedef int16_t words16 __attribute__((vector_size(32)));
+
+/* 16 rows of 16 bytes become 16 columns: four rounds, each of which deals row i and row i + 8 out
+ * like two halves of a deck of cards. */
+static inline __attribute__((always_inline)) void transpose(bytes16 rows[16])
+{
+    bytes16 dealt[16];
+
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < 8; i++) {
+            dealt[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19,
+                                                   4, 20, 5, 21, 6, 22, 7, 23);
+            dealt[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26,
+                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        memcpy(rows, dealt, sizeof(dealt));
+    }
+}
+
+/* Source rows in[STRIP] of n interleaved bytes to columns [n, STRIP]. */
+static void columns_of(const uint8_t *const in[STRIP], int n, int16_t *columns)
+{
+    int j = 0;
+
+    for (; j + 16 <= n; j += 16) {
+        bytes16 block[16];
+
+        for (int k = 0; k < STRIP; k++)
+            memcpy(&block[k], in[k] + j, sizeof(block[k]));
+        transpose(block);
+        for (int k = 0; k < 16; k++) {
+            words16 wide = __builtin_convertvector(block[k], words16);
+
+            memcpy(columns + (size_t)(j + k) * STRIP, &wide, sizeof(wide));
+        }
+    }
+    for (; j < n; j++)
+        for (int k = 0; k < STRIP; k++)
+            columns[(size_t)j * STRIP + (size_t)k] = in[k][j];
+}
+
+/* n_columns (at most 16) finished columns [16][3, STRIP] to rows of [3, n_out], from column i on.
+ */
+static inline __attribute__((always_inline)) void store_columns(const uint8_t done[16][LANES],
+                                                                int n_columns, int i, int n_out,
+                                                                int n_rows, uint8_t *const rows[])
+{
+    for (int c = 0; c < 3; c++) {
+        bytes16 block[16];
+
+        for (int k = 0; k < 16; k++)
+            memcpy(&block[k], done[k] + c * STRIP, sizeof(block[k]));
+        transpose(block);
+        for (int r = 0; r < n_rows; r++)
+            memcpy(rows[r] + (size_t)c * (size_t)n_out + (size_t)i, &block[r], (size_t)n_columns);
+    }
+}
+
+/* One strip through the horizontal pass: columns [n_in, 3, STRIP] to rows [STRIP] of [3, n_out]. */
 static inline __attribute__((always_inline)) void
 horizontal_body(const struct axis *x, const int16_t *columns, int n_rows, uint8_t *const rows[])
 {
+    uint8_t done[16][LANES] = {0};
+
     for (int i = 0; i < x->n_out; i++) {
         const int16_t *w = x->weights + (size_t)i * (size_t)x->max_taps;
         const int16_t *in = columns + (size_t)x->first[i] * LANES;
@@ -108,13 +168,10 @@ horizontal_body(const struct axis *x, const int16_t *columns, int n_rows, uint8_
         for (int k = 0; k < x->n_taps[i]; k++, in += LANES)
             for (int j = 0; j < LANES; j++)
                 sum[j] += w[k] * in[j];
-        uint8_t bytes[LANES];
-
         for (int j = 0; j < LANES; j++)
-            bytes[j] = to_byte(sum[j], x->precision);
-        for (int r = 0; r < n_rows; r++)
-            for (int c = 0; c < 3; c++)
-                rows[r][(size_t)c * (size_t)x->n_out + (size_t)i] = bytes[c * STRIP + r];
+            done[i % 16][j] = to_byte(sum[j], x->precision);
+        if (i % 16 == 15 || i + 1 == x->n_out)
+            store_columns(done, i % 16 + 1, i - i % 16, x->n_out, n_rows, rows);
     }
 }
 
@@ -214,24 +271,24 @@ static void make_strip(struct resizer *r)
 {
     const struct rgb_view *s = r->source;
     int n = s->height - r->n_made < STRIP ? s->height - r->n_made : STRIP;
+    const uint8_t *in[STRIP];
     uint8_t *rows[STRIP];
 
-    for (int k = 0; k < n; k++) {
-        const uint8_t *in = s->rgb + (size_t)(r->n_made + k) * s->row_bytes;
+    for (int k = 0; k < STRIP; k++) { // the last strip repeats its last row
+        int row = r->n_made + (k < n ? k : n - 1);
 
-        rows[k] = ring_row(r, r->n_made + k);
-        if (r->x.n_in == r->x.n_out) { // no pass: only from interleaved to planar
+        in[k] = s->rgb + (size_t)row * s->row_bytes;
+        rows[k] = ring_row(r, row);
+    }
+    if (r->x.n_in == r->x.n_out) { // no pass: only from interleaved to planar
+        for (int k = 0; k < n; k++)
             for (int i = 0; i < r->x.n_out; i++)
                 for (int c = 0; c < 3; c++)
-                    rows[k][(size_t)c * (size_t)r->x.n_out + (size_t)i] = in[3 * i + c];
-            continue;
-        }
-        for (int i = 0; i < r->x.n_in; i++)
-            for (int c = 0; c < 3; c++)
-                r->columns[(size_t)(3 * i + c) * STRIP + (size_t)k] = in[3 * i + c];
-    }
-    if (r->x.n_in != r->x.n_out)
+                    rows[k][(size_t)c * (size_t)r->x.n_out + (size_t)i] = in[k][3 * i + c];
+    } else {
+        columns_of(in, 3 * r->x.n_in, r->columns);
         r->horizontal(&r->x, r->columns, n, rows);
+    }
     r->n_made += n;
 }
 

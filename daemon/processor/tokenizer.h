@@ -1,5 +1,5 @@
 /*
- * Qwen2's byte-level BPE from tokenizer.json: text to ids and back. Immutable after open; any
+ * Qwen2's byte-level BPE from its files: text to ids and back. Immutable after open; any
  * thread may use it.
  *
  * Encoding (Transformers Qwen2Tokenizer): split out added tokens (they match the raw text), NFC on
@@ -17,8 +17,9 @@
 
 struct tokenizer;
 
-/* Reads DIR/tokenizer.json (other models than BPE, or normalizers other than NFC / none, are
- * refused by name). NULL and an error when it cannot be used. */
+/* Reads DIR/tokenizer.json, or where there is none vocab.json, merges.txt and the added tokens
+ * (other models than BPE, or normalizers other than NFC / none, are refused by name). NULL and an
+ * error when it cannot be used. */
 struct tokenizer *tokenizer_open(const char *dir, struct error *err);
 void tokenizer_close(struct tokenizer *t); // NULL allowed
 

@@ -507,22 +507,42 @@ static int load(struct tokenizer *t, const cJSON *root, struct error *err)
     return 0;
 }
 
-struct tokenizer *tokenizer_from_json(const char *text, size_t n_bytes, struct error *err)
+static struct tokenizer *tokenizer_from_tree(const cJSON *root, struct error *err)
 {
-    cJSON *root = cJSON_ParseWithLength(text, n_bytes);
-
-    if (!cJSON_IsObject(root)) {
-        refuse(err, "not a JSON object");
-        cJSON_Delete(root);
-        return NULL;
-    }
     struct tokenizer *t = xcalloc(1, sizeof(*t));
 
     if (load(t, root, err)) {
         tokenizer_close(t);
-        t = NULL;
+        return NULL;
     }
+    return t;
+}
+
+struct tokenizer *tokenizer_from_json(const char *text, size_t n_bytes, struct error *err)
+{
+    cJSON *root = cJSON_ParseWithLength(text, n_bytes);
+    struct tokenizer *t = NULL;
+
+    if (cJSON_IsObject(root))
+        t = tokenizer_from_tree(root, err);
+    else
+        refuse(err, "not a JSON object");
     cJSON_Delete(root);
+    return t;
+}
+
+static struct tokenizer *open_parts(const char *dir, struct error *err)
+{
+    cJSON *root = tokenizer_tree_from_parts(dir, err);
+
+    if (!root)
+        return NULL;
+    struct tokenizer *t = tokenizer_from_tree(root, err);
+    struct error cause = *err;
+
+    cJSON_Delete(root);
+    if (!t) // what was refused stands in vocab.json, merges.txt or the added tokens
+        error_set(err, cause.code, "%s: vocab.json and merges.txt, read as %s", dir, cause.msg);
     return t;
 }
 
@@ -531,11 +551,8 @@ struct tokenizer *tokenizer_open(const char *dir, struct error *err)
     size_t n_bytes;
     char *text = config_file_read(dir, FILE_NAME, MAX_FILE_BYTES, &n_bytes, err);
 
-    if (!text) {
-        if (err->code == ERROR_OK)
-            error_set(err, ERROR_FAILED_PRECONDITION, "%s/" FILE_NAME ": no such file", dir);
-        return NULL;
-    }
+    if (!text)
+        return err->code == ERROR_OK ? open_parts(dir, err) : NULL;
     struct tokenizer *t = tokenizer_from_json(text, n_bytes, err);
 
     free(text);

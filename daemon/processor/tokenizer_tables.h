@@ -1,11 +1,12 @@
 /*
  * Inside the tokenizer: the tables that tokenizer_file.c builds and tokenizer.c reads. Private to
- * these two files and their tests.
+ * these files and their tests.
  */
 #ifndef INTERNVLD_PROCESSOR_TOKENIZER_TABLES_H
 #define INTERNVLD_PROCESSOR_TOKENIZER_TABLES_H
 
 #define PCRE2_CODE_UNIT_WIDTH 8
+#include <cjson/cJSON.h>
 #include <pcre2.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -46,6 +47,9 @@ struct tokenizer {
 
 /* tokenizer_open() behind the reading of the file: the text of a tokenizer.json. */
 struct tokenizer *tokenizer_from_json(const char *text, size_t n_bytes, struct error *err);
+/* What DIR/tokenizer.json would hold, from vocab.json, merges.txt and the added tokens; the caller
+ * frees it. NULL and an error when a file is missing, wrong, or of another class than Qwen2's. */
+cJSON *tokenizer_tree_from_parts(const char *dir, struct error *err);
 /* Id of a vocabulary entry with exactly these bytes, or -1. */
 int32_t tokenizer_vocab_find(const struct tokenizer *t, const char *bytes, size_t n_bytes);
 /* The byte that a character of the byte-level alphabet stands for, or -1 (GPT-2's

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "daemon/processor/chat_template.h"
 #include "daemon/processor/tokenizer.h"
@@ -336,6 +337,38 @@ static void test_string_merges(void **state)
     tokenizer_close(t);
 }
 
+/* The older layout, without a tokenizer.json: vocab.json, merges.txt, added_tokens_decoder. */
+static void test_parts(void **state)
+{
+    static const char *const parts[] = {"vocab.json", "merges.txt", "tokenizer_config.json"};
+    char dir[] = "tokenizer-parts-XXXXXX", link[64];
+    struct error err = {0};
+
+    (void)state;
+    if (!reference_has("tokenizer/small/vocab.json"))
+        skip();
+    assert_non_null(mkdtemp(dir));
+    for (int i = 0; i < 3; i++) {
+        char name[64];
+
+        snprintf(name, sizeof(name), "tokenizer/small/%s", parts[i]);
+        snprintf(link, sizeof(link), "%s/%s", dir, parts[i]);
+        assert_int_equal(symlink(reference_path(name), link), 0);
+    }
+    struct tokenizer *t = tokenizer_open(dir, &err);
+
+    for (int i = 0; i < 3; i++) {
+        snprintf(link, sizeof(link), "%s/%s", dir, parts[i]);
+        unlink(link);
+    }
+    rmdir(dir);
+    if (!t)
+        fail_msg("%s", err.msg);
+    check_strings(t, "tokenizer/strings.small.jsonl");
+    check_decode(t, "tokenizer/decode.small.jsonl");
+    tokenizer_close(t);
+}
+
 static void test_invalid_utf8(void **state)
 {
     struct tokenizer *t = open_or_skip("tokenizer/small");
@@ -372,9 +405,8 @@ static void test_invalid_utf8(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_small),
-        cmocka_unit_test(test_qwen2),
-        cmocka_unit_test(test_string_merges),
+        cmocka_unit_test(test_small),         cmocka_unit_test(test_qwen2),
+        cmocka_unit_test(test_string_merges), cmocka_unit_test(test_parts),
         cmocka_unit_test(test_invalid_utf8),
     };
 

@@ -37,15 +37,30 @@ static void path_of(const char *dir, const char *file, char path[PATH_MAX])
     snprintf(path, PATH_MAX, "%s/%s", dir, file);
 }
 
-void checkpoint_write(const char *dir, const char *file, const char *text)
+static FILE *create(const char *dir, const char *file)
 {
     char path[PATH_MAX];
 
     path_of(dir, file, path);
     FILE *f = fopen(path, "wb");
 
-    if (!f || fputs(text, f) < 0 || fclose(f))
+    if (!f)
         die("%s: cannot be written", path);
+    return f;
+}
+
+static void finish(FILE *f)
+{
+    if (fclose(f))
+        die("a file of the test's checkpoint cannot be written");
+}
+
+void checkpoint_write(const char *dir, const char *file, const char *text)
+{
+    FILE *f = create(dir, file);
+
+    fputs(text, f);
+    finish(f);
 }
 
 void checkpoint_delete(const char *dir, const char *file)
@@ -69,19 +84,33 @@ static void put_byte_name(FILE *f, int b)
         fprintf(f, "\\u%04x", 0x100 + k);
 }
 
+static void put_byte_vocab(FILE *f)
+{
+    for (int b = 0; b < 256; b++) {
+        fputs(b ? ", \"" : "\"", f);
+        put_byte_name(f, b);
+        fprintf(f, "\": %d", b);
+    }
+}
+
+void checkpoint_write_vocab(const char *dir, const char *more)
+{
+    FILE *f = create(dir, "vocab.json");
+
+    fputc('{', f);
+    put_byte_vocab(f);
+    fprintf(f, "%s}", more);
+    finish(f);
+}
+
 static void write_tokenizer(const char *dir)
 {
     static const char *const merged[] = {"ab", "abc", "aa", "aaaa", "\\u0120a"};
     static const char *const merges[] = {"a b", "ab c", "a a", "aa aa", "\\u0120 a"};
     static const char *const added[] = {"<|im_start|>", "<img>",   "<IMG_CONTEXT>", "</img>",
                                         "<|im_end|>",   "<video>", "<x>",           "<x>y"};
-    char path[PATH_MAX];
+    FILE *f = create(dir, "tokenizer.json");
 
-    path_of(dir, "tokenizer.json", path);
-    FILE *f = fopen(path, "wb");
-
-    if (!f)
-        die("%s: cannot be written", path);
     fputs("{\"added_tokens\": [", f);
     for (int i = 0; i < 8; i++)
         fprintf(f,
@@ -98,19 +127,14 @@ static void write_tokenizer(const char *dir)
         "\"ByteLevel\"}, \"model\": {\"type\": \"BPE\", \"dropout\": null, \"ignore_merges\": "
         "false, \"vocab\": {",
         f);
-    for (int b = 0; b < 256; b++) {
-        fputs(b ? ", \"" : "\"", f);
-        put_byte_name(f, b);
-        fprintf(f, "\": %d", b);
-    }
+    put_byte_vocab(f);
     for (int i = 0; i < 5; i++)
         fprintf(f, ", \"%s\": %d", merged[i], 256 + i);
     fputs("}, \"merges\": [", f);
     for (int i = 0; i < 5; i++)
         fprintf(f, "%s\"%s\"", i ? "," : "", merges[i]);
     fputs("]}}", f);
-    if (fclose(f))
-        die("%s: cannot be written", path);
+    finish(f);
 }
 
 void checkpoint_make(char *dir)

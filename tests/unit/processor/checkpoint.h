@@ -17,6 +17,8 @@ void checkpoint_make(char *dir);
 void checkpoint_remove(const char *dir);
 void checkpoint_write(const char *dir, const char *file, const char *text);
 void checkpoint_delete(const char *dir, const char *file);
+/* vocab.json of the 256 bytes and `more`, which is pasted behind them. */
+void checkpoint_write_vocab(const char *dir, const char *more);
 /* tokenizer.json with one piece of text replaced; `from` must occur. */
 void checkpoint_edit_tokenizer(const char *dir, const char *from, const char *to);
 

@@ -280,6 +280,64 @@ static void test_refusals(void **state)
     }
 }
 
+/* Without a tokenizer.json: vocab.json, merges.txt and one of two lists of added tokens. */
+static void test_parts(void **state)
+{
+    static const char config[] = "{\"tokenizer_class\": \"Qwen2Tokenizer\"}";
+    static const char merges[] = "#version: 0.2\nt h\r\nth e\n";
+    static const struct {
+        const char *config, *merges, *added, *word; // NULL: no such file; word NULL: works
+    } cases[] = {
+        {config, merges, "{\"<img>\": 300}", NULL},
+        {"{\"tokenizer_class\": \"Qwen2TokenizerFast\", \"added_tokens_decoder\": {\"300\": "
+         "{\"content\": \"<img>\", \"special\": true}}}",
+         merges, NULL, NULL},
+        {NULL, merges, NULL, "tokenizer_class"},
+        {"{\"tokenizer_class\": \"LlamaTokenizer\"}", merges, NULL, "LlamaTokenizer"},
+        {config, NULL, NULL, "merges.txt"},
+        {config, "t\n", NULL, "merge 0"},
+        {config, "t h\nq x\n", NULL, "merge 1"},
+        {config, merges, "[]", "added_tokens.json"},
+        {config, merges, "{\"<img>\": \"x\"}", "no id"},
+        {config, merges, "{\"<img>\": 5}", "another"},
+        {"{\"tokenizer_class\": \"Qwen2Tokenizer\", \"added_tokens_decoder\": {\"x\": {}}}", merges,
+         NULL, "added_tokens_decoder"},
+        {"{\"tokenizer_class\": \"Qwen2Tokenizer\", \"added_tokens_decoder\": {\"300\": "
+         "{\"content\": \"<img>\", \"rstrip\": true}}}",
+         merges, NULL, "rstrip"},
+    };
+
+    (void)state;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        struct error err = {0};
+        char dir[256];
+
+        checkpoint_make(dir);
+        checkpoint_delete(dir, "tokenizer.json");
+        checkpoint_write_vocab(dir, ", \"th\": 256, \"the\": 257");
+        if (cases[i].config)
+            checkpoint_write(dir, "tokenizer_config.json", cases[i].config);
+        if (cases[i].merges)
+            checkpoint_write(dir, "merges.txt", cases[i].merges);
+        if (cases[i].added)
+            checkpoint_write(dir, "added_tokens.json", cases[i].added);
+        struct tokenizer *t = tokenizer_open(dir, &err);
+
+        if (!cases[i].word) {
+            if (!t)
+                fail_msg("case %zu: %s", i, err.msg);
+            EXPECT_IDS(t, "the<img>th", 257, 300, 256);
+            assert_true(tokenizer_is_special(t, 300));
+        } else if (t || !strstr(err.msg, cases[i].word)) {
+            fail_msg("case %zu (%s): %s", i, cases[i].word, t ? "accepted" : err.msg);
+        } else {
+            assert_int_equal(err.code, ERROR_FAILED_PRECONDITION);
+        }
+        tokenizer_close(t);
+        checkpoint_remove(dir);
+    }
+}
+
 /* Any sequence of ids: pushes and flush together are the whole decoding. */
 static void test_incremental(void **state)
 {
@@ -334,7 +392,8 @@ int main(void)
         cmocka_unit_test(test_utf8),         cmocka_unit_test(test_nfc),
         cmocka_unit_test(test_nfc_long_run), cmocka_unit_test(test_bpe),
         cmocka_unit_test(test_tokenizer),    cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_incremental),
+        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_parts),
+        cmocka_unit_test(test_incremental),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
