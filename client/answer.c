@@ -174,6 +174,7 @@ void answer_write_json(const struct answer *a, struct json_out *j)
     json_uint(j, "completion_tokens", a->usage.completion_tokens);
     json_uint(j, "cached_tokens", a->usage.cached_tokens);
     json_uint(j, "tiles", a->usage.tiles);
+    json_uint(j, "cached_tiles", a->usage.cached_tiles);
     json_object_end(j);
     json_object_begin(j, "timing");
     json_uint(j, "queue_us", a->timing.queue_us);

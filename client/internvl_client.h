@@ -195,6 +195,7 @@ struct internvl_media_plan {
 };
 struct internvl_usage {
     uint32_t prompt_tokens, image_tokens, completion_tokens, cached_tokens, tiles;
+    uint32_t cached_tiles; // of tiles, those that were not encoded for this request
 };
 struct internvl_timing { // microseconds; see Timing in the .proto
     uint64_t queue_us, media_us, vision_us, prefill_us, first_token_us, total_us;

@@ -412,6 +412,7 @@ static void read_usage(const Internvl__V1__Usage *m, struct internvl_usage *u)
     u->completion_tokens = m->completion_tokens;
     u->cached_tokens = m->cached_tokens;
     u->tiles = m->tiles;
+    u->cached_tiles = m->cached_tiles;
 }
 
 static void read_timing(const Internvl__V1__Timing *m, struct internvl_timing *t)

@@ -99,6 +99,7 @@ static int settings_make(struct settings *s, struct error *err)
         .max_num_seqs = (int32_t)o->max_num_seqs,
         .max_num_batched_tokens = (int32_t)o->max_num_batched_tokens,
         .max_vision_tiles = (int32_t)o->max_vision_tiles,
+        .vision_cache_bytes = (uint64_t)o->vision_cache_bytes,
     };
     if (plan_make(&s->plan, &s->model, &p, err))
         return -1;
@@ -135,6 +136,7 @@ static int run_gateway(const struct settings *s, const struct topology *t,
                 .max_queued_requests = (int32_t)o->max_queued_requests,
                 .n_batches_in_flight = s->layout.pipeline_parallel,
                 .max_vision_tiles = (int32_t)o->max_vision_tiles,
+                .vision_cache_bytes = (uint64_t)o->vision_cache_bytes,
                 .feature_dim = text->hidden_size,
                 .n_features_per_tile = s->model.n_features_per_tile,
                 .rope_dynamic_from =

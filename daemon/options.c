@@ -39,6 +39,7 @@ static const struct options defaults = {
     .block_size = 16,
     .kv_cache_memory_bytes = GIB,
     .max_vision_tiles = 4,
+    .vision_cache_bytes = (int64_t)256 << 20,
     .max_queued_requests = 256,
     .listen = "127.0.0.1:50051",
     .drain_timeout = 30,
@@ -92,6 +93,10 @@ static const struct option table[] = {
      "of --max-model-len tokens need."},
     {NULL, "--max-vision-tiles", NULL, OPTION_NUMBER, FIELD(max_vision_tiles), "N", 1, 1024,
      "Most tiles that are sent to a vision rank at a time."},
+    {NULL, "--vision-cache-bytes", NULL, OPTION_NUMBER, FIELD(vision_cache_bytes), "BYTES", 0,
+     64 * TIB,
+     "Memory of the gateway for features of tiles that were encoded before, used least recently "
+     "first out. 0: every tile is encoded."},
     {NULL, "--no-enable-prefix-caching", NULL, OPTION_FLAG, FIELD(no_enable_prefix_caching), NULL,
      0, 0,
      "Compute every prompt anew instead of keeping pages of the KV cache for prompts that begin "

@@ -18,7 +18,7 @@ struct options {
     const char *dtype, *load_format;
     int64_t tensor_parallel_size, pipeline_parallel_size, vision_ranks, threads;
     int64_t max_model_len, max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory_bytes;
-    int64_t max_vision_tiles, max_queued_requests;
+    int64_t max_vision_tiles, vision_cache_bytes, max_queued_requests;
     int64_t no_enable_prefix_caching;
     const char *listen, *metrics_listen, *port_file, *auth_token_file;
     int64_t insecure_listen; // flags are 0 or 1

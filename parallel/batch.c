@@ -295,7 +295,8 @@ static const char *wrong_tiles(const struct tile_batch *t)
     return NULL;
 }
 
-struct message *tile_batch_pack(const struct tile_batch *t)
+/* With t->pixels NULL the message has room for them. */
+static struct message *pack_tiles(const struct tile_batch *t)
 {
     struct tile_batch view = *t;
     const char *wrong = wrong_tiles(t);
@@ -312,6 +313,26 @@ struct message *tile_batch_pack(const struct tile_batch *t)
     };
     const struct section s = {&view.pixels, n_pixels(t), dtype_size(t->dtype)};
     return sections_pack(CONTROL_TILES, &h, sizeof(h), &s, 1);
+}
+
+struct message *tile_batch_pack(const struct tile_batch *t)
+{
+    if (!t->pixels && t->n_tiles > 0)
+        BUG("tiles of job %llu without pixels", (unsigned long long)t->job_id);
+    return pack_tiles(t);
+}
+
+struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels)
+{
+    struct tile_batch packed = *t;
+    packed.pixels = NULL;
+    struct message *m = pack_tiles(&packed);
+    tile_batch_unpack(&packed, m);
+    uint8_t *to = m->payload + ((const uint8_t *)packed.pixels - m->payload);
+    size_t n_bytes = (size_t)n_pixels(t) / (size_t)t->n_tiles * dtype_size(t->dtype);
+    for (int32_t i = 0; i < t->n_tiles; i++)
+        memcpy(to + (size_t)i * n_bytes, pixels[i], n_bytes);
+    return m;
 }
 
 void tile_batch_unpack(struct tile_batch *t, const struct message *m)

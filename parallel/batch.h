@@ -144,14 +144,16 @@ struct tile_batch {
     const void *pixels; // [n_tiles, channels, height, width]
 };
 struct message *tile_batch_pack(const struct tile_batch *t);
+/* The same of tiles [channels, height, width] that do not lie together; t->pixels is ignored. */
+struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels);
 void tile_batch_unpack(struct tile_batch *t, const struct message *m);
 
 struct feature_result {
     uint64_t job_id;
     int32_t n_tiles, n_tokens_per_tile, dim;
-    int32_t not_finite; // 1: a feature was NaN or infinite
     int32_t n_captured;
     uint64_t compute_ns;
+    const uint8_t *not_finite;       // [n_tiles] 1: one of the tile's features is NaN or infinite
     const float *features;           // [n_tiles * n_tokens_per_tile, dim]
     const struct captured *captured; // as in step_result
 };

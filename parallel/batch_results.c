@@ -161,7 +161,7 @@ void step_result_release(struct step_result *r)
 
 struct feature_result_head {
     uint64_t job_id, compute_ns;
-    int32_t n_tiles, n_tokens_per_tile, dim, not_finite, n_captured, reserved;
+    int32_t n_tiles, n_tokens_per_tile, dim, n_captured;
 };
 
 /* -1: a count is negative or the product passes an int64. */
@@ -174,6 +174,13 @@ static int64_t n_feature_values(const struct feature_result *r)
     return n;
 }
 
+static int feature_sections(struct feature_result *r, struct section s[2])
+{
+    s[0] = (struct section){&r->features, n_feature_values(r), sizeof(float)};
+    s[1] = (struct section){&r->not_finite, r->n_tiles, sizeof(uint8_t)};
+    return 2;
+}
+
 struct message *feature_result_pack(const struct feature_result *r)
 {
     struct feature_result view = *r;
@@ -183,11 +190,11 @@ struct message *feature_result_pack(const struct feature_result *r)
         .n_tiles = r->n_tiles,
         .n_tokens_per_tile = r->n_tokens_per_tile,
         .dim = r->dim,
-        .not_finite = r->not_finite,
         .n_captured = r->n_captured,
     };
-    const struct section s = {&view.features, n_feature_values(r), sizeof(float)};
-    return pack_with_captured(CONTROL_FEATURES, &h, sizeof(h), &s, 1, r->captured, r->n_captured);
+    struct section s[2];
+    int n = feature_sections(&view, s);
+    return pack_with_captured(CONTROL_FEATURES, &h, sizeof(h), s, n, r->captured, r->n_captured);
 }
 
 void feature_result_unpack(struct feature_result *r, const struct message *m)
@@ -199,12 +206,12 @@ void feature_result_unpack(struct feature_result *r, const struct message *m)
         .n_tiles = h.n_tiles,
         .n_tokens_per_tile = h.n_tokens_per_tile,
         .dim = h.dim,
-        .not_finite = h.not_finite,
         .n_captured = h.n_captured,
         .compute_ns = h.compute_ns,
     };
-    const struct section s = {&r->features, n_feature_values(r), sizeof(float)};
-    r->captured = unpack_with_captured(m, sizeof(h), &s, 1, h.n_captured);
+    struct section s[2];
+    int n = feature_sections(r, s);
+    r->captured = unpack_with_captured(m, sizeof(h), s, n, h.n_captured);
 }
 
 void feature_result_release(struct feature_result *r)

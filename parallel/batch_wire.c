@@ -38,7 +38,7 @@ struct message *sections_pack(enum control_type type, const void *head, size_t n
     for (int i = 0; i < n_sections; i++) {
         const void *array;
         memcpy(&array, s[i].array, sizeof(array));
-        if (s[i].n > 0)
+        if (array && s[i].n > 0)
             memcpy(m->payload + align_up(end), array, (size_t)s[i].n * s[i].size);
         end = section_end(end, &s[i]);
     }

@@ -21,7 +21,8 @@ struct section {
     size_t size;
 };
 
-/* BUG when a count is negative or the whole passes CONTROL_MAX_BYTES. */
+/* The bytes of an array that is NULL are zero. BUG when a count is negative or the whole passes
+ * CONTROL_MAX_BYTES. */
 struct message *sections_pack(enum control_type type, const void *head, size_t n_head,
                               const struct section *s, int n_sections);
 /* Copies the head out; dies unless the message has this type and at least n_head bytes. */

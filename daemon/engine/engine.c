@@ -87,7 +87,8 @@ static void measure(const struct ticket *t, uint64_t now, struct usage *u, struc
     *u = (struct usage){.prompt_tokens = r->n_ids,
                         .image_tokens = r->n_image_tokens,
                         .cached_tokens = t->n_cached_tokens,
-                        .tiles = r->n_tiles};
+                        .tiles = r->n_tiles,
+                        .cached_tiles = t->n_cached_tiles};
     for (int32_t i = 0; i < t->n_sequences; i++)
         u->completion_tokens += t->sequences[i].n_output;
     *m = (struct timing){.queue_us = since_us(r->arrival_ns, first_step_ns),
@@ -114,6 +115,14 @@ static void log_request(const struct request *r, const struct usage *u, const st
              err ? ": " : "", err ? err->msg : "");
 }
 
+/* All at once, because tiles that were known come in no order. */
+static void push_image_features(struct engine *e, const struct ticket *t)
+{
+    int32_t n_rows = t->n_tiles * e->config.n_features_per_tile;
+    stream_push_rows(t->request->stream, "image_features", t->n_tiles, 0, n_rows, n_rows,
+                     e->config.feature_dim, t->features);
+}
+
 /* The ticket's last moment: pages go back, the stream ends, the request is freed. err NULL: all
  * went well. */
 static void end_request(struct engine *e, struct ticket *t, const struct error *err)
@@ -121,7 +130,12 @@ static void end_request(struct engine *e, struct ticket *t, const struct error *
     struct usage u;
     struct timing m;
     enum finish_reason finish = t->finish;
+    if (t->vision_start_ns != 0)
+        histogram_add(&e->observed.vision_queue,
+                      (double)since_us(t->request->arrival_ns, t->vision_start_ns) / 1e6);
     measure(t, now_ns(), &u, &m);
+    if (!err && t->request->want_image_features && t->n_tiles > 0)
+        push_image_features(e, t);
     vision_stage_forget(&e->vision, t);
     struct request *r = scheduler_remove(&e->scheduler, t);
     stream_finish(r->stream, err, &u, &m);
@@ -161,7 +175,7 @@ static void take_inbox(struct engine *e)
     pthread_mutex_unlock(&e->mutex);
     for (int32_t i = 0; i < n; i++) {
         struct ticket *t = scheduler_add(&e->scheduler, requests[i]);
-        vision_stage_add(&e->vision, t);
+        vision_stage_add(&e->vision, t, now_ns());
         stream_push_started(requests[i]->stream);
     }
     free(requests);
@@ -187,38 +201,44 @@ static uint64_t sweep(struct engine *e)
     return next_deadline;
 }
 
-static size_t feature_floats_per_tile(const struct engine *e)
+static size_t feature_floats(const struct engine *e)
 {
     return (size_t)e->config.n_features_per_tile * (size_t)e->config.feature_dim;
 }
 
+static size_t tile_bytes(const struct request *r)
+{
+    return (size_t)r->channels * (size_t)r->height * (size_t)r->width * dtype_size(r->pixel_dtype);
+}
+
+/* The pixels of each tile come from the request that made it a tile of the job. */
+static struct message *pack_job(const struct vision_job *job)
+{
+    const struct request *first = job->tiles[0].waiters[0].ticket->request;
+    const void **pixels = xcalloc((size_t)job->n_tiles, sizeof(*pixels));
+    const struct tile_batch tiles = {.job_id = job->job_id,
+                                     .n_tiles = job->n_tiles,
+                                     .channels = first->channels,
+                                     .height = first->height,
+                                     .width = first->width,
+                                     .dtype = first->pixel_dtype,
+                                     .captures = first->vision_captures};
+    for (int32_t i = 0; i < job->n_tiles; i++) {
+        const struct tile_waiter *w = &job->tiles[i].waiters[0];
+        const struct request *r = w->ticket->request;
+        pixels[i] = (const uint8_t *)r->pixels + (size_t)w->tile * tile_bytes(r);
+    }
+    struct message *m = tile_batch_gather(&tiles, pixels);
+    free(pixels);
+    return m;
+}
+
 static void send_tiles(struct engine *e)
 {
-    struct vision_job job;
-    while (vision_stage_next(&e->vision, &job)) {
-        struct ticket *t = job.ticket;
-        const struct request *r = t->request;
-        size_t tile_bytes =
-            (size_t)r->channels * (size_t)r->height * (size_t)r->width * dtype_size(r->pixel_dtype);
-        if (job.first_tile == 0) {
-            t->vision_start_ns = now_ns();
-            histogram_add(&e->observed.vision_queue,
-                          (double)since_us(r->arrival_ns, t->vision_start_ns) / 1e6);
-            t->features =
-                xcalloc((size_t)r->n_tiles, feature_floats_per_tile(e) * sizeof(*t->features));
-        }
-        struct tile_batch tiles = {.job_id = job.job_id,
-                                   .n_tiles = job.n_tiles,
-                                   .channels = r->channels,
-                                   .height = r->height,
-                                   .width = r->width,
-                                   .dtype = r->pixel_dtype,
-                                   .captures = r->vision_captures,
-                                   .pixels = (const uint8_t *)r->pixels +
-                                             (size_t)job.first_tile * tile_bytes};
-        control_send(e->control, topology_vision_rank(&e->topology, job.vision_index),
-                     tile_batch_pack(&tiles));
-    }
+    const struct vision_job *job;
+    while ((job = vision_stage_next(&e->vision, now_ns())) != NULL)
+        control_send(e->control, topology_vision_rank(&e->topology, job->vision_index),
+                     pack_job(job));
 }
 
 /* To every language rank; only the first stage's message carries features. */
@@ -265,27 +285,29 @@ static void publish(struct engine *e)
                                      .n_prompt_tokens = s->n_prompt_tokens,
                                      .n_tiles = e->n_tiles,
                                      .n_prefix_queries_tokens = s->n_prefix_queries,
-                                     .n_prefix_hits_tokens = s->n_prefix_hits};
+                                     .n_prefix_hits_tokens = s->n_prefix_hits,
+                                     .n_vision_queries = e->vision.n_queries,
+                                     .n_vision_hits = e->vision.n_hits};
     pthread_mutex_unlock(&e->mutex);
 }
 
 /* ---- what workers send ---- */
 
-/* Tensors of the vision stage: a captured tensor is one tile's, whole. */
-static void push_vision_tensors(struct engine *e, const struct vision_job *job,
-                                const struct feature_result *f)
+/* Tensors of the vision stage: a captured tensor is one tile's, whole, and for one request. */
+static void push_vision_tensors(const struct vision_job *job, const struct feature_result *f)
 {
-    const struct request *r = job->ticket->request;
     for (int32_t i = 0; i < f->n_captured; i++) {
         const struct captured *c = &f->captured[i];
-        stream_push_rows(r->stream, c->name, r->n_tiles,
-                         (job->first_tile + c->owner) * c->n_rows + c->first_row,
-                         r->n_tiles * c->n_rows, c->n_rows, c->n_cols, c->data);
+        if (c->owner >= job->n_tiles)
+            die("a captured tensor of tile %d of %d", c->owner, job->n_tiles);
+        const struct tile_waiter *w = &job->tiles[c->owner].waiters[0];
+        if (!w->ticket)
+            continue;
+        int32_t n_tiles = w->ticket->n_tiles;
+        stream_push_rows(w->ticket->request->stream, c->name, n_tiles,
+                         w->tile * c->n_rows + c->first_row, n_tiles * c->n_rows, c->n_rows,
+                         c->n_cols, c->data);
     }
-    int32_t n_rows = e->config.n_features_per_tile;
-    if (r->want_image_features)
-        stream_push_rows(r->stream, "image_features", r->n_tiles, job->first_tile * n_rows,
-                         r->n_tiles * n_rows, f->n_tiles * n_rows, f->dim, f->features);
 }
 
 static void fail_not_finite(struct engine *e, struct ticket *t)
@@ -298,28 +320,27 @@ static void fail_not_finite(struct engine *e, struct ticket *t)
 static void take_features(struct engine *e, const struct message *m)
 {
     struct feature_result f;
-    struct vision_job job;
     feature_result_unpack(&f, m);
-    if (!vision_stage_done(&e->vision, f.job_id, &job) || f.n_tiles != job.n_tiles)
+    struct vision_job *job = vision_stage_find(&e->vision, f.job_id);
+    if (!job || f.n_tiles != job->n_tiles)
         die("rank %d sent features of %d tiles for job %llu, which is not under way", m->rank,
             f.n_tiles, (unsigned long long)f.job_id);
     if (f.n_tokens_per_tile != e->config.n_features_per_tile || f.dim != e->config.feature_dim)
         die("rank %d sent features [%d, %d] a tile, expected [%d, %d]", m->rank,
             f.n_tokens_per_tile, f.dim, e->config.n_features_per_tile, e->config.feature_dim);
+    uint64_t now = now_ns();
     e->n_tiles += (uint64_t)f.n_tiles;
-    stage_times_add(&e->observed.vision[job.vision_index], now_ns(), f.compute_ns, 0);
-    struct ticket *t = job.ticket;
-    if (t && f.not_finite) {
-        fail_not_finite(e, t);
-    } else if (t) {
-        size_t n = feature_floats_per_tile(e);
-        memcpy(t->features + (size_t)job.first_tile * n, f.features,
-               (size_t)f.n_tiles * n * sizeof(*t->features));
-        push_vision_tensors(e, &job, &f);
-        t->n_tiles_done += f.n_tiles;
-        if (ticket_is_ready(t))
-            t->vision_end_ns = now_ns();
+    stage_times_add(&e->observed.vision[job->vision_index], now, f.compute_ns, 0);
+    push_vision_tensors(job, &f);
+    for (int32_t i = 0; i < f.n_tiles; i++) {
+        struct vision_tile *tile = &job->tiles[i];
+        if (!f.not_finite[i])
+            vision_stage_deliver(&e->vision, tile, f.features + (size_t)i * feature_floats(e), now);
+        for (int32_t w = 0; f.not_finite[i] && w < tile->n_waiters; w++)
+            if (tile->waiters[w].ticket)
+                fail_not_finite(e, tile->waiters[w].ticket);
     }
+    vision_stage_end(&e->vision, job);
     feature_result_release(&f);
 }
 
@@ -593,9 +614,10 @@ struct engine *engine_open(const struct engine_config *c, const struct topology 
     e->on_lost_arg = arg;
     e->inbox = xcalloc((size_t)c->max_queued_requests, sizeof(struct request *));
     scheduler_init(&e->scheduler, &e->limits);
-    int64_t tile_bytes = (int64_t)feature_floats_per_tile(e) * (int64_t)sizeof(float);
+    int64_t n_floats = (int64_t)feature_floats(e);
     vision_stage_init(&e->vision, t->layout.n_vision, c->max_vision_tiles,
-                      FEATURE_BYTES_MAX / tile_bytes);
+                      FEATURE_BYTES_MAX / (n_floats * (int64_t)sizeof(float)), n_floats,
+                      c->vision_cache_bytes);
     e->flights = xcalloc((size_t)c->n_batches_in_flight, sizeof(*e->flights));
     e->stats.n_pages = c->n_pages;
     observations_init(&e->observed, t->layout.pipeline_parallel, t->layout.n_vision);
@@ -641,8 +663,7 @@ static int check_tiles(const struct engine *e, const struct request *r, struct e
 static int name_tiles(struct request *r, struct error *err)
 {
     const int32_t format[] = {(int32_t)r->pixel_dtype, r->channels, r->height, r->width};
-    size_t tile_bytes =
-        (size_t)r->channels * (size_t)r->height * (size_t)r->width * dtype_size(r->pixel_dtype);
+    size_t n_bytes = tile_bytes(r);
     if (r->n_tiles == 0)
         return 0;
     r->tile_digests = arena_alloc(&r->arena, (size_t)r->n_tiles, sizeof(*r->tile_digests));
@@ -653,7 +674,7 @@ static int name_tiles(struct request *r, struct error *err)
     for (int32_t i = 0; i < r->n_tiles; i++) {
         hasher_begin(h);
         hasher_add(h, format, sizeof(format));
-        hasher_add(h, (const uint8_t *)r->pixels + (size_t)i * tile_bytes, tile_bytes);
+        hasher_add(h, (const uint8_t *)r->pixels + (size_t)i * n_bytes, n_bytes);
         hasher_end(h, &r->tile_digests[i]);
     }
     hasher_free(h);

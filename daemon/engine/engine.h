@@ -26,6 +26,7 @@ struct engine_config {
     int32_t max_queued_requests;    // waiting, not running
     int32_t n_batches_in_flight;    // pipeline stages
     int32_t max_vision_tiles;       // tiles of one message to a vision rank
+    uint64_t vision_cache_bytes;    // of features of tiles that are kept; 0: none
     int32_t feature_dim;            // hidden size of the language model
     int32_t n_features_per_tile;
     int32_t rope_dynamic_from; // tokens; past it rope depends on the length ("dynamic"). 0: never
@@ -38,7 +39,7 @@ struct engine_stats { // a snapshot, taken under a lock
     int32_t n_running, n_waiting, n_pages_used, n_pages;
     uint64_t n_steps, n_finished, n_preempted, n_generated_tokens, n_prompt_tokens, n_tiles;
     uint64_t n_prefix_queries_tokens, n_prefix_hits_tokens; // prompt tokens looked up, found
-    uint64_t n_vision_queries, n_vision_hits; // pictures or tile sets looked up, found
+    uint64_t n_vision_queries, n_vision_hits; // tiles looked up, that needed no encoding
 };
 
 /* Starts the thread. `on_lost` is called once, from it, when a rank is gone, after every stream has

@@ -35,6 +35,7 @@ void ticket_free(struct ticket *t)
     }
     free(t->sequences);
     free(t->features);
+    free(t->tile_asked);
     free(t);
 }
 

@@ -42,7 +42,7 @@ struct sequence {
     int32_t *output;          // [n_output] drawn ids
     int32_t n_output, output_capacity;
     uint64_t last_token_ns; // when the latest was drawn; 0: none yet
-    int32_t *pages; // [n_pages] page i holds tokens [i * page_size, (i + 1) * page_size)
+    int32_t *pages;         // [n_pages] page i holds tokens [i * page_size, (i + 1) * page_size)
     int32_t n_pages, pages_capacity;
     int32_t n_cached;      // pages of it that the prefix cache knows, from the first on
     struct page_key *keys; // [n_keys] of its first pages, made when they are first asked for
@@ -63,7 +63,10 @@ struct ticket {
     int32_t n_cached_tokens;  // of the prompt that were not computed, when it first ran
 
     float *features; // [n_image_tokens, dim] rows of the pictures, or NULL
-    int32_t n_tiles, n_tiles_sent, n_tiles_done;
+    int32_t n_tiles, n_tiles_done;
+    uint8_t *tile_asked; // [n_tiles] 1: there, or in a job; NULL: the vision stage has not begun it
+    int32_t n_tiles_asked, next_tile; // all before next_tile are asked for
+    int32_t n_cached_tiles;           // that needed no encoding
 
     uint64_t vision_start_ns, vision_end_ns, first_step_ns, prefill_end_ns, first_token_ns; // 0: no
     uint32_t n_preempted;

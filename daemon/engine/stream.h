@@ -23,7 +23,7 @@
 typedef void (*stream_notify)(void *arg);
 
 struct usage {
-    int32_t prompt_tokens, image_tokens, completion_tokens, cached_tokens, tiles;
+    int32_t prompt_tokens, image_tokens, completion_tokens, cached_tokens, tiles, cached_tiles;
 };
 struct timing {          // microseconds, all from arrival unless said otherwise
     uint64_t queue_us;   // waiting for its first step

@@ -400,6 +400,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     }
     gethostname(g.ranks[0].host, sizeof(g.ranks[0].host) - 1);
     g.ranks[0].rss_bytes = own_rss_bytes();
+    g.ranks[0].scratch_bytes = o->engine.vision_cache_bytes;
     g.ranks[0].load_ms = (now_ns() - g.start_ns) / 1000000u;
     g.engine = engine_open(&o->engine, t, control, on_lost, &w);
     metrics = open_metrics(&g);

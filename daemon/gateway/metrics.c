@@ -94,9 +94,10 @@ static void write_state(FILE *f, const struct metrics *m, const struct engine_st
     single(f, m, "internvld:prefix_cache_hits_total", "counter",
            "Prompt tokens found in the prefix cache.", (double)s->n_prefix_hits_tokens);
     single(f, m, "internvld:mm_cache_queries_total", "counter",
-           "Pictures looked up in the cache of image features.", (double)s->n_vision_queries);
+           "Tiles looked up in the cache of image features.", (double)s->n_vision_queries);
     single(f, m, "internvld:mm_cache_hits_total", "counter",
-           "Pictures found in the cache of image features.", (double)s->n_vision_hits);
+           "Tiles that needed no encoding: cached, or being encoded already.",
+           (double)s->n_vision_hits);
     single(f, m, "internvld:iterations_total", "counter", "Steps of the language model.",
            (double)s->n_steps);
     single(f, m, "internvld:vision_tiles_total", "counter", "Tiles encoded.", (double)s->n_tiles);

@@ -487,6 +487,7 @@ void reply_usage(Internvl__V1__Usage *out, const struct usage *u)
     out->completion_tokens = (uint32_t)u->completion_tokens;
     out->cached_tokens = (uint32_t)u->cached_tokens;
     out->tiles = (uint32_t)u->tiles;
+    out->cached_tiles = (uint32_t)u->cached_tiles;
 }
 
 void reply_timing(Internvl__V1__Timing *out, const struct timing *t)

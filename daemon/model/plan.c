@@ -60,6 +60,8 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
     for (int i = 0; i < list->n; i++)
         if (holds(topology, &list->specs[i], t->n_layers))
             r->weight_bytes += held_bytes(&list->specs[i], &cut, t, s->dtype);
+    if (topology->role == ROLE_GATEWAY)
+        r->scratch_bytes = s->vision_cache_bytes;
     if (topology->role == ROLE_VISION)
         r->scratch_bytes = vision_scratch_bytes(c, s->max_vision_tiles);
     if (topology->role != ROLE_LANGUAGE)
@@ -154,4 +156,7 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c)
     }
     fprintf(f, "KV: %d pages of %d tokens = %lld tokens\n", p->n_pages, p->settings.page_size,
             (long long)p->n_pages * p->settings.page_size);
+    fprintf(f, "vision cache: %.1f MiB of the gateway's scratch, %.1f KiB a tile\n",
+            (double)p->settings.vision_cache_bytes / mib,
+            (double)c->n_features_per_tile * c->text.hidden_size * sizeof(float) / 1024);
 }

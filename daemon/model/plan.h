@@ -21,13 +21,14 @@ struct plan_settings {
     uint64_t kv_budget_bytes; // for KV pages, of each language rank
     int32_t max_model_len;    // tokens of one sequence
     int32_t max_num_seqs, max_num_batched_tokens, max_vision_tiles;
+    uint64_t vision_cache_bytes; // of the gateway
 };
 
 struct plan_rank {
     struct topology topology;
-    uint64_t weight_bytes, scratch_bytes;
-    uint64_t page_bytes; // of one KV page over the rank's layers; 0 for others
-    uint64_t kv_bytes;   // n_pages * page_bytes
+    uint64_t weight_bytes, scratch_bytes; // the gateway's scratch: the vision cache
+    uint64_t page_bytes;                  // of one KV page over the rank's layers; 0 for others
+    uint64_t kv_bytes;                    // n_pages * page_bytes
 };
 
 struct plan {

@@ -10,12 +10,12 @@
 #include "daemon/model/worker_report.h"
 #include "kernels/log.h"
 
-static int all_finite(const float *x, size_t n)
+static uint8_t has_not_finite(const float *x, size_t n)
 {
     int ok = 1;
     for (size_t i = 0; i < n; i++)
         ok &= isfinite(x[i]) != 0;
-    return ok;
+    return !ok;
 }
 
 /* One message of tiles to one message of features. */
@@ -26,20 +26,24 @@ static struct message *encode(struct vision_model *m, const struct message *requ
     tile_batch_unpack(&t, request);
     uint64_t start = worker_now_ns();
     int32_t n_features = model_config_n_features(m->config, t.height, t.width);
-    size_t n = (size_t)t.n_tiles * (size_t)n_features * (size_t)m->config->text.hidden_size;
-    float *features = xcalloc(n + 1, sizeof(float));
+    size_t n = (size_t)n_features * (size_t)m->config->text.hidden_size;
+    float *features = xcalloc((size_t)t.n_tiles * n + 1, sizeof(float));
+    uint8_t *not_finite = xcalloc((size_t)t.n_tiles + 1, sizeof(*not_finite));
     vision_forward(m, &t, features, captures);
+    for (int32_t i = 0; i < t.n_tiles; i++)
+        not_finite[i] = has_not_finite(features + (size_t)i * n, n);
     struct feature_result r = {.job_id = t.job_id,
                                .n_tiles = t.n_tiles,
                                .n_tokens_per_tile = n_features,
                                .dim = m->config->text.hidden_size,
-                               .not_finite = !all_finite(features, n),
+                               .not_finite = not_finite,
                                .n_captured = captures->n,
                                .compute_ns = worker_now_ns() - start,
                                .features = features,
                                .captured = captures->items};
     struct message *reply = feature_result_pack(&r);
     free(features);
+    free(not_finite);
     capture_clear(captures);
     log_debug("vision", "job %llu: %d tiles in %.1f ms", (unsigned long long)t.job_id, t.n_tiles,
               (double)r.compute_ns / 1e6);

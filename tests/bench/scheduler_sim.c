@@ -197,6 +197,7 @@ struct sim {
     struct scheduler scheduler;
     struct scheduler_config limits;
     struct vision_stage vision;
+    float *no_features; // of any tile: one zero for each of its tokens
     int32_t max_queued;
     struct trace trace;
     int32_t next_arrival;
@@ -242,23 +243,20 @@ static void arrive(struct sim *s)
         request_free(r);
         return;
     }
-    vision_stage_add(&s->vision, scheduler_add(&s->scheduler, r));
+    vision_stage_add(&s->vision, scheduler_add(&s->scheduler, r), (uint64_t)(s->now_s * 1e9));
 }
 
 static void send_jobs(struct sim *s)
 {
-    struct vision_job job;
+    const struct vision_job *job;
 
-    while (vision_stage_next(&s->vision, &job)) {
-        struct ticket *t = job.ticket;
-        double *free_s = &s->vision_free_s[job.vision_index];
-        double cost = vision_cost(&s->cost, job.n_tiles);
+    while ((job = vision_stage_next(&s->vision, (uint64_t)(s->now_s * 1e9))) != NULL) {
+        double *free_s = &s->vision_free_s[job->vision_index];
+        double cost = vision_cost(&s->cost, job->n_tiles);
 
-        if (!t->features)
-            t->features = xcalloc((size_t)t->request->n_image_tokens, sizeof(*t->features));
         *free_s = larger(*free_s, s->now_s) + cost;
         s->vision_busy_s += cost;
-        fly(s, (struct flight){.end_s = *free_s, .job_id = job.job_id});
+        fly(s, (struct flight){.end_s = *free_s, .job_id = job->job_id});
     }
 }
 
@@ -317,12 +315,12 @@ static void end_step(struct sim *s, struct step *p)
 
 static void end_job(struct sim *s, uint64_t job_id)
 {
-    struct vision_job job;
+    struct vision_job *job = vision_stage_find(&s->vision, job_id);
 
-    if (!vision_stage_done(&s->vision, job_id, &job))
-        BUG("job %llu", (unsigned long long)job_id);
-    if (job.ticket)
-        job.ticket->n_tiles_done += job.n_tiles;
+    for (int32_t i = 0; i < job->n_tiles; i++)
+        vision_stage_deliver(&s->vision, &job->tiles[i], s->no_features,
+                             (uint64_t)(s->now_s * 1e9));
+    vision_stage_end(&s->vision, job);
 }
 
 static int earliest(const struct sim *s)
@@ -564,7 +562,9 @@ static void sim_init(struct sim *s, const struct settings *set)
                                           .enable_prefix_caching = 1,
                                           .n_features_per_tile = c->model.n_features_per_tile};
     scheduler_init(&s->scheduler, &s->limits);
-    vision_stage_init(&s->vision, set->layout.n_vision, set->max_vision_tiles, 1 << 20);
+    vision_stage_init(&s->vision, set->layout.n_vision, set->max_vision_tiles, 1 << 20,
+                      c->model.n_features_per_tile, 0);
+    s->no_features = xcalloc((size_t)c->model.n_features_per_tile, sizeof(*s->no_features));
 }
 
 int main(int argc, char **argv)
@@ -586,6 +586,7 @@ int main(int argc, char **argv)
     report(&s, set.max_first_s, set.max_token_s);
     scheduler_release(&s.scheduler);
     vision_stage_release(&s.vision);
+    free(s.no_features);
     free(s.trace.records);
     return 0;
 }

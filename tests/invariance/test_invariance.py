@@ -2,7 +2,7 @@
 
 Fourteen prompts (text, a picture, two pictures, many tiles, greedy and seeded) are answered one by one by the smallest
 layout with every cache off: that is what all others are compared with, in this very run. Then the same alone, with 63
-others, in chunks of 16 and 64 tokens, from a cold and a warm prefix cache, preempted for want of pages and by higher
+others, in chunks of 16 and 64 tokens, from cold and warm caches (prefix and vision), preempted for want of pages and by higher
 priorities, as the first of four candidates, and under other layouts.
 
     test_invariance.py [--full]      --full: T 1, 2, 4, 8 x P 1, 2, 4 x V 1, 2; else three of them
@@ -94,7 +94,7 @@ class Daemon:
 class Invariance(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        with Daemon("--no-enable-prefix-caching") as d:
+        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0) as d:
             cls.expected = [d.ask(i).bits() for i in range(len(SUBJECTS))]
 
     def check(self, index, answer, where):
@@ -117,7 +117,11 @@ class Invariance(unittest.TestCase):
                 self.check(i, warm[i], "warm")
                 n = warm[i].done.usage.prompt_tokens
                 self.assertEqual(warm[i].done.usage.cached_tokens, (n - 1) // 16 * 16, f"subject {i}")
+                self.assertEqual(warm[i].done.usage.cached_tiles, warm[i].done.usage.tiles, f"subject {i}")
             self.assertEqual(cold[0].done.usage.cached_tokens, 0)
+            for i in (4, 6):  # the pictures of the one before
+                self.assertLess(cold[i - 1].done.usage.cached_tiles, cold[i - 1].done.usage.tiles, f"subject {i - 1}")
+                self.assertEqual(cold[i].done.usage.cached_tiles, cold[i].done.usage.tiles, f"subject {i}")
             self.assertGreater(cold[2].done.usage.cached_tokens, 100, "the passage was there")
             self.check_all(d, "warm, beside each other")
             salted = pb.GenerateRequest(prompt=SUBJECTS[1][0], cache_salt="mine",

@@ -3,13 +3,14 @@
  * fake workers of fake_workers.h. Every answer is compared with the one computed from the ids
  * alone, whatever was cancelled, late, preempted or in another batch beside it.
  *
- * usage: mpirun -n 3 | 4 | 7 engine_mpi_test mixed | forward | limits | drain | lost
+ * usage: mpirun -n 3 | 4 | 7 engine_mpi_test mixed | forward | vision | limits | drain | lost
  */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "daemon/engine/engine.h"
 #include "kernels/log.h"
@@ -32,6 +33,7 @@
 
 static const int32_t eos_ids[] = {FAKE_EOS};
 static struct engine *engine;
+static char gate[] = "/tmp/internvld-engine-test-XXXXXX"; // a file that the vision ranks may await
 static const struct tokenizer *tokenizer;
 
 static uint64_t now_ns(void)
@@ -68,8 +70,8 @@ struct call {
     int32_t ids[MAX_MODEL_LEN];
     int32_t n_ids, n, max_tokens, min_tokens, n_tiles;
     int ignore_eos;
-    int pixels[MAX_TILES];
-    char stop[8]; // "": none
+    int pixels[MAX_TILES]; // a tile's four bytes, of which the features depend on the first
+    char stop[8];          // "": none
     struct answer answers[MAX_N];
     int may_be_cancelled, may_be_late, started, done;
     struct stream_delta last; // with the end
@@ -102,7 +104,7 @@ static struct request *new_request(struct call *c, struct bell *b)
     if (c->n_tiles > 0) {
         uint8_t *pixels = arena_alloc(&r->arena, (size_t)c->n_tiles, 4);
         for (int32_t i = 0; i < c->n_tiles; i++)
-            memset(pixels + 4 * i, c->pixels[i], 4);
+            memcpy(pixels + 4 * i, &c->pixels[i], 4);
         r->pixels = pixels;
     }
     r->n = c->n;
@@ -183,7 +185,7 @@ static void expect(const struct call *c, int32_t k, struct answer *a)
     for (int32_t i = 0; i < c->n_ids; i++) {
         float feature = 0;
         if (c->ids[i] == FAKE_IMAGE_TOKEN && c->n_tiles > 0) {
-            feature = fake_feature(c->pixels[n_images / FAKE_FEATURES_PER_TILE],
+            feature = fake_feature(c->pixels[n_images / FAKE_FEATURES_PER_TILE] % 256,
                                    n_images % FAKE_FEATURES_PER_TILE);
             n_images++;
         }
@@ -416,6 +418,144 @@ static void test_forward(void)
     stream_delta_release(&c.last);
 }
 
+/* ---- vision: the cache, jobs of several requests, decode beside a picture ---- */
+
+static struct call picture_call(int n_tiles, const int *pixels)
+{
+    struct call c = {.n = 1, .n_tiles = n_tiles, .max_tokens = 20, .ignore_eos = 1};
+    for (int i = 0; i < n_tiles; i++) {
+        c.pixels[i] = pixels[i];
+        for (int32_t k = 0; k < FAKE_FEATURES_PER_TILE; k++)
+            c.ids[c.n_ids++] = FAKE_IMAGE_TOKEN;
+    }
+    c.ids[c.n_ids++] = 10;
+    return c;
+}
+
+static struct call one_tile(int pixel)
+{
+    return picture_call(1, &pixel);
+}
+
+static void submit(struct call *c, struct bell *b, int deadline_us);
+
+static uint64_t n_encoded(void)
+{
+    struct engine_stats s;
+    check_idle();
+    engine_stats(engine, &s);
+    return s.n_tiles;
+}
+
+/* Cold, warm, half known: the answers are the expected ones, and only new contents are encoded. */
+static void test_warm(struct bell *bell)
+{
+    struct call *c = xcalloc(3, sizeof(*c));
+    c[0] = c[1] = picture_call(3, (const int[]){1, 2, 1});
+    c[2] = picture_call(4, (const int[]){2, 3, 1, 4});
+    const int n_cached[] = {1, 3, 2};
+    for (int i = 0; i < 3; i++) {
+        submit(&c[i], bell, 0);
+        wait_calls(&c[i], 1, bell);
+        check(c[i].last.usage.cached_tiles == n_cached[i]);
+        check(check_call(&c[i]) == 1);
+    }
+    check(n_encoded() == 4);
+    free(c);
+}
+
+/* Two requests wait for one encoding of the same tile; the first is cancelled. */
+static void test_shared(struct bell *bell)
+{
+    struct call *c = xcalloc(2, sizeof(*c));
+    uint64_t before = n_encoded();
+    for (int i = 0; i < 2; i++) {
+        c[i] = one_tile(PIXEL_HELD + 256 * 100);
+        submit(&c[i], bell, 0);
+    }
+    c[0].may_be_cancelled = 1;
+    engine_cancel(engine, c[0].stream);
+    wait_calls(c, 1, bell);
+    check(c[0].last.error.code == ERROR_CANCELLED && c[1].done == 0);
+    fclose(fopen(gate, "w"));
+    wait_calls(c, 2, bell);
+    check_call(&c[0]);
+    check(check_call(&c[1]) == 1);
+    check(n_encoded() == before + 1);
+    unlink(gate);
+    free(c);
+}
+
+/* One job with a tile that turns out not to be finite: only its own requests fail. */
+static void test_bad_neighbour(struct bell *bell)
+{
+    struct call *c = xcalloc(8, sizeof(*c));
+    for (int i = 0; i < 8; i++) { // the first tiles keep every rank busy while the others gather
+        c[i] = one_tile(i < 2 ? 30 + i : i % 2 ? 40 + i : PIXEL_NOT_FINITE);
+        submit(&c[i], bell, 0);
+    }
+    wait_calls(c, 8, bell);
+    for (int i = 0; i < 8; i++) {
+        if (i < 2 || i % 2) {
+            check(check_call(&c[i]) == 1);
+        } else {
+            check(c[i].last.error.code == ERROR_INTERNAL);
+            stream_delta_release(&c[i].last);
+        }
+    }
+    free(c);
+    check_idle();
+}
+
+/* A stream that runs, and one that comes later, draw all their tokens while every vision rank is at
+ * work on pictures: those are let go only afterwards. */
+static void test_decode_goes_on(struct bell *bell)
+{
+    struct call *c = xcalloc(6, sizeof(*c));
+    struct engine_stats before, after;
+    engine_stats(engine, &before);
+    for (int i = 0; i < 6; i++) {
+        int pixels[] = {PIXEL_HELD + 256 * i, 60 + i};
+        c[i] = picture_call(2, pixels);
+        if (i == 0 || i == 5) {
+            c[i] = one_tile(0);
+            c[i].n_tiles = 0;
+            c[i].ids[0] = 20 + i;
+            c[i].max_tokens = 150;
+        }
+    }
+    submit(&c[0], bell, 0);
+    while (!c[0].answers[0].n_ids) { // it runs
+        drain_call(&c[0]);
+        sleep_us(100);
+    }
+    for (int i = 1; i < 6; i++)
+        submit(&c[i], bell, 0);
+    wait_calls(&c[0], 1, bell);
+    wait_calls(&c[5], 1, bell);
+    for (int i = 1; i < 5; i++)
+        drain_call(&c[i]);
+    check(!c[1].done && !c[2].done && !c[3].done && !c[4].done);
+    engine_stats(engine, &after);
+    check(after.n_steps >= before.n_steps + 150 && after.n_generated_tokens >= 300);
+    fclose(fopen(gate, "w"));
+    wait_calls(c, 6, bell);
+    for (int i = 0; i < 6; i++)
+        check(check_call(&c[i]) == 1);
+    unlink(gate);
+    free(c);
+}
+
+static void test_vision(void)
+{
+    struct bell bell = {.mutex = PTHREAD_MUTEX_INITIALIZER, .rung = PTHREAD_COND_INITIALIZER};
+    test_warm(&bell);
+    test_bad_neighbour(&bell);
+    test_decode_goes_on(&bell);
+    test_shared(&bell);
+    check_idle();
+}
+
 /* ---- limits: refusals, failures that concern one request, deadlines in each phase ---- */
 
 static struct call simple_call(int32_t first_id, int32_t n_ids, int32_t max_tokens)
@@ -601,6 +741,12 @@ static void test_lost(const struct topology *t)
     free(c);
 }
 
+/* "mixed" has room for some tiles, so that they come and go; what needs slow tiles has none. */
+static uint64_t cache_bytes(const char *test)
+{
+    return strcmp(test, "mixed") == 0 ? 1000 : strcmp(test, "vision") == 0 ? 100000 : 0;
+}
+
 static void run_gateway(const struct topology *t, struct control *control, const char *test)
 {
     const struct engine_config config = {.page_size = PAGE_SIZE,
@@ -611,6 +757,7 @@ static void run_gateway(const struct topology *t, struct control *control, const
                                          .max_queued_requests = N_CLIENTS * N_CALLS,
                                          .n_batches_in_flight = t->layout.pipeline_parallel,
                                          .max_vision_tiles = 2,
+                                         .vision_cache_bytes = cache_bytes(test),
                                          .feature_dim = FAKE_DIM,
                                          .n_features_per_tile = FAKE_FEATURES_PER_TILE,
                                          .eos_ids = eos_ids,
@@ -626,6 +773,8 @@ static void run_gateway(const struct topology *t, struct control *control, const
         test_mixed();
     } else if (strcmp(test, "forward") == 0) {
         test_forward();
+    } else if (strcmp(test, "vision") == 0) {
+        test_vision();
     } else if (strcmp(test, "limits") == 0) {
         test_refusals();
         test_full_queue(config.max_queued_requests);
@@ -655,13 +804,18 @@ int main(int argc, char **argv)
     struct error err;
     if (argc != 2 || topology_init(&t, rank, world, &layout, &err) < 0)
         die("usage: mpirun -n 3|4|7 engine_mpi_test TEST");
+    if (rank == 0) { // a name that nobody has
+        close(mkstemp(gate));
+        unlink(gate);
+    }
+    launch_broadcast(gate, sizeof(gate));
     struct control *control = control_open(&t, NULL);
     int in_pipe = t.role == ROLE_LANGUAGE && t.shard == 0 && layout.pipeline_parallel > 1;
     struct comm *pipe = comm_mpi_open(in_pipe ? 0 : -1, rank, 4096);
     if (t.role == ROLE_GATEWAY)
         run_gateway(&t, control, argv[1]);
     else if (t.role == ROLE_VISION)
-        fake_vision_run(control);
+        fake_vision_run(control, gate);
     else
         fake_language_run(control, &t, pipe, PAGE_SIZE, N_PAGES);
     control_close(control);

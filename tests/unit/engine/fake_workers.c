@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "kernels/log.h"
 #include "parallel/batch.h"
@@ -41,7 +42,7 @@ static void sleep_ms(int ms)
 
 /* ---- vision ---- */
 
-static void answer_tiles(struct control *c, const struct message *m)
+static void answer_tiles(struct control *c, const struct message *m, const char *gate)
 {
     struct tile_batch t;
     tile_batch_unpack(&t, m);
@@ -50,17 +51,21 @@ static void answer_tiles(struct control *c, const struct message *m)
     float *features = xcalloc(n_rows, FAKE_DIM * sizeof(float));
     float *hidden = xcalloc((size_t)t.n_tiles * 2, sizeof(float)); // [2, 1] a tile
     struct captured *captured = xcalloc((size_t)t.n_tiles, sizeof(*captured));
+    uint8_t *not_finite = xcalloc((size_t)t.n_tiles, sizeof(*not_finite));
     struct feature_result r = {.job_id = t.job_id,
                                .n_tiles = t.n_tiles,
                                .n_tokens_per_tile = FAKE_FEATURES_PER_TILE,
                                .dim = FAKE_DIM,
                                .features = features,
+                               .not_finite = not_finite,
                                .captured = captured};
     for (int32_t i = 0; i < t.n_tiles; i++) {
         int pixel = ((const uint8_t *)t.pixels)[(size_t)i * tile];
         if (pixel == PIXEL_SLOW)
             sleep_ms(30);
-        r.not_finite |= pixel == PIXEL_NOT_FINITE;
+        while (pixel == PIXEL_HELD && access(gate, F_OK) != 0)
+            sleep_ms(1);
+        not_finite[i] = pixel == PIXEL_NOT_FINITE;
         for (int32_t k = 0; k < FAKE_FEATURES_PER_TILE; k++)
             for (int32_t d = 0; d < FAKE_DIM; d++)
                 features[(i * FAKE_FEATURES_PER_TILE + k) * FAKE_DIM + d] = fake_feature(pixel, k);
@@ -77,15 +82,16 @@ static void answer_tiles(struct control *c, const struct message *m)
     free(features);
     free(hidden);
     free(captured);
+    free(not_finite);
 }
 
-void fake_vision_run(struct control *c)
+void fake_vision_run(struct control *c, const char *gate)
 {
     for (;;) {
         struct message *m = control_recv(c);
         enum control_type type = m->type;
         if (type == CONTROL_TILES)
-            answer_tiles(c, m);
+            answer_tiles(c, m, gate);
         message_unref(m);
         if (type == CONTROL_STOP)
             return;

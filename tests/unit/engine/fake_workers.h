@@ -21,8 +21,8 @@
 #define FAKE_LOGITS 5 // columns
 #define FAKE_N_IDS 50 // ids that are drawn
 
-enum { TOKEN_SLOW = 60, TOKEN_NOT_FINITE, TOKEN_DIE }; // in a prompt
-enum { PIXEL_SLOW = 254, PIXEL_NOT_FINITE = 255 };     // the first of a tile
+enum { TOKEN_SLOW = 60, TOKEN_NOT_FINITE, TOKEN_DIE };   // in a prompt
+enum { PIXEL_HELD = 253, PIXEL_SLOW, PIXEL_NOT_FINITE }; // the first of a tile
 
 float fake_feature(int pixel, int32_t row);
 uint64_t fake_entry(uint64_t before, int32_t id, float feature);
@@ -30,7 +30,8 @@ int32_t fake_next_token(uint64_t entry, int32_t candidate, int32_t position);
 /* What is drawn instead of a banned id. */
 #define FAKE_OTHER_TOKEN 40
 
-void fake_vision_run(struct control *c);
+/* Tiles that are PIXEL_HELD are held back until there is a file `gate`. */
+void fake_vision_run(struct control *c, const char *gate);
 /* `pipe` joins shard 0 of the first stage to shard 0 of the last; NULL for others. */
 void fake_language_run(struct control *c, const struct topology *t, struct comm *pipe,
                        int32_t page_size, int32_t n_pages);

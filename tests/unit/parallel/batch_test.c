@@ -222,7 +222,7 @@ static struct message *example_features(void)
         .n_tiles = 1,
         .n_tokens_per_tile = 2,
         .dim = 3,
-        .not_finite = 1,
+        .not_finite = (const uint8_t[]){1},
         .n_captured = 3,
         .compute_ns = 8,
         .features = rows,
@@ -241,7 +241,7 @@ static void test_feature_result_round_trip(void **state)
     assert_int_equal(r.n_tiles, 1);
     assert_int_equal(r.n_tokens_per_tile, 2);
     assert_int_equal(r.dim, 3);
-    assert_int_equal(r.not_finite, 1);
+    assert_int_equal(r.not_finite[0], 1);
     assert_int_equal(r.compute_ns, 8);
     assert_memory_equal(r.features, rows, 6 * sizeof(float));
     check_captured(r.captured, r.n_captured);
@@ -262,6 +262,26 @@ static struct message *example_tiles(enum dtype dtype)
         .pixels = rows,
     };
     return tile_batch_pack(&t);
+}
+
+/* Tiles that lie apart make the same message as tiles that lie together. */
+static void test_tile_batch_gather(void **state)
+{
+    (void)state;
+    const uint8_t together[] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+    const uint8_t apart[] = {7, 8, 9, 0, 1, 2, 3, 0, 0, 4, 5, 6};
+    const void *pixels[] = {apart + 4, apart + 9, apart};
+    struct tile_batch t = {.n_tiles = 3,
+                           .channels = 3,
+                           .height = 1,
+                           .width = 1,
+                           .dtype = DTYPE_U8,
+                           .pixels = together};
+    struct message *a = tile_batch_pack(&t), *b = tile_batch_gather(&t, pixels);
+    assert_int_equal(a->n_bytes, b->n_bytes);
+    assert_memory_equal(a->payload, b->payload, a->n_bytes);
+    message_unref(a);
+    message_unref(b);
 }
 
 static void test_tile_batch_round_trip(void **state)
@@ -562,6 +582,7 @@ int main(void)
         cmocka_unit_test(test_step_result_round_trip),
         cmocka_unit_test(test_feature_result_round_trip),
         cmocka_unit_test(test_tile_batch_round_trip),
+        cmocka_unit_test(test_tile_batch_gather),
         cmocka_unit_test(test_rank_info_round_trip),
         cmocka_unit_test(test_nothing_in_anything),
         cmocka_unit_test(test_damaged_batch),
