@@ -78,20 +78,6 @@ static uint64_t hash_checkpoint(const char *dir)
     return hash;
 }
 
-/* GPUs that the driver shows; no driver, none. */
-static int count_devices(void)
-{
-    DIR *d = opendir("/proc/driver/nvidia/gpus");
-    int n = 0;
-
-    if (!d)
-        return 0;
-    for (const struct dirent *e; (e = readdir(d));)
-        n += e->d_name[0] != '.';
-    closedir(d);
-    return n;
-}
-
 static int count_cores(void)
 {
     cpu_set_t cores;
@@ -104,13 +90,14 @@ static void write_settings(char *text, size_t n_bytes, const struct options *o, 
 {
     int n = snprintf(
         text, n_bytes,
-        "--dtype=%s --load-format=%s --tensor-parallel-size=%lld --pipeline-parallel-size=%lld "
+        "--dtype=%s --device=%s --deterministic=%lld --vision-share-gpu=%lld --load-format=%s "
+        "--tensor-parallel-size=%lld --pipeline-parallel-size=%lld "
         "--vision-ranks=%lld --max-model-len=%lld --max-num-seqs=%lld "
         "--max-num-batched-tokens=%lld "
         "--block-size=%lld --max-vision-tiles=%lld KV-pages=%d",
-        dtype, o->load_format, (long long)o->tensor_parallel_size,
-        (long long)o->pipeline_parallel_size, (long long)o->vision_ranks,
-        (long long)o->max_model_len, (long long)o->max_num_seqs,
+        dtype, o->device, (long long)o->deterministic, (long long)o->vision_share_gpu,
+        o->load_format, (long long)o->tensor_parallel_size, (long long)o->pipeline_parallel_size,
+        (long long)o->vision_ranks, (long long)o->max_model_len, (long long)o->max_num_seqs,
         (long long)o->max_num_batched_tokens, (long long)o->block_size,
         (long long)o->max_vision_tiles, n_pages);
 
@@ -125,10 +112,26 @@ void job_describe(struct rank_host *mine, const struct options *o, const char *d
     gethostname(mine->host, sizeof(mine->host) - 1);
     mine->error = *error;
     mine->n_cores = count_cores();
-    mine->n_devices = count_devices();
+    mine->n_devices = device_count();
     if (error->code != ERROR_OK)
         return;
     mine->n_threads = n_threads;
     mine->checkpoint_hash = hash_checkpoint(o->model);
     write_settings(mine->settings, sizeof(mine->settings), o, dtype, n_pages);
+}
+
+enum device_kind job_choose_device(struct rank_host *all, const struct options *o,
+                                   const struct topology *t)
+{
+    enum device_kind kind = strcmp(o->device, "cpu") == 0 ? DEVICE_CPU : DEVICE_CUDA;
+
+    if (strcmp(o->device, "auto") == 0)
+        for (int r = 1; r < t->world; r++)
+            if (all[r].n_devices == 0)
+                kind = DEVICE_CPU;
+    for (int r = 1; r < t->world; r++)
+        all[r].device_use = kind == DEVICE_CPU                               ? DEVICE_USE_NONE
+                            : o->vision_share_gpu && r <= t->layout.n_vision ? DEVICE_USE_SHARED
+                                                                             : DEVICE_USE_OWN;
+    return kind;
 }

@@ -9,6 +9,7 @@
 
 #include <stdint.h>
 
+#include "daemon/model/device.h"
 #include "daemon/options.h"
 #include "kernels/error.h"
 #include "parallel/hosts.h"
@@ -17,5 +18,10 @@
  * n_threads what this rank computes with; none of them count when error.code is set. */
 void job_describe(struct rank_host *mine, const struct options *o, const char *dtype,
                   int32_t n_pages, int n_threads, const struct error *error);
+/* What --device means for the job, once all ranks [topology.world] have described themselves: auto
+ * is CUDA where every host of a vision or language rank has a GPU that its build can use. Marks in
+ * `all` which ranks use one. */
+enum device_kind job_choose_device(struct rank_host *all, const struct options *o,
+                                   const struct topology *t);
 
 #endif

@@ -18,8 +18,8 @@
 #include "daemon/gateway/listener.h"
 #include "daemon/job.h"
 #include "daemon/model/config.h"
+#include "daemon/model/device.h"
 #include "daemon/model/language_worker.h"
-#include "daemon/model/model_comm.h"
 #include "daemon/model/plan.h"
 #include "daemon/model/vision_worker.h"
 #include "daemon/options.h"
@@ -41,6 +41,8 @@ struct settings {
     struct plan plan;
     int32_t max_model_len;
     struct auth auth;
+    enum device_kind device_kind; // these two once the ranks have agreed
+    int device_index;             // among this host's GPUs, -1: none
 };
 
 static int check_listen(const struct options *o, const char *name, const char *address,
@@ -165,7 +167,7 @@ static int choose_threads(const struct options *o)
     return n_cores > n_on_host ? n_cores / n_on_host : 1;
 }
 
-static int run_worker(const struct settings *s, const struct topology *t, struct model_comm *comm,
+static int run_worker(const struct settings *s, const struct topology *t, struct device *device,
                       const float *mean, const float *std, struct control *control)
 {
     const struct options *o = &s->options;
@@ -174,8 +176,6 @@ static int run_worker(const struct settings *s, const struct topology *t, struct
         .model = &s->model,
         .dtype = s->dtype,
         .dummy_weights = strcmp(o->load_format, "dummy") == 0,
-        .n_threads = choose_threads(o),
-        .isa = getenv("INTERNVLD_ISA"),
         .page_size = (int32_t)o->block_size,
         .n_pages = s->plan.n_pages,
         .max_model_len = s->max_model_len,
@@ -184,7 +184,7 @@ static int run_worker(const struct settings *s, const struct topology *t, struct
         .max_vision_tiles = (int32_t)o->max_vision_tiles,
         .pixel_mean = mean,
         .pixel_std = std,
-        .comm = comm,
+        .device = device,
     };
 
     /* The gateway drains and then says CONTROL_STOP: a signal to all must not take us from it. */
@@ -241,19 +241,24 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
     float *mean = xcalloc(n_channels, sizeof(*mean));
     float *std = xcalloc(n_channels, sizeof(*std));
     struct processor *processor = open_processor(s, t, &limits, mean, std, err);
-    struct model_comm comm = {0};
+    struct device device = {0};
+    struct device_options d = {.kind = s->device_kind,
+                               .n_threads = choose_threads(&s->options),
+                               .isa = getenv("INTERNVLD_ISA"),
+                               .index = s->device_index,
+                               .deterministic = (int)s->options.deterministic};
     struct control *control;
     int status = 1;
 
     if (err->code == ERROR_OK) {
-        model_comm_open(&comm, t,
-                        (size_t)s->options.max_num_batched_tokens *
-                            (size_t)s->model.text.hidden_size * sizeof(float));
+        device_open(&device, &d, t,
+                    (size_t)s->options.max_num_batched_tokens * (size_t)s->model.text.hidden_size *
+                        sizeof(float));
         control = control_open(t, NULL);
         status = t->role == ROLE_GATEWAY ? run_gateway(s, t, processor, &limits, control)
-                                         : run_worker(s, t, &comm, mean, std, control);
+                                         : run_worker(s, t, &device, mean, std, control);
         control_close(control);
-        model_comm_close(&comm);
+        device_close(&device);
     }
     if (processor)
         processor_close(processor);
@@ -272,7 +277,7 @@ static void say_error(int rank, const struct error *err, int is_usage)
 }
 
 /* Collective: a rank that cannot go on takes all with it, with one sentence. Returns 0 to go on. */
-static int agree(const struct settings *s, const struct topology *t, int rank, int world,
+static int agree(struct settings *s, const struct topology *t, int rank, int world,
                  struct error *err)
 {
     struct rank_host mine, *all = xcalloc((size_t)world, sizeof(*all));
@@ -281,8 +286,12 @@ static int agree(const struct settings *s, const struct topology *t, int rank, i
 
     job_describe(&mine, &s->options, dtype_name(s->dtype), s->plan.n_pages, n_threads, err);
     rc = hosts_exchange(all, &mine, INTERNVLD_VERSION, world, err);
-    if (rc == 0)
+    if (rc == 0) {
+        s->device_kind = job_choose_device(all, &s->options, t);
         rc = hosts_check(all, world, err);
+    }
+    if (rc == 0)
+        s->device_index = hosts_device(all, world, rank);
     if (rc == 0 && rank == 0 && s->options.map)
         hosts_print(stdout, all, t);
     if (rc == 0 && rank == 0)

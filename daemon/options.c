@@ -31,6 +31,7 @@ struct option {
 static const struct options defaults = {
     .dtype = "auto",
     .load_format = "auto",
+    .device = "auto",
     .tensor_parallel_size = 1,
     .pipeline_parallel_size = 1,
     .vision_ranks = 1,
@@ -74,6 +75,14 @@ static const struct option table[] = {
      "Ranks that turn pictures into features; tiles are spread over them."},
     {NULL, "--threads", NULL, OPTION_NUMBER, FIELD(threads), "N", 1, 1024,
      "Threads of each worker rank. Default: the host's cores divided by the ranks on it."},
+    {NULL, "--device", NULL, OPTION_CHOICE, FIELD(device), "auto|cpu|cuda", 0, 0,
+     "What vision and language ranks compute on. auto is cuda where this build has it and every "
+     "host of theirs has a GPU. Each of them takes a GPU of its own, in order of rank."},
+    {NULL, "--vision-share-gpu", NULL, OPTION_FLAG, FIELD(vision_share_gpu), NULL, 0, 0,
+     "With cuda: vision ranks take no GPU of their own but share those of the language ranks."},
+    {NULL, "--deterministic", NULL, OPTION_FLAG, FIELD(deterministic), NULL, 0, 0,
+     "With cuda: sum in an order that no layout changes, at some cost. On the CPU that is always "
+     "so."},
     {NULL, "--plan", NULL, OPTION_FLAG, FIELD(plan), NULL, 0, 0,
      "Print each rank's memory for this model and layout, and exit without starting anything."},
     {NULL, "--map", NULL, OPTION_FLAG, FIELD(map), NULL, 0, 0,

@@ -15,13 +15,13 @@
 /* Texts are borrowed from argv. Numbers that were not given and have no fixed default are 0. */
 struct options {
     const char *model;
-    const char *dtype, *load_format;
+    const char *dtype, *load_format, *device;
     int64_t tensor_parallel_size, pipeline_parallel_size, vision_ranks, threads;
     int64_t max_model_len, max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory_bytes;
     int64_t max_vision_tiles, vision_cache_bytes, max_queued_requests;
     int64_t no_enable_prefix_caching;
     const char *listen, *metrics_listen, *port_file, *auth_token_file;
-    int64_t insecure_listen; // flags are 0 or 1
+    int64_t deterministic, vision_share_gpu, insecure_listen; // flags are 0 or 1
     int64_t drain_timeout, processor_threads, max_connections, max_message_bytes;
     int64_t max_image_pixels, max_tiles, max_media, max_frames;
     int64_t plan, map, help, version;

@@ -79,16 +79,38 @@ static int check_settings(const struct rank_host *all, int r, struct error *err)
     }
 }
 
+/* Ranks before `end` on the host of rank `r` that use a GPU in that way. */
+static int count_uses(const struct rank_host *all, int end, int r, enum device_use use)
+{
+    int n = 0;
+    for (int i = 0; i < end; i++)
+        n += same_host(&all[i], &all[r]) && all[i].device_use == (int32_t)use;
+    return n;
+}
+
 static int check_devices(const struct rank_host *all, int world, int r, struct error *err)
 {
-    int n_wanted = 0;
-    for (int i = 0; i < world; i++)
-        n_wanted += same_host(&all[i], &all[r]) && all[i].wants_device;
-    if (n_wanted <= all[r].n_devices)
-        return 0;
-    return error_set(err, ERROR_FAILED_PRECONDITION,
-                     "%d ranks on %s want a GPU each and it has %d (rank %d is the first there)",
-                     n_wanted, all[r].host, all[r].n_devices, r);
+    int n_own = count_uses(all, world, r, DEVICE_USE_OWN);
+    if (n_own > all[r].n_devices)
+        return error_set(err, ERROR_FAILED_PRECONDITION,
+                         "%d ranks on %s need a GPU each and this build finds %d there%s", n_own,
+                         all[r].host, all[r].n_devices,
+                         all[r].n_devices > 0 ? " (--vision-share-gpu: vision ranks share)" : "");
+    if (all[r].device_use == DEVICE_USE_SHARED && all[r].n_devices == 0)
+        return error_set(err, ERROR_FAILED_PRECONDITION,
+                         "rank %d shares a GPU of %s and this build finds none there", r,
+                         all[r].host);
+    return 0;
+}
+
+int hosts_device(const struct rank_host *all, int world, int r)
+{
+    int n_own = count_uses(all, world, r, DEVICE_USE_OWN);
+    if (all[r].device_use == DEVICE_USE_OWN)
+        return count_uses(all, r, r, DEVICE_USE_OWN);
+    if (all[r].device_use == DEVICE_USE_SHARED)
+        return count_uses(all, r, r, DEVICE_USE_SHARED) % (n_own > 0 ? n_own : all[r].n_devices);
+    return -1;
 }
 
 int hosts_check(const struct rank_host *all, int world, struct error *err)
@@ -171,8 +193,9 @@ void hosts_print(FILE *f, const struct rank_host *all, const struct topology *t)
     for (int r = 0; r < t->world; r++) {
         char role[64], device[32] = "cpu";
         int n_on_host, index = place_on_host(all, t->world, r, &n_on_host);
-        if (all[r].wants_device)
-            snprintf(device, sizeof(device), "gpu, 1 of %d", all[r].n_devices);
+        if (all[r].device_use != DEVICE_USE_NONE)
+            snprintf(device, sizeof(device), "gpu %d of %d%s", hosts_device(all, t->world, r),
+                     all[r].n_devices, all[r].device_use == DEVICE_USE_SHARED ? ", shared" : "");
         else if (all[r].n_threads == 0)
             snprintf(device, sizeof(device), "-");
         fprintf(f, "%4d  %-26s  %-*s  %2d of %-2d  %7d  %5d  %s\n", r,

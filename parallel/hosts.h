@@ -17,6 +17,9 @@
 
 #define HOSTS_VERSION_BYTES 64 // never changes: it is what different builds can still exchange
 
+/* Does a rank compute on a GPU, and is that GPU its own? */
+enum device_use { DEVICE_USE_NONE, DEVICE_USE_OWN, DEVICE_USE_SHARED };
+
 /* Of one rank. Plain bytes without pointers; texts end with a zero. */
 struct rank_host {
     char host[64];
@@ -24,8 +27,8 @@ struct rank_host {
     uint64_t checkpoint_hash; // of what the model's directory holds
     int32_t n_cores;          // that this process may use
     int32_t n_threads;        // that it will use; 0 for the gateway
-    int32_t n_devices;        // GPUs of the host
-    int32_t wants_device;     // 1: this rank computes on a GPU
+    int32_t n_devices;        // GPUs of the host that this build can use
+    int32_t device_use;       // of enum device_use
     struct error error;       // what this rank met while it looked at its settings
 };
 
@@ -34,8 +37,12 @@ struct rank_host {
 int hosts_exchange(struct rank_host *all, const struct rank_host *mine, const char *version,
                    int world, struct error *err);
 /* Errors, the first found, naming the rank and its host: a rank's own error, settings or a
- * checkpoint unlike rank 0's, fewer GPUs on a host than ranks there that want one. */
+ * checkpoint unlike rank 0's, fewer GPUs on a host than ranks there that need one. */
 int hosts_check(const struct rank_host *all, int world, struct error *err);
+/* Which of its host's GPUs rank `r` computes on: the ranks with a GPU of their own have the first
+ * ones, in order; those that share are dealt out over these (over all, where there are none). -1:
+ * on none. */
+int hosts_device(const struct rank_host *all, int world, int r);
 /* Logs what works but is slow: shards of a stage on several hosts, more threads than cores. For
  * rank 0. */
 void hosts_warn(const struct rank_host *all, const struct topology *t);

@@ -58,10 +58,10 @@ int language_worker_run(const struct worker_options *o, const struct topology *t
                                      .max_model_len = o->max_model_len,
                                      .page_size = o->page_size,
                                      .n_pages = o->n_pages};
-    struct backend *b = backend_cpu_open(o->n_threads, o->isa);
+    struct backend *b = o->device->backend;
     if (weights_open(&w, o->model_dir, o->model, o->dummy_weights, &err) != 0)
         die("%s", err.msg);
-    language_init(&m, o->model, &w, b, o->dtype, t, o->comm, &limits);
+    language_init(&m, o->model, &w, b, o->dtype, t, &o->device->comm, &limits);
     weights_release(&w);
     worker_report_ready(t, c, b, m.weight_bytes, m.kv.n_bytes, m.scratch_bytes, start);
     for (;;) {
@@ -77,6 +77,5 @@ int language_worker_run(const struct worker_options *o, const struct topology *t
     }
     capture_release(&captures);
     language_release(&m);
-    backend_close(b);
     return 0;
 }

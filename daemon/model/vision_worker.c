@@ -57,7 +57,7 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
     struct weights w;
     struct vision_model m;
     struct capture_list captures = {0};
-    struct backend *b = backend_cpu_open(o->n_threads, o->isa);
+    struct backend *b = o->device->backend;
     if (weights_open(&w, o->model_dir, o->model, o->dummy_weights, &err) != 0)
         die("%s", err.msg);
     vision_init(&m, o->model, &w, b, o->dtype, o->max_vision_tiles, o->pixel_mean, o->pixel_std);
@@ -76,6 +76,5 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
     }
     capture_release(&captures);
     vision_release(&m);
-    backend_close(b);
     return 0;
 }

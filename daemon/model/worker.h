@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #include "daemon/model/config.h"
-#include "daemon/model/model_comm.h"
+#include "daemon/model/device.h"
 #include "kernels/tensor.h"
 
 struct worker_options {
@@ -18,8 +18,6 @@ struct worker_options {
     const struct model_config *model;
     enum dtype dtype;               // F32 or BF16: what model_dtype_parse() made of --dtype
     int dummy_weights;              // --load-format dummy: random weights of the real shapes
-    int n_threads;                  // >= 1
-    const char *isa;                // NULL or "auto": CPUID
     int32_t page_size;              // tokens, a multiple of 16
     int32_t n_pages;                // KV pages of every language rank: plan.h
     int32_t max_model_len;          // tokens of one sequence
@@ -28,7 +26,7 @@ struct worker_options {
     int32_t max_vision_tiles;       // tiles of one message; larger ones are cut
     /* Of the preprocessor, for U8 tiles: x = (float(u8) - mean[c]) / std[c]. [n_channels] */
     const float *pixel_mean, *pixel_std;
-    struct model_comm *comm; // of this rank, opened by model_comm_open() on every rank
+    struct device *device; // of this rank, opened by device_open() on every rank
 };
 
 #endif

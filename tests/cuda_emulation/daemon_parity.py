@@ -38,7 +38,7 @@ def main():
     for text in layouts:
         tensor, pipeline, vision = (int(x) for x in text.split("x"))
         with daemon.Daemon(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline, vision=vision,
-                           dtype="float32", extra=("--max-model-len", "2048")) as d:
+                           dtype="float32", extra=("--device", "cuda", "--deterministic", "--max-model-len", "2048")) as d:
             client = Client(d.address)
             reference.check_vision(client, text, goldens, report, config)
             reference.check_language(client, text, goldens, report, config)

@@ -275,7 +275,8 @@ static int check_checkpoint(const char *name)
         goto out;
     }
     snprintf(p->path, sizeof(p->path), "%s/checkpoints/%s", p->dir, name);
-    model_run_open(r, p->path, DTYPE_F32, 2);
+    struct backend *b = backend_cpu_open(2, NULL);
+    model_run_open(r, p->path, DTYPE_F32, b);
     read_prompt(p, name);
     encode_tiles(p, r, name);
     generate(&r->language, p, &(struct manner){.first_page = 2}, &base, NULL);
@@ -297,6 +298,7 @@ static int check_checkpoint(const char *name)
     free(base.logits);
     free(p->features);
     model_run_close(r);
+    backend_close(b);
 out:
     free(r);
     free(p);

@@ -17,7 +17,7 @@ struct language_limits model_run_limits(void)
                                     .n_pages = RUN_N_PAGES};
 }
 
-void model_run_open(struct model_run *r, const char *dir, enum dtype dtype, int n_threads)
+void model_run_open(struct model_run *r, const char *dir, enum dtype dtype, struct backend *b)
 {
     struct error err;
     struct language_limits limits = model_run_limits();
@@ -27,7 +27,7 @@ void model_run_open(struct model_run *r, const char *dir, enum dtype dtype, int 
         die("%s: %s", dir, err.msg);
     if (weights_open(&r->weights, dir, &r->config, 0, &err) != 0)
         die("%s: %s", dir, err.msg);
-    r->backend = backend_cpu_open(n_threads, NULL);
+    r->backend = b;
     vision_init(&r->vision, &r->config, &r->weights, r->backend, dtype, 2, mean, std);
     language_init(&r->language, &r->config, &r->weights, r->backend, dtype, &alone, NULL, &limits);
 }
@@ -37,7 +37,6 @@ void model_run_close(struct model_run *r)
     language_release(&r->language);
     vision_release(&r->vision);
     weights_release(&r->weights);
-    backend_close(r->backend);
 }
 
 void batch_begin(struct batch_builder *b, const float *features, int32_t n_features, int32_t dim)

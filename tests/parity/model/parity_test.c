@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/model/device.h"
 #include "kernels/log.h"
 #include "tests/parity/model/model_run.h"
 #include "tests/parity/model/reference.h"
@@ -18,6 +19,8 @@
 enum kind { KIND_VISION, KIND_FEATURES, KIND_HIDDEN, KIND_LOGITS, KIND_LOSS, N_KINDS };
 static const char *const kind_names[N_KINDS] = {"vision", "features", "hidden", "logits", "loss"};
 static const double tolerances[N_KINDS] = {1e-4, 1e-4, 1e-4, 5e-4, 1e-4};
+
+static struct backend *backend; // of all checkpoints
 
 struct check {
     const char *name; // of the checkpoint
@@ -297,7 +300,7 @@ static void check_bf16(struct check *c, const char *path, const char *dir, const
         goto out;
     for (int64_t i = 0; i < n; i++)
         ids[i] = (int32_t)wide[i];
-    model_run_open(r, path, DTYPE_BF16, 2);
+    model_run_open(r, path, DTYPE_BF16, backend);
     struct sequence_part part = {.ids = ids,
                                  .n = (int32_t)n,
                                  .rope_len = (int32_t)n,
@@ -338,7 +341,7 @@ static int check_checkpoint(const char *name, const char *goldens)
         return 0;
     }
     snprintf(path, sizeof(path), "%s/checkpoints/%s", dir, name);
-    model_run_open(r, path, DTYPE_F32, 2);
+    model_run_open(r, path, DTYPE_F32, backend);
     float *features = check_vision(&c, r, dir, goldens);
     check_language(&c, r, dir, goldens, features);
     check_bf16(&c, path, dir, goldens, features);
@@ -400,10 +403,15 @@ int main(int argc, char **argv)
         {"v-rms-qk1-b0", "v-rms-qk1-b0"},
         {"v-rms-qk1-b1", "v-rms-qk1-b1"},
     };
-    int n_failed = 0;
+    int n_failed = 0, on_cuda = argc > 1 && strcmp(argv[1], "--cuda") == 0;
+    const char *only = argv[1 + on_cuda]; // NULL: all
+    struct device_options device = {
+        .kind = on_cuda ? DEVICE_CUDA : DEVICE_CPU, .n_threads = 2, .deterministic = 1};
+    backend = device_open_backend(&device);
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
-        if (argc < 2 || strcmp(argv[1], names[i][0]) == 0)
+        if (!only || strcmp(only, names[i][0]) == 0)
             n_failed += check_checkpoint(names[i][0], names[i][1]);
+    backend_close(backend);
     printf("%d checkpoints failed\n", n_failed);
     return n_failed != 0;
 }

@@ -27,7 +27,7 @@ static void make_job(struct rank_host *all)
         all[r].n_cores = 8;
         all[r].n_threads = r > 0;
         all[r].n_devices = 3;
-        all[r].wants_device = r > 0;
+        all[r].device_use = r > 0 ? DEVICE_USE_OWN : DEVICE_USE_NONE;
     }
 }
 
@@ -89,7 +89,32 @@ static void too_few_devices(void **state)
     (void)state;
     make_job(all);
     all[4].n_devices = all[5].n_devices = 1;
-    assert_refused(all, "2 ranks on b want a GPU each and it has 1 (rank 4 is the first there)");
+    assert_refused(all, "2 ranks on b need a GPU each and this build finds 1 there "
+                        "(--vision-share-gpu: vision ranks share)");
+}
+
+static void devices_are_dealt_out(void **state)
+{
+    static const int own[WORLD] = {-1, 0, 1, 2, 0, 1}, shared[WORLD] = {-1, 0, 0, 1, 0, 1};
+    struct rank_host all[WORLD];
+    struct error err = {0};
+    (void)state;
+    make_job(all);
+    for (int r = 0; r < WORLD; r++)
+        assert_int_equal(hosts_device(all, WORLD, r), own[r]);
+    all[1].device_use = DEVICE_USE_SHARED; /* the vision rank, with the first shard */
+    for (int r = 0; r < WORLD; r++)
+        assert_int_equal(hosts_device(all, WORLD, r), shared[r]);
+    for (int r = 0; r < 4; r++)
+        all[r].n_devices = 2;
+    assert_int_equal(hosts_check(all, WORLD, &err), 0);
+    for (int r = 1; r < 4; r++) { /* nobody there has one of its own */
+        all[r].device_use = DEVICE_USE_SHARED;
+        assert_int_equal(hosts_check(all, WORLD, &err), 0);
+    }
+    assert_int_equal(hosts_device(all, WORLD, 3), 0);
+    all[1].n_devices = 0;
+    assert_refused(all, "rank 1 shares a GPU of a and this build finds none there");
 }
 
 static void prints_a_line_a_rank(void **state)
@@ -113,6 +138,7 @@ int main(void)
         cmocka_unit_test(settings_differ),
         cmocka_unit_test(checkpoints_differ),
         cmocka_unit_test(too_few_devices),
+        cmocka_unit_test(devices_are_dealt_out),
         cmocka_unit_test(prints_a_line_a_rank),
     };
     return cmocka_run_group_tests_name("hosts", tests, NULL, NULL);

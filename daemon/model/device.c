@@ -1,0 +1,51 @@
+/*
+ * The choice between the CPU and CUDA, and between MPI and NCCL (device.h).
+ */
+#include "daemon/model/device.h"
+
+#include "kernels/cuda_backend.h"
+#include "parallel/comm_nccl.h"
+
+int device_count(void)
+{
+    return backend_cuda_count();
+}
+
+struct backend *device_open_backend(const struct device_options *o)
+{
+    struct cuda_options cuda = {
+        .device = o->index, .activation_dtype = DTYPE_F32, .deterministic = o->deterministic};
+
+    return o->kind == DEVICE_CUDA ? backend_cuda_open(&cuda)
+                                  : backend_cpu_open(o->n_threads, o->isa);
+}
+
+/* A group of the language ranks that share `color`, ordered by `key`; others pass -1. */
+static struct comm *open_group(const struct device *d, const struct device_options *o,
+                               const struct topology *t, int color, int key, size_t max_bytes)
+{
+    if (o->kind == DEVICE_CUDA)
+        return comm_nccl_open(color < 0 ? NULL : d->backend, t->rank, t->world, color, key,
+                              max_bytes, o->deterministic);
+    return comm_mpi_open(color, key, max_bytes);
+}
+
+void device_open(struct device *d, const struct device_options *o, const struct topology *t,
+                 size_t max_bytes)
+{
+    int language = t->role == ROLE_LANGUAGE;
+
+    *d = (struct device){.backend = t->role == ROLE_GATEWAY ? NULL : device_open_backend(o)};
+    d->comm.shards =
+        open_group(d, o, t, language ? t->stage : -1, language ? t->shard : 0, max_bytes);
+    d->comm.stages = open_group(d, o, t, language ? t->shard : -1, language ? t->stage : 0, 0);
+}
+
+void device_close(struct device *d)
+{
+    comm_close(d->comm.stages);
+    comm_close(d->comm.shards);
+    if (d->backend)
+        backend_close(d->backend);
+    *d = (struct device){0};
+}

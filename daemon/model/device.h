@@ -1,0 +1,46 @@
+/*
+ * Where a rank computes: on its host's cores, or on one of its host's GPUs; and the groups of ranks
+ * that its tensors travel in, which MPI serves on the CPU and NCCL on GPUs.
+ *
+ * The one place that chooses between the two back ends. It is a library of its own, because who
+ * links it also says which CUDA back end answers: the real one, its emulation, or none.
+ */
+#ifndef INTERNVLD_MODEL_DEVICE_H
+#define INTERNVLD_MODEL_DEVICE_H
+
+#include "daemon/model/model_comm.h"
+#include "kernels/backend.h"
+#include "parallel/topology.h"
+
+enum device_kind { DEVICE_CPU, DEVICE_CUDA };
+
+struct device_options {
+    enum device_kind kind;
+    int n_threads;     // CPU: at least 1
+    const char *isa;   // CPU: NULL or "auto": CPUID
+    int index;         // CUDA: number among this host's devices
+    int deterministic; // CUDA: sums by lanes and tree, bitwise the same in every layout
+};
+
+/* A back end without groups, closed by backend_close(). */
+struct backend *device_open_backend(const struct device_options *o);
+
+/* GPUs of this host that this build can use; 0 without a driver, or in a build without CUDA. */
+int device_count(void);
+
+/* Where one rank computes and with whom. The gateway and a rank alone have no groups; the gateway
+ * has no back end either. */
+struct device {
+    struct backend *backend; // NULL: the gateway
+    struct model_comm comm;
+};
+
+/* Collective over the job: every rank calls it once, right after launch_init() and before control
+ * opens, in the same order. max_bytes bounds an all_reduce: max_num_batched_tokens * hidden_size *
+ * 4. Dies when the device cannot be had. */
+void device_open(struct device *d, const struct device_options *o, const struct topology *t,
+                 size_t max_bytes);
+/* What was allocated on the back end is freed before. */
+void device_close(struct device *d);
+
+#endif
