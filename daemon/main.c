@@ -25,12 +25,14 @@
 #include "daemon/options.h"
 #include "daemon/processor/processor.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 #include "parallel/control.h"
 #include "parallel/hosts.h"
 #include "parallel/launch.h"
 #include "parallel/topology.h"
 
 #define EXIT_USAGE 2
+#define TRACE_BYTES_MAX ((uint64_t)256 << 20)
 
 /* What the command line and the checkpoint's config make together: the same on every rank. */
 struct settings {
@@ -234,6 +236,25 @@ static struct processor *open_processor(const struct settings *s, const struct t
     return p;
 }
 
+/* Collective: with INTERNVLD_TRACE=FILE rank 0 writes a timeline, the others record theirs. */
+static void open_trace(const struct topology *t, struct error *err)
+{
+    const char *path = t->rank == 0 ? getenv("INTERNVLD_TRACE") : NULL;
+    int is_on = path && *path;
+    char who[64];
+
+    launch_broadcast(&is_on, sizeof(is_on));
+    if (!is_on)
+        return;
+    int64_t clock_offset_ns = launch_clock_offset(t->rank, t->world);
+    if (t->rank > 0)
+        trace_record(clock_offset_ns);
+    else if (trace_open(path, TRACE_BYTES_MAX, err) == 0)
+        for (int i = 0; i < t->world; i++)
+            trace_name_rank(i, topology_describe(t, i, who, sizeof(who)));
+    launch_broadcast(err, sizeof(*err));
+}
+
 static int run_role(const struct settings *s, const struct topology *t, struct error *err)
 {
     struct processor_limits limits = make_limits(s);
@@ -250,6 +271,8 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
     struct control *control;
     int status = 1;
 
+    if (err->code == ERROR_OK)
+        open_trace(t, err);
     if (err->code == ERROR_OK) {
         device_open(&device, &d, t,
                     (size_t)s->options.max_num_batched_tokens * (size_t)s->model.text.hidden_size *
@@ -259,6 +282,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
                                          : run_worker(s, t, &device, mean, std, control);
         control_close(control);
         device_close(&device);
+        trace_close();
     }
     if (processor)
         processor_close(processor);

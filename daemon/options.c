@@ -338,6 +338,10 @@ void options_help(FILE *f)
         "    INTERNVLD_LOG=debug|info|warn|error[,SUBSYSTEM...]   what is logged to standard "
         "error\n"
         "    INTERNVLD_ISA=NAME                                   instruction set of the kernels\n"
+        "    INTERNVLD_TRACE=FILE                                 timeline of all ranks, for "
+        "Perfetto or\n"
+        "                                                         chrome://tracing; 256 MiB at "
+        "most\n"
         "\nExit status: 0 after a drain, 1 when something failed or a rank was lost, 2 for a "
         "wrong\n"
         "command line.\n",

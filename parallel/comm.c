@@ -9,12 +9,23 @@
 #include <time.h>
 
 #include "kernels/log.h"
+#include "kernels/trace.h"
+
+#define TRACE_FROM_NS 20000 // a shorter verb is no span of the timeline
 
 static uint64_t now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void count_wait(struct comm *c, const char *verb, uint64_t start_ns)
+{
+    uint64_t ns = now_ns() - start_ns;
+    c->wait_ns += ns;
+    if (ns >= TRACE_FROM_NS)
+        trace_end(verb, start_ns, "", 0);
 }
 
 static void check_peer(const struct comm *c, int peer)
@@ -31,7 +42,7 @@ void comm_all_reduce(struct comm *c, float *x, size_t n)
         return;
     uint64_t start_ns = now_ns();
     c->ops->all_reduce(c, x, n);
-    c->wait_ns += now_ns() - start_ns;
+    count_wait(c, "all_reduce", start_ns);
 }
 
 void comm_all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
@@ -41,7 +52,7 @@ void comm_all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
     uint64_t start_ns = now_ns();
     c->ops->all_gather(c, dst, src, n_bytes); // a group of one too: it knows whose memory this is
     if (c->size > 1)
-        c->wait_ns += now_ns() - start_ns;
+        count_wait(c, "all_gather", start_ns);
 }
 
 void comm_broadcast(struct comm *c, void *x, size_t n_bytes, int root)
@@ -51,7 +62,7 @@ void comm_broadcast(struct comm *c, void *x, size_t n_bytes, int root)
         return;
     uint64_t start_ns = now_ns();
     c->ops->broadcast(c, x, n_bytes, root);
-    c->wait_ns += now_ns() - start_ns;
+    count_wait(c, "broadcast", start_ns);
 }
 
 void comm_send(struct comm *c, const void *x, size_t n_bytes, int to)
@@ -61,7 +72,7 @@ void comm_send(struct comm *c, const void *x, size_t n_bytes, int to)
         BUG("rank %d sends to itself", to);
     uint64_t start_ns = now_ns();
     c->ops->send(c, x, n_bytes, to);
-    c->wait_ns += now_ns() - start_ns;
+    count_wait(c, "send", start_ns);
 }
 
 void comm_recv(struct comm *c, void *x, size_t n_bytes, int from)
@@ -71,7 +82,7 @@ void comm_recv(struct comm *c, void *x, size_t n_bytes, int from)
         BUG("rank %d receives from itself", from);
     uint64_t start_ns = now_ns();
     c->ops->recv(c, x, n_bytes, from);
-    c->wait_ns += now_ns() - start_ns;
+    count_wait(c, "recv", start_ns);
 }
 
 void comm_close(struct comm *c)

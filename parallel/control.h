@@ -36,6 +36,7 @@ enum control_type {
     CONTROL_FEATURES, // vision -> gateway: struct feature_result
     CONTROL_BATCH,    // gateway -> language: struct batch
     CONTROL_RESULT,   // language (shard 0 of a stage) -> gateway: struct step_result
+    CONTROL_TRACE,    // worker -> gateway: struct trace_span [n] (kernels/trace.h)
     CONTROL_STOP,     // gateway -> all: leave the loop, finalize, exit 0
     CONTROL_LOST,     // from control_next() only: the rank is gone
 };

@@ -18,6 +18,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "kernels/log.h"
@@ -28,6 +29,7 @@ void __lsan_disable(void) __attribute__((weak));
 void __lsan_enable(void) __attribute__((weak));
 void __lsan_do_leak_check(void) __attribute__((weak)); // now, and not at exit
 
+#define N_TIME_ROUNDS 8
 #define ABORT_TIMEOUT_S 2 // for MPI_Abort() to do its work, then the process just ends
 
 static struct {
@@ -239,6 +241,42 @@ void launch_all_gather(void *all, const void *mine, size_t n_bytes)
 void launch_barrier(void)
 {
     check(MPI_Barrier(MPI_COMM_WORLD), "MPI_Barrier");
+}
+
+static int64_t clock_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* One question about the time, answered by rank 0. */
+static void ask_time(int64_t *offset, int64_t *shortest)
+{
+    int64_t asked = clock_ns(), theirs, answered;
+    check(MPI_Send(&asked, 1, MPI_INT64_T, 0, 0, MPI_COMM_WORLD), "MPI_Send");
+    check(MPI_Recv(&theirs, 1, MPI_INT64_T, 0, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE), "MPI_Recv");
+    answered = clock_ns();
+    if (answered - asked > *shortest)
+        return;
+    *shortest = answered - asked;
+    *offset = theirs - (asked + answered) / 2;
+}
+
+int64_t launch_clock_offset(int rank, int world)
+{
+    int64_t offset = 0, shortest = INT64_MAX, time_of_asking;
+    for (int i = 0; i < N_TIME_ROUNDS && rank > 0; i++)
+        ask_time(&offset, &shortest);
+    for (int i = 0; i < N_TIME_ROUNDS * (world - 1) && rank == 0; i++) {
+        int asker = 1 + i / N_TIME_ROUNDS;
+        check(
+            MPI_Recv(&time_of_asking, 1, MPI_INT64_T, asker, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE),
+            "MPI_Recv");
+        int64_t now = clock_ns();
+        check(MPI_Send(&now, 1, MPI_INT64_T, asker, 0, MPI_COMM_WORLD), "MPI_Send");
+    }
+    return offset;
 }
 
 void launch_finalize(void)

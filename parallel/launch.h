@@ -6,6 +6,7 @@
 #define INTERNVLD_PARALLEL_LAUNCH_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* 1 when this process was started by mpirun or srun (OMPI_COMM_WORLD_SIZE, PMIX_RANK, or SLURM with
  * PMIx). */
@@ -31,6 +32,9 @@ void launch_broadcast(void *x, size_t n_bytes);
 /* all [world, n_bytes] <- mine [n_bytes]. */
 void launch_all_gather(void *all, const void *mine, size_t n_bytes);
 void launch_barrier(void);
+/* Collective: what to add to this rank's CLOCK_MONOTONIC to get rank 0's, measured once by a few
+ * round trips to rank 0; good to half of the shortest. ns */
+int64_t launch_clock_offset(int rank, int world);
 void launch_finalize(void);
 _Noreturn void launch_abort(int status); // MPI_Abort
 

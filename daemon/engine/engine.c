@@ -21,6 +21,7 @@
 #include "daemon/engine/scheduler.h"
 #include "daemon/engine/vision_stage.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 #include "parallel/batch.h"
 
 #define WAIT_MAX_MS 500                          // control wakes us more often than that
@@ -123,6 +124,20 @@ static void push_image_features(struct engine *e, const struct ticket *t)
                      e->config.feature_dim, t->features);
 }
 
+/* The request's way through the daemon, as phases of the timeline. */
+static void trace_request(const struct ticket *t)
+{
+    const struct request *r = t->request;
+    uint64_t now = trace_begin(), begun = t->first_step_ns ? t->first_step_ns : now;
+    if (now == 0)
+        return;
+    trace_phase(t->number, r->id, "request", r->arrival_ns, now);
+    trace_phase(t->number, r->id, "queue", r->arrival_ns, begun);
+    trace_phase(t->number, r->id, "vision", t->vision_start_ns, t->vision_end_ns);
+    trace_phase(t->number, r->id, "prefill", t->first_step_ns, t->prefill_end_ns);
+    trace_phase(t->number, r->id, "decode", t->prefill_end_ns, now);
+}
+
 /* The ticket's last moment: pages go back, the stream ends, the request is freed. err NULL: all
  * went well. */
 static void end_request(struct engine *e, struct ticket *t, const struct error *err)
@@ -136,6 +151,7 @@ static void end_request(struct engine *e, struct ticket *t, const struct error *
     measure(t, now_ns(), &u, &m);
     if (!err && t->request->want_image_features && t->n_tiles > 0)
         push_image_features(e, t);
+    trace_request(t);
     vision_stage_forget(&e->vision, t);
     struct request *r = scheduler_remove(&e->scheduler, t);
     stream_finish(r->stream, err, &u, &m);
@@ -236,9 +252,12 @@ static struct message *pack_job(const struct vision_job *job)
 static void send_tiles(struct engine *e)
 {
     const struct vision_job *job;
-    while ((job = vision_stage_next(&e->vision, now_ns())) != NULL)
+    while ((job = vision_stage_next(&e->vision, now_ns())) != NULL) {
+        uint64_t begin_ns = trace_begin();
         control_send(e->control, topology_vision_rank(&e->topology, job->vision_index),
                      pack_job(job));
+        trace_end("send tiles", begin_ns, "tiles", job->n_tiles);
+    }
 }
 
 /* To every language rank; only the first stage's message carries features. */
@@ -259,12 +278,15 @@ static void send_batch(struct engine *e, const struct batch *b)
 static void send_steps(struct engine *e)
 {
     struct step *p;
+    uint64_t begin_ns = trace_begin();
     while ((p = scheduler_step(&e->scheduler, now_ns())) != NULL) {
         /* The last stage's shard 0 says the tokens; the others' answers matter when they capture.
          */
         struct flight *f = &e->flights[p - e->scheduler.steps];
         f->n_left = p->has_captures ? e->topology.layout.pipeline_parallel : 1;
         send_batch(e, e->scheduler.batch);
+        trace_end("send step", begin_ns, "tokens", p->n_tokens);
+        begin_ns = trace_begin();
     }
 }
 
@@ -439,6 +461,7 @@ static void complete_step(struct engine *e, struct step *p, struct flight *f)
     for (int32_t i = 0; i < s->n_events; i++)
         if (s->events[i].ticket->request && s->events[i].ticket->n_unfinished == 0)
             end_request(e, s->events[i].ticket, NULL);
+    trace_end("push tokens", now, "step", (int64_t)f->result.step_id);
     step_result_release(&f->result);
     message_unref(f->message);
     *f = (struct flight){0};
@@ -479,6 +502,14 @@ static void take_result(struct engine *e, struct message *m)
         complete_step(e, p, f);
 }
 
+static void take_trace(const struct message *m)
+{
+    const struct trace_span *spans = (const struct trace_span *)(const void *)m->payload;
+    if (m->n_bytes % sizeof(*spans) != 0)
+        die("rank %d sent %llu bytes of timeline", m->rank, (unsigned long long)m->n_bytes);
+    trace_rank(m->rank, spans, (int)(m->n_bytes / sizeof(*spans)));
+}
+
 static void take_loss(struct engine *e, int rank)
 {
     char who[64], sentence[128];
@@ -510,6 +541,8 @@ static void receive(struct engine *e)
             take_features(e, m);
         else if (m->type == CONTROL_RESULT)
             take_result(e, m);
+        else if (m->type == CONTROL_TRACE)
+            take_trace(m);
         else
             die("rank %d sent message type %d to the engine", m->rank, (int)m->type);
         message_unref(m);
@@ -552,14 +585,18 @@ static void stop_workers(struct engine *e)
         while (control_queued_bytes(e->control, rank) > 0 && now_ns() < until) {
             wait_for_events(e, until);
             struct message *m;
-            while ((m = control_next(e->control)) != NULL) // those who have left already
+            while ((m = control_next(e->control)) != NULL) { // those who have left already
+                if (m->type == CONTROL_TRACE)
+                    take_trace(m);
                 message_unref(m);
+            }
         }
 }
 
 static void *run(void *arg)
 {
     struct engine *e = arg;
+    trace_name_thread("engine");
     for (;;) {
         pthread_mutex_lock(&e->mutex);
         int closing = e->closing, ending_all = e->ending_all;

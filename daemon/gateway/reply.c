@@ -14,6 +14,7 @@
 
 #include "daemon/gateway/gateway_state.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 
 #define CHUNK_BYTES ((size_t)1 << 20) // of a tensor, in one message
 
@@ -615,10 +616,8 @@ static void reply_write_next(struct reply *r)
     }
 }
 
-static void reply_step(void *state)
+static void reply_go_on(struct reply *r)
 {
-    struct reply *r = state;
-
     if (!atomic_load(&r->is_handed))
         return;
     if (r->stream && !r->is_closed)
@@ -635,4 +634,12 @@ static void reply_step(void *state)
     }
     rpc_finish(r->call, NULL, NULL);
     reply_free(r);
+}
+
+static void reply_step(void *state)
+{
+    uint64_t begin_ns = trace_begin();
+
+    reply_go_on(state);
+    trace_end("write reply", begin_ns, "", 0);
 }

@@ -27,6 +27,7 @@
 #include "daemon/gateway/listener.h"
 #include "daemon/gateway/wire_check.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 
 #define ARMED_PER_METHOD 4
 #define MAX_STREAMS_PER_CONNECTION 1024
@@ -530,6 +531,7 @@ static void *completion_loop(void *arg)
 {
     struct rpc_server *s = arg;
 
+    trace_name_thread("calls");
     for (;;) {
         grpc_event ev =
             grpc_completion_queue_next(s->queue, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);

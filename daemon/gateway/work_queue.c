@@ -5,10 +5,20 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 
 #include "kernels/log.h"
+#include "kernels/trace.h"
+
+struct work_queue;
+
+struct work_thread {
+    struct work_queue *queue;
+    pthread_t thread;
+    int index;
+};
 
 struct job {
     void (*run)(void *arg);
@@ -19,7 +29,7 @@ struct job {
 struct work_queue {
     int n_threads, max_jobs;
     size_t max_bytes;
-    pthread_t *threads; // [n_threads]
+    struct work_thread *threads; // [n_threads]
     pthread_mutex_t mutex;
     pthread_cond_t has_work, is_idle;
     struct job *jobs; // [max_jobs] ring
@@ -30,8 +40,12 @@ struct work_queue {
 
 static void *work_loop(void *arg)
 {
-    struct work_queue *q = arg;
+    const struct work_thread *self = arg;
+    struct work_queue *q = self->queue;
+    char name[32];
 
+    snprintf(name, sizeof(name), "processor %d", self->index);
+    trace_name_thread(name);
     pthread_mutex_lock(&q->mutex);
     for (;;) {
         while (!q->n_waiting && !q->is_closing)
@@ -43,7 +57,9 @@ static void *work_loop(void *arg)
         q->n_waiting--;
         q->n_running++;
         pthread_mutex_unlock(&q->mutex);
+        uint64_t begin_ns = trace_begin();
         job.run(job.arg);
+        trace_end("prepare", begin_ns, "bytes", (int64_t)job.n_bytes);
         pthread_mutex_lock(&q->mutex);
         q->n_running--;
         q->n_bytes -= job.n_bytes;
@@ -66,9 +82,11 @@ struct work_queue *work_queue_open(int n_threads, int max_jobs, size_t max_bytes
     pthread_mutex_init(&q->mutex, NULL);
     pthread_cond_init(&q->has_work, NULL);
     pthread_cond_init(&q->is_idle, NULL);
-    for (int i = 0; i < n_threads; i++)
-        if (pthread_create(&q->threads[i], NULL, work_loop, q))
+    for (int i = 0; i < n_threads; i++) {
+        q->threads[i] = (struct work_thread){.queue = q, .index = i};
+        if (pthread_create(&q->threads[i].thread, NULL, work_loop, &q->threads[i]))
             die("cannot start processor thread %d", i);
+    }
     return q;
 }
 
@@ -140,7 +158,7 @@ void work_queue_close(struct work_queue *q)
     pthread_cond_broadcast(&q->has_work);
     pthread_mutex_unlock(&q->mutex);
     for (int i = 0; i < q->n_threads; i++)
-        pthread_join(q->threads[i], NULL);
+        pthread_join(q->threads[i].thread, NULL);
     pthread_mutex_destroy(&q->mutex);
     pthread_cond_destroy(&q->has_work);
     pthread_cond_destroy(&q->is_idle);

@@ -10,6 +10,7 @@
 
 #include "daemon/model/rope.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 
 /* One step on its way. */
 struct step {
@@ -399,7 +400,9 @@ static void finish(struct step *s)
         if (m->shard != 0)
             continue;
         op_download(b, m->host_logits, m->scratch.gathered, n_bytes * (size_t)m->n_shards);
+        uint64_t begin_ns = trace_begin();
         finish_chunk(s, m->needed + first, n);
+        trace_end("sample", begin_ns, "rows", n);
     }
     if (m->shard != 0)
         return;

@@ -8,6 +8,7 @@
 #include "daemon/model/language.h"
 #include "daemon/model/worker_report.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 
 static uint64_t waited_ns(const struct model_comm *comm)
 {
@@ -41,6 +42,8 @@ static void step(struct language_model *m, struct control *c, const struct messa
     log_debug("language", "step %llu: %d tokens, %d sequences in %.2f ms, %.2f waiting",
               (unsigned long long)b.step_id, b.n_tokens, b.n_sequences, (double)r.compute_ns / 1e6,
               (double)r.wait_ns / 1e6);
+    trace_end("step", start, "step", (int64_t)b.step_id);
+    worker_report_trace(c);
     if (m->shard == 0)
         control_reply(c, step_result_pack(&r));
     capture_clear(captures);

@@ -9,6 +9,7 @@
 #include "daemon/model/vision.h"
 #include "daemon/model/worker_report.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 
 static uint8_t has_not_finite(const float *x, size_t n)
 {
@@ -41,6 +42,7 @@ static struct message *encode(struct vision_model *m, const struct message *requ
                                .compute_ns = worker_now_ns() - start,
                                .features = features,
                                .captured = captures->items};
+    trace_end("encode tiles", start, "tiles", t.n_tiles);
     struct message *reply = feature_result_pack(&r);
     free(features);
     free(not_finite);
@@ -66,10 +68,13 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
     for (;;) {
         struct message *request = control_recv(c);
         int stop = request->type == CONTROL_STOP;
-        if (request->type == CONTROL_TILES)
-            control_reply(c, encode(&m, request, &captures));
-        else if (!stop)
+        if (request->type == CONTROL_TILES) {
+            struct message *reply = encode(&m, request, &captures);
+            worker_report_trace(c);
+            control_reply(c, reply);
+        } else if (!stop) {
             BUG("a vision rank got message type %d", (int)request->type);
+        }
         message_unref(request);
         if (stop)
             break;

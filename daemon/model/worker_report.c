@@ -4,10 +4,12 @@
 #include "daemon/model/worker_report.h"
 
 #include <stdio.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "kernels/log.h"
+#include "kernels/trace.h"
 #include "parallel/batch.h"
 
 uint64_t worker_now_ns(void)
@@ -51,4 +53,15 @@ void worker_report_ready(const struct topology *t, struct control *c, const stru
              (double)weight_bytes / mib, (double)kv_bytes / mib, (double)scratch_bytes / mib,
              (unsigned long long)info.load_ms);
     control_reply(c, rank_info_pack(&info));
+}
+
+void worker_report_trace(struct control *c)
+{
+    const struct trace_span *spans;
+    size_t n_bytes = (size_t)trace_take(&spans) * sizeof(*spans);
+    if (n_bytes == 0)
+        return;
+    struct message *m = message_new(CONTROL_TRACE, n_bytes);
+    memcpy(m->payload, spans, n_bytes);
+    control_reply(c, m);
 }

@@ -15,4 +15,7 @@ void worker_report_ready(const struct topology *t, struct control *c, const stru
                          uint64_t weight_bytes, uint64_t kv_bytes, uint64_t scratch_bytes,
                          uint64_t start_ns);
 
+/* Sends what the timeline has recorded since; nothing without a timeline. */
+void worker_report_trace(struct control *c);
+
 #endif

@@ -18,6 +18,7 @@
 #include "daemon/processor/tiling.h"
 #include "daemon/processor/video.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 
 #define N_CHANNELS 3 // of what the codecs give
 
@@ -517,6 +518,7 @@ static int prepare(struct preparation *r, const struct conversation *c, struct a
     t0 = now_ns();
     if (decode_media(r, out))
         return -1;
+    trace_end("decode media", t0, "tiles", out->n_tiles);
     out->decode_ns = plan_ns + (now_ns() - t0);
     return 0;
 }
