@@ -78,11 +78,15 @@ static uint64_t hash_checkpoint(const char *dir)
     return hash;
 }
 
-static int count_cores(void)
+static void look_at_cores(struct rank_host *mine)
 {
     cpu_set_t cores;
 
-    return sched_getaffinity(0, sizeof(cores), &cores) == 0 ? CPU_COUNT(&cores) : 1;
+    mine->n_cores = 1;
+    if (sched_getaffinity(0, sizeof(cores), &cores) != 0)
+        return;
+    mine->n_cores = CPU_COUNT(&cores);
+    mine->cores_hash = hash_bytes(HASH_BASIS, &cores, sizeof(cores));
 }
 
 static void write_settings(char *text, size_t n_bytes, const struct options *o, const char *dtype,
@@ -106,16 +110,15 @@ static void write_settings(char *text, size_t n_bytes, const struct options *o, 
 }
 
 void job_describe(struct rank_host *mine, const struct options *o, const char *dtype,
-                  int32_t n_pages, int n_threads, const struct error *error)
+                  int32_t n_pages, const struct error *error)
 {
     memset(mine, 0, sizeof(*mine));
     gethostname(mine->host, sizeof(mine->host) - 1);
     mine->error = *error;
-    mine->n_cores = count_cores();
+    look_at_cores(mine);
     mine->n_devices = device_count();
     if (error->code != ERROR_OK)
         return;
-    mine->n_threads = n_threads;
     mine->checkpoint_hash = hash_checkpoint(o->model);
     write_settings(mine->settings, sizeof(mine->settings), o, dtype, n_pages);
 }
@@ -134,4 +137,14 @@ enum device_kind job_choose_device(struct rank_host *all, const struct options *
                             : o->vision_share_gpu && r <= t->layout.n_vision ? DEVICE_USE_SHARED
                                                                              : DEVICE_USE_OWN;
     return kind;
+}
+
+void job_choose_threads(struct rank_host *all, const struct options *o, const struct topology *t,
+                        enum device_kind kind)
+{
+    for (int r = 1; r < t->world; r++) {
+        int n = all[r].n_cores / hosts_n_sharing_cores(all, t, r);
+
+        all[r].n_threads = kind == DEVICE_CUDA ? 1 : o->threads ? (int)o->threads : n > 1 ? n : 1;
+    }
 }

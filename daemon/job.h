@@ -14,14 +14,19 @@
 #include "kernels/error.h"
 #include "parallel/hosts.h"
 
-/* This rank's description. `dtype` is the run's, n_pages the KV pages of each language rank,
- * n_threads what this rank computes with; none of them count when error.code is set. */
+/* This rank's description. `dtype` is the run's, n_pages the KV pages of each language rank; they
+ * do not count when error.code is set. */
 void job_describe(struct rank_host *mine, const struct options *o, const char *dtype,
-                  int32_t n_pages, int n_threads, const struct error *error);
+                  int32_t n_pages, const struct error *error);
 /* What --device means for the job, once all ranks [topology.world] have described themselves: auto
  * is CUDA where every host of a vision or language rank has a GPU that its build can use. Marks in
  * `all` which ranks use one. */
 enum device_kind job_choose_device(struct rank_host *all, const struct options *o,
                                    const struct topology *t);
+/* With how many threads each rank computes: --threads, or its cores divided by the ranks of its
+ * role that have the same cores. Vision and language ranks are not counted together, since what one
+ * request waits for is one or the other. */
+void job_choose_threads(struct rank_host *all, const struct options *o, const struct topology *t,
+                        enum device_kind kind);
 
 #endif

@@ -7,7 +7,6 @@
  * The only place that fills the structs each role is told by; environment variables of behaviour
  * are read here.
  */
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,8 +42,10 @@ struct settings {
     struct plan plan;
     int32_t max_model_len;
     struct auth auth;
-    enum device_kind device_kind; // these two once the ranks have agreed
-    int device_index;             // among this host's GPUs, -1: none
+    /* once the ranks have agreed */
+    enum device_kind device_kind;
+    int device_index; // among this host's GPUs, -1: none
+    int n_threads;    // of this rank
 };
 
 static int check_listen(const struct options *o, const char *name, const char *address,
@@ -154,21 +155,6 @@ static int run_gateway(const struct settings *s, const struct topology *t,
     return gateway_run(&g, &s->model, t, processor, control);
 }
 
-/* Cores this process may use, shared among the host's ranks. */
-static int choose_threads(const struct options *o)
-{
-    int n_on_host, index;
-    int n_cores = 1;
-    cpu_set_t cores;
-
-    if (o->threads)
-        return (int)o->threads;
-    launch_host_ranks(&n_on_host, &index);
-    if (sched_getaffinity(0, sizeof(cores), &cores) == 0)
-        n_cores = CPU_COUNT(&cores);
-    return n_cores > n_on_host ? n_cores / n_on_host : 1;
-}
-
 static int run_worker(const struct settings *s, const struct topology *t, struct device *device,
                       const float *mean, const float *std, struct control *control)
 {
@@ -264,7 +250,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
     struct processor *processor = open_processor(s, t, &limits, mean, std, err);
     struct device device = {0};
     struct device_options d = {.kind = s->device_kind,
-                               .n_threads = choose_threads(&s->options),
+                               .n_threads = s->n_threads,
                                .isa = getenv("INTERNVLD_ISA"),
                                .index = s->device_index,
                                .deterministic = (int)s->options.deterministic};
@@ -305,17 +291,19 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
                  struct error *err)
 {
     struct rank_host mine, *all = xcalloc((size_t)world, sizeof(*all));
-    int n_threads = rank > 0 && err->code == ERROR_OK ? choose_threads(&s->options) : 0;
     int rc;
 
-    job_describe(&mine, &s->options, dtype_name(s->dtype), s->plan.n_pages, n_threads, err);
+    job_describe(&mine, &s->options, dtype_name(s->dtype), s->plan.n_pages, err);
     rc = hosts_exchange(all, &mine, INTERNVLD_VERSION, world, err);
     if (rc == 0) {
         s->device_kind = job_choose_device(all, &s->options, t);
+        job_choose_threads(all, &s->options, t, s->device_kind);
         rc = hosts_check(all, world, err);
     }
-    if (rc == 0)
+    if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
+        s->n_threads = all[rank].n_threads;
+    }
     if (rc == 0 && rank == 0 && s->options.map)
         hosts_print(stdout, all, t);
     if (rc == 0 && rank == 0)

@@ -13,7 +13,7 @@
  * power-of-two run of lanes therefore yields an inner node of the same tree, and comm's all-reduce
  * adds the upper part.
  *   - paged_attention: each (query token, head) walks its keys in position order, in fixed steps of
- * one page.
+ * positions (the back end's own, whatever the page size).
  *
  * Activations are float32 on the CPU in both --dtype modes; with bfloat16 weights the input of a
  * matmul is first rounded to bfloat16 and products accumulate in float32. (CUDA will hold bfloat16

@@ -17,6 +17,11 @@ static int64_t round_up16(int64_t n)
     return (n + 15) / 16 * 16;
 }
 
+static int64_t clamp(int64_t x, int64_t lo, int64_t hi)
+{
+    return x < lo ? lo : x > hi ? hi : x;
+}
+
 /* Carves `n` floats, a multiple of 16, off a scratch block. */
 static float *carve(float **at, int64_t n)
 {
@@ -35,6 +40,9 @@ static void transpose(const struct cpu_state *s, float *dst, const float *src, i
 }
 
 /* ---- causal attention over pages ---- */
+
+/* Key positions of one softmax step, whatever the page size: [i * PAGED_STEP, (i + 1) * …). */
+#define PAGED_STEP 64
 
 struct paged_job {
     struct cpu_state *state;
@@ -55,39 +63,46 @@ struct paged_tile {
     int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // key positions it sees: [lo, hi)
     struct softmax softmax[TILE_ROWS_MAX];
     float *queries; // [head_dim][TILE_ROWS_MAX]
-    float *scores;  // [n_rows][page_size]
-    float *p;       // [page_size][TILE_ROWS_MAX]
+    float *scores;  // [n_rows][PAGED_STEP]
+    float *p;       // [PAGED_STEP][TILE_ROWS_MAX]
     float *sums;    // [n_rows][head_dim rounded up to 16]
-    void *v_tail;   // [page_size][16] of the page's type: the last columns, where 16 divides not
+    void *v_tail;   // [PAGED_STEP][16] of the page's type: the last columns, where 16 divides not
 };
 
 static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int thread)
 {
-    const int64_t n_rows = TILE_ROWS_MAX, page = job->kv->page_size;
-    const int64_t dim = round_up16(job->kv->head_dim);
-    size_t n_floats = (size_t)(n_rows * (2 * dim + 2 * page) + page * 16 + 5 * 16);
+    const int64_t n_rows = TILE_ROWS_MAX, dim = round_up16(job->kv->head_dim);
+    size_t n_floats = (size_t)(n_rows * (2 * dim + 2 * PAGED_STEP) + PAGED_STEP * 16 + 5 * 16);
     float *at = cpu_scratch_reserve(&job->state->thread[thread], n_floats * sizeof(float));
     t->queries = carve(&at, dim * n_rows);
-    t->scores = carve(&at, n_rows * page);
-    t->p = carve(&at, page * n_rows);
+    t->scores = carve(&at, n_rows * PAGED_STEP);
+    t->p = carve(&at, PAGED_STEP * n_rows);
     t->sums = carve(&at, n_rows * dim);
-    t->v_tail = carve(&at, page * 16);
+    t->v_tail = carve(&at, PAGED_STEP * 16);
 }
 
-/* Keys [from, to) of the page: sums[row ..] += p V for n_rows rows from `row` on. */
-static void add_values(const struct paged_job *job, struct paged_tile *t, const char *v, int row,
-                       int n_rows, int64_t from, int64_t to)
+/* The keys of one step that lie in one page: columns [column, column + n) of the step's scores. */
+struct paged_run {
+    const char *k, *v; // of the first of these keys: [head_dim][page_size], [n][head_dim]
+    int64_t column, n; // n is a multiple of 16
+};
+
+/* Columns [from, to) of the run: sums[row ..] += p V for n_rows rows from `row` on. */
+static void add_values(const struct paged_job *job, struct paged_tile *t,
+                       const struct paged_run *run, int row, int n_rows, int64_t from, int64_t to)
 {
     const struct kv_pages *kv = job->kv;
     const enum tile_source source = kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16;
     const size_t element = dtype_size(kv->dtype);
     const int64_t dim = kv->head_dim, dim16 = round_up16(dim);
+    from = clamp(from - run->column, 0, run->n);
+    to = clamp(to - run->column, 0, run->n);
     if (from >= to)
         return;
     struct tile product = {
-        .a = t->p + from * TILE_ROWS_MAX + row,
+        .a = t->p + (run->column + from) * TILE_ROWS_MAX + row,
         .a_step = TILE_ROWS_MAX,
-        .b = v + (size_t)(from * dim) * element,
+        .b = run->v + (size_t)(from * dim) * element,
         .b_step = dim,
         .b_block = 16,
         .c = t->sums + row * dim16,
@@ -105,43 +120,60 @@ static void add_values(const struct paged_job *job, struct paged_tile *t, const 
     }
 }
 
-/* The last head_dim % 16 columns of a page's values, padded with zeros to 16. */
-static void copy_value_tail(const struct kv_pages *kv, struct paged_tile *t, const char *v)
+/* The last head_dim % 16 columns of a run's values, padded with zeros to 16. */
+static void copy_value_tail(const struct kv_pages *kv, struct paged_tile *t,
+                            const struct paged_run *run)
 {
     const size_t element = dtype_size(kv->dtype);
     const size_t n = (size_t)(kv->head_dim % 16) * element;
     const size_t first = (size_t)(kv->head_dim / 16 * 16) * element;
     if (n == 0)
         return;
-    memset(t->v_tail, 0, (size_t)kv->page_size * 16 * element);
-    for (int64_t j = 0; j < kv->page_size; j++)
+    memset(t->v_tail, 0, (size_t)run->n * 16 * element);
+    for (int64_t j = 0; j < run->n; j++)
         memcpy((char *)t->v_tail + (size_t)j * 16 * element,
-               v + (size_t)(j * kv->head_dim) * element + first, n);
+               run->v + (size_t)(j * kv->head_dim) * element + first, n);
 }
 
-static int64_t clamp(int64_t x, int64_t lo, int64_t hi)
-{
-    return x < lo ? lo : x > hi ? hi : x;
-}
-
-/* One page: scores of all its keys, then each row takes in those it sees. Keys that a row does not
- * see may hold anything (a page is reused without being cleared): they enter no sum of the row. */
-static void tile_take_page(const struct paged_job *job, struct paged_tile *t, int64_t page_index)
+/* Cuts key positions [first + from, first + to) at the ends of pages; returns how many runs. */
+static int cut_runs(const struct paged_job *job, const struct paged_tile *t, int64_t first,
+                    int64_t from, int64_t to, struct paged_run runs[PAGED_STEP / 16])
 {
     const struct kv_pages *kv = job->kv;
-    const int64_t size = kv->page_size, dim = kv->head_dim, first = page_index * size;
-    const int32_t page = job->layout->pages[job->layout->page_start[t->sequence] + page_index];
-    if (page < 0 || page >= kv->n_pages)
-        BUG("page %d of %d", page, kv->n_pages);
-    const size_t at = (size_t)(((int64_t)page * kv->n_kv_heads + t->kv_head) * dim * size);
+    const int64_t size = kv->page_size, dim = kv->head_dim;
+    const int32_t *pages = job->layout->pages + job->layout->page_start[t->sequence];
     const size_t element = dtype_size(kv->dtype);
-    const char *v = (const char *)kv->v + at * element;
+    int n_runs = 0;
+    for (int64_t column = from; column < to;) {
+        int64_t index = (first + column) / size, offset = (first + column) % size;
+        int64_t n = size - offset < to - column ? size - offset : to - column;
+        int32_t page = pages[index];
+        if (page < 0 || page >= kv->n_pages)
+            BUG("page %d of %d", page, kv->n_pages);
+        int64_t at = ((int64_t)page * kv->n_kv_heads + t->kv_head) * dim * size;
+        runs[n_runs++] = (struct paged_run){
+            .k = (const char *)kv->k + (size_t)(at + offset) * element,
+            .v = (const char *)kv->v + (size_t)(at + offset * dim) * element,
+            .column = column,
+            .n = n,
+        };
+        column += n;
+    }
+    return n_runs;
+}
 
-    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // what each row sees of the page
-    int64_t all_lo = 0, all_hi = size, any_lo = size, any_hi = 0;
+/* The PAGED_STEP keys from position `first` on: scores of all that any row sees, then each row
+ * takes in those that it sees. Others may hold anything (a page is reused without being cleared):
+ * they enter no sum of the row. */
+static void tile_take_step(const struct paged_job *job, struct paged_tile *t, int64_t first)
+{
+    const struct kv_pages *kv = job->kv;
+    const int64_t dim = kv->head_dim;
+    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // what each row sees of the step
+    int64_t all_lo = 0, all_hi = PAGED_STEP, any_lo = PAGED_STEP, any_hi = 0;
     for (int r = 0; r < t->n_rows; r++) {
-        lo[r] = clamp(t->lo[r] - first, 0, size);
-        hi[r] = clamp(t->hi[r] - first, lo[r], size);
+        lo[r] = clamp(t->lo[r] - first, 0, PAGED_STEP);
+        hi[r] = clamp(t->hi[r] - first, lo[r], PAGED_STEP);
         all_lo = lo[r] > all_lo ? lo[r] : all_lo;
         all_hi = hi[r] < all_hi ? hi[r] : all_hi;
         any_lo = lo[r] < any_lo ? lo[r] : any_lo;
@@ -149,36 +181,43 @@ static void tile_take_page(const struct paged_job *job, struct paged_tile *t, in
     }
     any_lo = any_lo / 16 * 16;
     any_hi = round_up16(any_hi);
-    struct tile product = {
-        .a = t->queries,
-        .a_step = TILE_ROWS_MAX,
-        .b = (const char *)kv->k + (at + (size_t)any_lo) * element,
-        .b_step = size,
-        .b_block = 16,
-        .c = t->scores + any_lo,
-        .c_row = size,
-        .n_k = dim,
-    };
-    job->state->tile->run(&product, t->n_rows, (int)((any_hi - any_lo) / 16),
-                          kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16);
+    struct paged_run runs[PAGED_STEP / 16];
+    int n_runs = cut_runs(job, t, first, any_lo, any_hi, runs);
+    for (int i = 0; i < n_runs; i++) {
+        struct tile product = {
+            .a = t->queries,
+            .a_step = TILE_ROWS_MAX,
+            .b = runs[i].k,
+            .b_step = kv->page_size,
+            .b_block = 16,
+            .c = t->scores + runs[i].column,
+            .c_row = PAGED_STEP,
+            .n_k = dim,
+        };
+        job->state->tile->run(&product, t->n_rows, (int)(runs[i].n / 16),
+                              kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16);
+    }
 
     float correction[TILE_ROWS_MAX];
-    job->state->vector->softmax_step(t->scores, size, t->n_rows, lo, hi, job->scale, t->softmax,
-                                     correction);
+    job->state->vector->softmax_step(t->scores, PAGED_STEP, t->n_rows, lo, hi, job->scale,
+                                     t->softmax, correction);
     for (int r = 0; r < t->n_rows; r++) {
         if (correction[r] != 1.0f)
             job->state->vector->multiply(t->sums + r * round_up16(dim), correction[r], dim);
     }
-    transpose(job->state, t->p + any_lo * TILE_ROWS_MAX, t->scores + any_lo, size, t->n_rows,
+    transpose(job->state, t->p + any_lo * TILE_ROWS_MAX, t->scores + any_lo, PAGED_STEP, t->n_rows,
               any_hi - any_lo);
-    copy_value_tail(kv, t, v);
     if (all_lo >= all_hi)
-        all_lo = all_hi = size; // no key that every row sees: row by row
-    for (int r = 0; r < t->n_rows; r++)
-        add_values(job, t, v, r, 1, lo[r], hi[r] < all_lo ? hi[r] : all_lo);
-    add_values(job, t, v, 0, t->n_rows, all_lo, all_hi);
-    for (int r = 0; r < t->n_rows; r++)
-        add_values(job, t, v, r, 1, lo[r] > all_hi ? lo[r] : all_hi, hi[r]);
+        all_lo = all_hi = PAGED_STEP; // no key that every row sees: row by row
+    for (int i = 0; i < n_runs; i++) {
+        const struct paged_run *run = &runs[i];
+        copy_value_tail(kv, t, run);
+        for (int r = 0; r < t->n_rows; r++)
+            add_values(job, t, run, r, 1, lo[r], hi[r] < all_lo ? hi[r] : all_lo);
+        add_values(job, t, run, 0, t->n_rows, all_lo, all_hi);
+        for (int r = 0; r < t->n_rows; r++)
+            add_values(job, t, run, r, 1, lo[r] > all_hi ? lo[r] : all_hi, hi[r]);
+    }
 }
 
 static void tile_run(const struct paged_job *job, struct paged_tile *t)
@@ -195,8 +234,8 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
     }
     transpose(job->state, t->queries, t->sums, dim16, t->n_rows, dim);
     memset(t->sums, 0, (size_t)(t->n_rows * dim16) * sizeof(float));
-    for (int64_t page = lo / kv->page_size; page * kv->page_size < hi; page++)
-        tile_take_page(job, t, page);
+    for (int64_t first = lo / PAGED_STEP * PAGED_STEP; first < hi; first += PAGED_STEP)
+        tile_take_step(job, t, first);
     for (int r = 0; r < t->n_rows; r++)
         job->state->vector->divide(cpu_row(job->out, t->token[r]) + t->head[r] * dim,
                                    t->sums + r * dim16, t->softmax[r].l, dim);

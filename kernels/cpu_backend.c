@@ -8,7 +8,6 @@
 #include "kernels/cpu_backend.h"
 
 #include <errno.h>
-#include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,17 +74,16 @@ void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)
     return s->memory;
 }
 
-/* A team wakes in about a microsecond while its threads still spin, and in tens when they sleep. */
-#define PARALLEL_MIN_COST 32768
+/* A team wakes in a microsecond while its threads still spin, in tens when they sleep, and later
+ * where other processes have the cores: less than about 30 us of work stays with one thread. */
+#define PARALLEL_MIN_COST 500000
 
 void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int), void *arg)
 {
-    if (b->n_threads == 1 || cost < PARALLEL_MIN_COST) {
+    if (b->n_threads == 1 || cost < PARALLEL_MIN_COST)
         work(arg, 0, 1);
-        return;
-    }
-#pragma omp parallel num_threads(b->n_threads)
-    work(arg, omp_get_thread_num(), omp_get_num_threads());
+    else
+        cpu_team_run(cpu_state(b)->team, work, arg);
 }
 
 static const char *cpu_describe(const struct backend *b)
@@ -161,6 +159,7 @@ static void cpu_sync(struct backend *b)
 static void cpu_close(struct backend *b)
 {
     struct cpu_state *s = cpu_state(b);
+    cpu_team_close(s->team);
     free(s->shared.memory);
     for (int i = 0; i < b->n_threads; i++)
         free(s->thread[i].memory);
@@ -208,6 +207,7 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     s->tile = chosen->tile;
     s->vector = chosen->vector;
     s->thread = xcalloc((size_t)n_threads, sizeof(*s->thread));
+    s->team = n_threads > 1 ? cpu_team_open(n_threads) : NULL;
     snprintf(s->description, sizeof(s->description), "cpu %s, %d thread%s", chosen->title,
              n_threads, n_threads == 1 ? "" : "s");
     struct backend *b = xcalloc(1, sizeof(*b));

@@ -2,13 +2,14 @@
  * The inside of the CPU back end: its state, its threads, its scratch, and the ops by file.
  *
  * Private to kernels/cpu_*.c. One back end belongs to one thread of its process (the rank's main
- * thread); the OpenMP team that an op opens ends inside the op.
+ * thread), and so does its team of threads.
  */
 #ifndef INTERNVLD_KERNELS_CPU_BACKEND_H
 #define INTERNVLD_KERNELS_CPU_BACKEND_H
 
 #include "kernels/backend.h"
 #include "kernels/cpu_isa.h"
+#include "kernels/cpu_team.h"
 
 struct cpu_scratch {
     void *memory; // aligned to 64; grows, never shrinks
@@ -18,6 +19,7 @@ struct cpu_scratch {
 struct cpu_state {
     const struct cpu_tile_ops *tile;
     const struct cpu_vector_ops *vector;
+    struct cpu_team *team;      // NULL: one thread
     struct cpu_scratch shared;  // filled by all threads of an op
     struct cpu_scratch *thread; // [n_threads] each its thread's own
     char description[64];
@@ -33,7 +35,7 @@ void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes);
 
 /* Calls work(arg, thread, n_threads) on every thread of a team, or directly with one thread when
  * `cost` (roughly, float operations or four bytes moved) would not repay waking a team. Inside,
- * `#pragma omp barrier` waits for the team. */
+ * cpu_team_barrier() waits for the team where n_threads > 1. */
 void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int), void *arg);
 
 /* The part of [0, n) that is thread `thread`'s, contiguous. */

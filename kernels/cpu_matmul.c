@@ -260,7 +260,8 @@ static void matmul_work(void *arg, int thread, int n_threads)
     const uint32_t *packed_x = job->packed_x;
     if (packed_x) {
         pack_x(job, job->packed_x, thread, n_threads);
-#pragma omp barrier
+        if (n_threads > 1)
+            cpu_team_barrier(job->state->team);
     } else {
         size_t words = (size_t)(job->n_rows * job->steps.n) * (size_t)words_a_step(job);
         uint32_t *own = cpu_scratch_reserve(&job->state->thread[thread], words * 4);

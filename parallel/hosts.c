@@ -162,23 +162,39 @@ static int place_on_host(const struct rank_host *all, int world, int r, int *n_o
     return index;
 }
 
+/* The gateway computes nothing; vision and language ranks mostly work one after the other. */
+static int is_peer(const struct rank_host *all, const struct topology *t, int r, int other)
+{
+    int n_vision = t->layout.n_vision;
+    return same_host(&all[r], &all[other]) && all[r].cores_hash == all[other].cores_hash &&
+           (r == 0) == (other == 0) && (r <= n_vision) == (other <= n_vision);
+}
+
+int hosts_n_sharing_cores(const struct rank_host *all, const struct topology *t, int r)
+{
+    int n = 0;
+    for (int i = 0; i < t->world; i++)
+        n += is_peer(all, t, r, i);
+    return n;
+}
+
 void hosts_warn(const struct rank_host *all, const struct topology *t)
 {
     for (int stage = 0; stage < t->layout.pipeline_parallel; stage++)
         warn_stage(all, t, stage);
-    for (int r = 0; r < t->world; r++) {
-        int n_on_host, n_threads = 0, most = 0;
-        if (place_on_host(all, t->world, r, &n_on_host) > 0)
-            continue;
-        for (int i = 0; i < t->world; i++) {
-            if (!same_host(&all[i], &all[r]))
+    for (int r = 1; r < t->world; r++) {
+        int n_threads = 0, most = 0, first = r;
+        for (int i = 1; i < t->world; i++) {
+            if (!is_peer(all, t, r, i))
                 continue;
+            first = i < first ? i : first;
             n_threads += all[i].n_threads;
             most = all[i].n_threads > most ? all[i].n_threads : most;
         }
-        if (n_threads > all[r].n_cores && most > 1) /* of one each there is no fewer */
-            log_warn("hosts", "%s has %d worker threads on %d cores", all[r].host, n_threads,
-                     all[r].n_cores);
+        if (first == r && n_threads > all[r].n_cores &&
+            most > 1) /* of one each there is no fewer */
+            log_warn("hosts", "%s: rank %d and its like have %d threads on %d cores", all[r].host,
+                     r, n_threads, all[r].n_cores);
     }
 }
 

@@ -26,6 +26,7 @@ struct rank_host {
     char settings[448];       // "NAME=VALUE NAME=VALUE …", must be equal on all ranks
     uint64_t checkpoint_hash; // of what the model's directory holds
     int32_t n_cores;          // that this process may use
+    uint64_t cores_hash;      // which these are
     int32_t n_threads;        // that it will use; 0 for the gateway
     int32_t n_devices;        // GPUs of the host that this build can use
     int32_t device_use;       // of enum device_use
@@ -39,12 +40,14 @@ int hosts_exchange(struct rank_host *all, const struct rank_host *mine, const ch
 /* Errors, the first found, naming the rank and its host: a rank's own error, settings or a
  * checkpoint unlike rank 0's, fewer GPUs on a host than ranks there that need one. */
 int hosts_check(const struct rank_host *all, int world, struct error *err);
+/* How many ranks of rank `r`'s role, itself among them, compute on the same cores of its host. */
+int hosts_n_sharing_cores(const struct rank_host *all, const struct topology *t, int r);
 /* Which of its host's GPUs rank `r` computes on: the ranks with a GPU of their own have the first
  * ones, in order; those that share are dealt out over these (over all, where there are none). -1:
  * on none. */
 int hosts_device(const struct rank_host *all, int world, int r);
-/* Logs what works but is slow: shards of a stage on several hosts, more threads than cores. For
- * rank 0. */
+/* Logs what works but is slow: shards of a stage on several hosts, vision or language ranks with
+ * more threads than their cores. For rank 0. */
 void hosts_warn(const struct rank_host *all, const struct topology *t);
 /* One line a rank: role, host, which of the host's ranks, threads, device. */
 void hosts_print(FILE *f, const struct rank_host *all, const struct topology *t);
