@@ -66,6 +66,10 @@ static void add_delta(struct answer *a, const struct internvl_delta *d)
         for (size_t k = 0; k < l->n_top; k++)
             copy_logprob(&l->top[k], &d->logprobs[i].top[k]);
     }
+    if (d->has_score) {
+        c->has_score = 1;
+        c->score = d->score;
+    }
     if (d->finish_reason != INTERNVL_FINISH_NONE) {
         c->finish = d->finish_reason;
         c->stop_token_id = d->stop_token_id;
@@ -128,6 +132,8 @@ static void write_candidate(const struct answer_candidate *c, struct json_out *j
         json_uint(j, NULL, c->ids[i]);
     json_array_end(j);
     json_string(j, "finish_reason", internvl_finish_name(c->finish));
+    if (c->has_score)
+        json_double(j, "score", (double)c->score);
     if (c->stop_string)
         json_string(j, "stop_string", c->stop_string);
     if (c->stop_token_id >= 0)

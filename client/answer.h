@@ -26,6 +26,8 @@ struct answer_candidate {
     enum internvl_finish_reason finish;
     char *stop_string; // or NULL
     int64_t stop_token_id;
+    float score; // of a sequence of beam search, where has_score
+    int has_score;
 };
 struct answer { // {0} is empty
     char *request_id;

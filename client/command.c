@@ -70,7 +70,8 @@ static const struct subcommand {
      "run\n"
      "of the same questions and settings was cut off; nothing that was answered is asked again."},
     {"bench", BENCH, command_bench, "[FILE.jsonl]", "throughput and latency of the daemon",
-     "Requests are those of a file (as for evaluate), or made up; --image adds a picture to each of\n"
+     "Requests are those of a file (as for evaluate), or made up; --image adds a picture to each "
+     "of\n"
      "those. Without --request-rate --concurrency requests are always in flight; with it they "
      "arrive\n"
      "at random, so many a second, however long answers take."},
@@ -86,7 +87,8 @@ enum option_kind {
     KIND_U64,
     KIND_FLOAT,
     KIND_DOUBLE,
-    KIND_IMAGE, // lists
+    KIND_EARLY_STOPPING, // false, true or never
+    KIND_IMAGE,          // lists
     KIND_VIDEO,
     KIND_STOP,
     KIND_STOP_ID,
@@ -162,6 +164,15 @@ static const struct option {
      0},
     {"keep-special-tokens", NULL, GENERATE, KIND_OFF, "show special tokens in the text",
      SAMPLING(skip_special_tokens, INTERNVL_SKIP_SPECIAL_TOKENS)},
+    {"num-beams", "N", GENERATE, KIND_U32, "beam search: the N best sequences so far go on [1]",
+     SAMPLING(num_beams, INTERNVL_NUM_BEAMS)},
+    {"length-penalty", "X", GENERATE, KIND_FLOAT, "beam search: divide scores by length^X [1]",
+     SAMPLING(length_penalty, INTERNVL_LENGTH_PENALTY)},
+    {"early-stopping", "WHEN", GENERATE, KIND_EARLY_STOPPING,
+     "beam search ends: true, with N sequences finished; false, when no better one is likely; "
+     "never, "
+     "when none is possible [false]",
+     AT(sampling.early_stopping), 0, 0},
     {"logprobs", "K", ASK, KIND_U32, "log-probabilities of the tokens, and of the K best",
      SAMPLING(logprobs, INTERNVL_LOGPROBS)},
     {"priority", "N", GENERATE, KIND_I32, "smaller goes first [0]", AT(priority), 0, 0},
@@ -180,7 +191,8 @@ static const struct option {
     {"chat", NULL, TOKENIZE, KIND_ON, "through the chat template", AT(chat), 0, 0},
     {"output", "FILE", FORWARD | EMBED | EVALUATE, KIND_STRING,
      "forward, embed: tensors (safetensors); evaluate: results (JSONL)", AT(output), 0, 0},
-    {"concurrency", "N", EVALUATE | BENCH, KIND_U32, "questions in flight [16]", AT(concurrency), 0, 0},
+    {"concurrency", "N", EVALUATE | BENCH, KIND_U32, "questions in flight [16]", AT(concurrency), 0,
+     0},
     {"request-rate", "X", BENCH, KIND_DOUBLE, "arrivals a second (Poisson); 0: closed loop [0]",
      AT(request_rate), 0, 0},
     {"num-requests", "N", BENCH, KIND_U32, "requests that are measured [64]", AT(num_requests), 0,
@@ -396,6 +408,17 @@ static int add_to_list(struct command_options *o, const struct option *option, c
     }
 }
 
+static int parse_early_stopping(const char *value, uint32_t *out)
+{
+    static const char *const names[] = {"false", "true", "never"};
+    for (uint32_t i = 0; i < 3; i++)
+        if (strcmp(value, names[i]) == 0) {
+            *out = i;
+            return 0;
+        }
+    return -1;
+}
+
 /* Stores one option's value; -1 when it is not of the option's kind. */
 static int set_option(struct command_options *o, const struct option *option, const char *value)
 {
@@ -432,6 +455,8 @@ static int set_option(struct command_options *o, const struct option *option, co
             return -1;
         *(float *)field = (float)real;
         return 0;
+    case KIND_EARLY_STOPPING:
+        return parse_early_stopping(value, (uint32_t *)field);
     case KIND_DOUBLE:
         if (parse_real(value, &real))
             return -1;

@@ -72,6 +72,7 @@ static void print_limits(const struct internvl_limits *l)
     print_count("bytes of a stop string", l->max_stop_string_bytes);
     print_count("stop token ids", l->max_stop_token_ids);
     print_count("logit biases", l->max_logit_bias);
+    print_count("beams", l->max_num_beams);
 }
 
 enum { N_COLUMNS = 9 };
@@ -136,6 +137,7 @@ static void write_limits(struct json_out *j, const struct internvl_limits *l)
     json_uint(j, "max_stop_token_ids", l->max_stop_token_ids);
     json_uint(j, "max_logit_bias", l->max_logit_bias);
     json_uint(j, "max_stop_string_bytes", l->max_stop_string_bytes);
+    json_uint(j, "max_num_beams", l->max_num_beams);
     json_object_end(j);
 }
 

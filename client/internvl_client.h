@@ -158,6 +158,13 @@ enum internvl_sampling_field {
     INTERNVL_MIN_TOKENS = 1 << 10,
     INTERNVL_SKIP_SPECIAL_TOKENS = 1 << 11,
     INTERNVL_LOGPROBS = 1 << 12,
+    INTERNVL_NUM_BEAMS = 1 << 13,
+    INTERNVL_LENGTH_PENALTY = 1 << 14,
+};
+enum internvl_early_stopping {
+    INTERNVL_EARLY_STOPPING_FALSE = 0,
+    INTERNVL_EARLY_STOPPING_TRUE = 1,
+    INTERNVL_EARLY_STOPPING_NEVER = 2,
 };
 struct internvl_logit_bias {
     uint32_t token_id;
@@ -172,6 +179,9 @@ struct internvl_sampling {
     uint32_t n, max_tokens, min_tokens;
     int skip_special_tokens;
     uint32_t logprobs;
+    uint32_t num_beams; // above 1: beam search, see the .proto
+    float length_penalty;
+    uint32_t early_stopping; // of enum internvl_early_stopping
     int ignore_eos, include_stop_str_in_output;
     const char *const *stop; // [n_stop]
     size_t n_stop;
@@ -241,6 +251,8 @@ struct internvl_delta {
     enum internvl_finish_reason finish_reason;
     const char *stop_string; // "": none
     int64_t stop_token_id;   // -1: none
+    float score;             // of a sequence of beam search, where has_score
+    int has_score;
 };
 struct internvl_done {
     struct internvl_usage usage;
@@ -408,7 +420,7 @@ struct internvl_limits {
     uint64_t max_message_bytes, max_image_pixels;
     uint32_t max_media, max_tiles, max_frames, max_model_len, max_num_seqs, max_num_batched_tokens,
         max_queued_requests, max_n, max_logprobs, max_stop_strings, max_stop_token_ids,
-        max_logit_bias, max_stop_string_bytes;
+        max_logit_bias, max_stop_string_bytes, max_num_beams;
 };
 struct internvl_load {
     uint32_t running, waiting, kv_pages_used, kv_pages;

@@ -269,6 +269,14 @@ static void wire_sampling_counts(Internvl__V1__SamplingParams *m, const struct i
             INTERNVL__V1__SAMPLING_PARAMS___SKIP_SPECIAL_TOKENS_SKIP_SPECIAL_TOKENS;
         m->skip_special_tokens = s->skip_special_tokens;
     }
+    if (s->set & INTERNVL_NUM_BEAMS) {
+        m->_num_beams_case = INTERNVL__V1__SAMPLING_PARAMS___NUM_BEAMS_NUM_BEAMS;
+        m->num_beams = s->num_beams;
+    }
+    if (s->set & INTERNVL_LENGTH_PENALTY) {
+        m->_length_penalty_case = INTERNVL__V1__SAMPLING_PARAMS___LENGTH_PENALTY_LENGTH_PENALTY;
+        m->length_penalty = s->length_penalty;
+    }
     if (s->set & INTERNVL_LOGPROBS) {
         m->_logprobs_case = INTERNVL__V1__SAMPLING_PARAMS___LOGPROBS_LOGPROBS;
         m->logprobs = s->logprobs;
@@ -283,6 +291,7 @@ static Internvl__V1__SamplingParams *wire_sampling(struct wire_pool *p,
     wire_sampling_floats(m, s);
     wire_sampling_counts(m, s);
     m->ignore_eos = s->ignore_eos;
+    m->early_stopping = (Internvl__V1__EarlyStopping)s->early_stopping;
     m->include_stop_str_in_output = s->include_stop_str_in_output;
     m->n_stop = s->n_stop;
     m->stop = (char **)s->stop;
@@ -477,6 +486,8 @@ static void read_delta(struct wire_pool *p, const Internvl__V1__GenerateDelta *m
         m->_stop_token_id_case == INTERNVL__V1__GENERATE_DELTA___STOP_TOKEN_ID_STOP_TOKEN_ID
             ? (int64_t)m->stop_token_id
             : -1;
+    d->has_score = m->_score_case == INTERNVL__V1__GENERATE_DELTA___SCORE_SCORE;
+    d->score = d->has_score ? m->score : 0;
     struct internvl_position_logprobs *positions = wire_alloc(p, m->n_logprobs, sizeof(*positions));
     for (size_t i = 0; i < m->n_logprobs; i++) {
         const Internvl__V1__PositionLogprobs *src = m->logprobs[i];
@@ -570,6 +581,7 @@ static void read_limits(const Internvl__V1__Limits *m, struct internvl_limits *l
     l->max_stop_token_ids = m->max_stop_token_ids;
     l->max_logit_bias = m->max_logit_bias;
     l->max_stop_string_bytes = m->max_stop_string_bytes;
+    l->max_num_beams = m->max_num_beams;
 }
 
 static void read_rank(const Internvl__V1__RankInfo *m, struct internvl_rank *r)

@@ -36,7 +36,10 @@ struct sampling {
     float presence_penalty;   // 0: off
     float frequency_penalty;  // 0: off
     uint64_t seed;
-    int32_t n_logprobs; // -1: none, 0: the chosen token only, k: and the k best
+    int32_t n_logprobs;  // -1: none, 0: the chosen token only, k: and the k best
+    int32_t n_beam_best; // 0, or beam search: nothing is drawn, `top` are the best by
+                         // log-probability after bias, bans and penalties (of log-probabilities, as
+                         // Transformers has it), which is what their `logprob` says
 };
 
 /* One row of the batch whose next token is drawn. */

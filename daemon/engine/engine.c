@@ -90,8 +90,8 @@ static void measure(const struct ticket *t, uint64_t now, struct usage *u, struc
                         .cached_tokens = t->n_cached_tokens,
                         .tiles = r->n_tiles,
                         .cached_tiles = t->n_cached_tiles};
-    for (int32_t i = 0; i < t->n_sequences; i++)
-        u->completion_tokens += t->sequences[i].n_output;
+    for (int32_t i = 0; i < r->n; i++)
+        u->completion_tokens += t->beams ? t->beams->finished[i].n_ids : t->sequences[i].n_output;
     *m = (struct timing){.queue_us = since_us(r->arrival_ns, first_step_ns),
                          .media_us = r->media_ns / 1000,
                          .vision_us = since_us(t->vision_start_ns, t->vision_end_ns),
@@ -422,6 +422,16 @@ static void observe_token(struct engine *e, const struct token_event *event, uin
     q->last_token_ns = now;
 }
 
+/* All of a result of beam search at once: until the end it may still be replaced. */
+static void push_beam(struct stream *s, int32_t candidate, const struct beam_finished *f)
+{
+    for (int32_t i = 0; i < f->n_ids; i++) {
+        struct sample_result token = {.token.id = f->ids[i]};
+        stream_push(s, candidate, &token, f->ends_by_token && i + 1 == f->n_ids);
+    }
+    stream_set_score(s, candidate, f->score);
+}
+
 static void push_event(struct engine *e, const struct token_event *event, uint64_t now)
 {
     struct ticket *t = event->ticket;
@@ -440,6 +450,8 @@ static void push_event(struct engine *e, const struct token_event *event, uint64
         scheduler_finish(&e->scheduler, t, event->candidate);
         finish = FINISH_STOP;
     }
+    if (t->beams && finish != FINISH_NONE)
+        push_beam(stream, event->candidate, &t->beams->finished[event->candidate]);
     if (finish != FINISH_NONE) {
         t->finish = finish;
         stream_finish_candidate(stream, event->candidate, finish);

@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "daemon/engine/beam.h"
 #include "daemon/engine/digest.h"
 #include "kernels/arena.h"
 #include "kernels/tensor.h"
@@ -43,7 +44,10 @@ struct request {
     const char *cache_salt;      // cached pages are shared with requests of the same; NULL: none
 
     struct sampling sampling;
-    int32_t n; // candidates
+    int32_t n;       // candidates
+    int32_t n_beams; // above 1: beam search, whose n best are the candidates
+    float length_penalty;
+    enum early_stopping early_stopping;
     int32_t max_tokens, min_tokens;
     int ignore_eos;
     const int32_t *stop_token_ids;

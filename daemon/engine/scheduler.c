@@ -40,7 +40,7 @@ void scheduler_init(struct scheduler *s, const struct scheduler_config *c)
         step_init(&s->steps[i], c->max_num_seqs);
     batch_builder_init(&s->builder, c->max_num_batched_tokens, c->max_num_seqs, c->feature_dim,
                        c->eos_ids, c->n_eos);
-    s->events = xcalloc((size_t)c->max_num_seqs, sizeof(*s->events));
+    s->events = xcalloc((size_t)c->max_num_seqs * BEAMS_MAX, sizeof(*s->events));
     s->found = xcalloc((size_t)c->n_pages, sizeof(*s->found));
 }
 
@@ -77,6 +77,23 @@ int32_t scheduler_n_pages_used(const struct scheduler *s)
     return s->pool.n_pages - s->pool.n_free - s->pool.n_idle;
 }
 
+static int32_t n_end_tokens(const struct scheduler_config *c, const struct request *r)
+{
+    return (r->ignore_eos ? 0 : c->n_eos) + r->n_stop_token_ids;
+}
+
+/* Best next tokens that each beam must tell. */
+static int32_t n_best_of(const struct scheduler_config *c, const struct request *r)
+{
+    return beams_needed(r->n_beams, n_end_tokens(c, r));
+}
+
+static int32_t n_beams_max(const struct scheduler_config *c, const struct request *r)
+{
+    int32_t n = TOP_LOGPROBS_MAX / beams_needed(1, n_end_tokens(c, r));
+    return n < c->max_num_seqs ? n : c->max_num_seqs;
+}
+
 int scheduler_check(const struct scheduler_config *c, const struct request *r, struct error *err)
 {
     if (r->n_ids < 1)
@@ -84,6 +101,14 @@ int scheduler_check(const struct scheduler_config *c, const struct request *r, s
     if (r->n < 1 || r->n > c->max_num_seqs)
         return error_set(err, ERROR_INVALID_ARGUMENT, "n is %d: it must be 1 to %d", r->n,
                          c->max_num_seqs);
+    if (r->n_beams < 1 || (r->n_beams > 1 && r->n > r->n_beams))
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "n is %d: of %d beams no more can be returned", r->n, r->n_beams);
+    if (r->n_beams > 1 &&
+        (r->n_beams > c->max_num_seqs || r->max_tokens == 0 || n_best_of(c, r) > TOP_LOGPROBS_MAX))
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "num_beams is %d: with %d end tokens it must be at most %d", r->n_beams,
+                         n_end_tokens(c, r), n_beams_max(c, r));
     if (r->max_tokens < 0 || r->min_tokens < 0 || (r->max_tokens == 0 && r->n > 1))
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "max_tokens and min_tokens must not be negative");
@@ -149,6 +174,16 @@ struct ticket *scheduler_add(struct scheduler *s, struct request *r)
     t->is_cacheable = s->config.enable_prefix_caching && (r->n_tiles == 0 || r->tile_digests);
     if (t->is_cacheable)
         prefix_cache_root(&s->prefix, r->cache_salt, &t->cache_root);
+    if (r->n_beams > 1) {
+        int32_t n_left = s->context_limit - r->n_ids;
+        t->beams = beam_search_new(&(struct beam_settings){
+            .n_beams = r->n_beams,
+            .n_best = n_best_of(&s->config, r),
+            .max_tokens = r->max_tokens < n_left ? r->max_tokens : n_left,
+            .length_penalty = r->length_penalty,
+            .early_stopping = r->early_stopping,
+        });
+    }
     order_insert(s, &t->sequences[0]);
     return t;
 }
@@ -249,6 +284,30 @@ static int preempt_newest(struct scheduler *s, const struct sequence *q)
     return 0;
 }
 
+/* A beam whose next tokens are known waits for the other beams of its search, and until these are
+ * there it needs neither a batch nor its pages. */
+static int is_idle_beam(const struct sequence *q)
+{
+    return q->ticket->beams && q->ticket->beams->has_row[q->candidate];
+}
+
+/* Takes the pages of a beam that waits for others, the newest first; only of the search of `q` and
+ * later ones, or of any. Without this two searches could wait for each other's pages. 0: there is
+ * none. */
+static int preempt_idle_beam(struct scheduler *s, const struct sequence *q, int of_any)
+{
+    for (int32_t i = s->n_order - 1; i >= 0; i--) {
+        struct sequence *victim = s->order[i];
+        if (!of_any && ticket_compare(victim->ticket, q->ticket) < 0)
+            return 0;
+        if (victim->state == SEQUENCE_RUNNING && is_idle_beam(victim)) {
+            preempt(s, victim);
+            return 1;
+        }
+    }
+    return 0;
+}
+
 /* A page that the next token of `q` can be written to, by preemption if need be: one more when the
  * last is full, a copy when it is shared. 0: not now (older sequences, or batches in flight, have
  * all pages). */
@@ -272,7 +331,7 @@ static int make_writable(struct scheduler *s, struct step *p, struct sequence *q
             q->pages[index] = page;
             return 1;
         }
-        if (!preempt_newest(s, q))
+        if (!preempt_newest(s, q) && !preempt_idle_beam(s, q, 1))
             return 0;
     }
 }
@@ -389,7 +448,7 @@ static void admit_above(struct scheduler *s)
 {
     for (int32_t i = 0; i < s->n_order; i++) {
         struct sequence *q = s->order[i];
-        if (q->state != SEQUENCE_WAITING || !ticket_is_ready(q->ticket))
+        if (q->state != SEQUENCE_WAITING || !ticket_is_ready(q->ticket) || is_idle_beam(q))
             continue;
         if (!has_enough_below(s, q))
             return;
@@ -458,9 +517,14 @@ static void add_prefills(struct scheduler *s, struct step *p)
         int32_t left = s->config.max_num_batched_tokens - p->n_tokens;
         if (left == 0 || p->n_items == s->config.max_num_seqs)
             return;
-        int is_new = q->state == SEQUENCE_WAITING && admitting && ticket_is_ready(q->ticket);
-        if (is_new)
-            admitting = is_new = admit(s, q);
+        int is_new = q->state == SEQUENCE_WAITING && admitting && ticket_is_ready(q->ticket) &&
+                     !is_idle_beam(q);
+        if (is_new) {
+            is_new = admit(s, q);
+            while (!is_new && preempt_idle_beam(s, q, 0))
+                is_new = admit(s, q);
+            admitting = is_new;
+        }
         if (is_new || (can_step(q) && sequence_n_todo(q) > 1))
             add_item(p, q, chunk_of(s, q, left));
     }
@@ -516,10 +580,10 @@ static void add_event(struct scheduler *s, struct sequence *q, const struct samp
 
 /* Does the token just appended end its candidate? vLLM's check_stop(): end tokens count once
  * min_tokens others are there. */
-static int is_end_token(const struct scheduler *s, const struct sequence *q, int32_t id)
+static int is_end_token(const struct scheduler *s, const struct request *r, int32_t n_output,
+                        int32_t id)
 {
-    const struct request *r = q->ticket->request;
-    if (q->n_output <= r->min_tokens)
+    if (n_output <= r->min_tokens)
         return 0;
     for (int32_t i = 0; i < s->config.n_eos && !r->ignore_eos; i++)
         if (s->config.eos_ids[i] == id)
@@ -538,7 +602,7 @@ static void take_sample(struct scheduler *s, struct sequence *q, const struct sa
     }
     sequence_append(q, sample->token.id);
     s->n_generated_tokens++;
-    int is_end = is_end_token(s, q, sample->token.id);
+    int is_end = is_end_token(s, q->ticket->request, q->n_output, sample->token.id);
     enum finish_reason finish = FINISH_NONE;
     if (is_end)
         finish = FINISH_STOP;
@@ -557,6 +621,60 @@ static void fork_ticket(struct scheduler *s, struct ticket *t)
         order_insert(s, &t->sequences[i]);
     }
     t->forked = 1;
+}
+
+struct beam_end { // what beam_search_step() asks with
+    const struct scheduler *scheduler;
+    const struct ticket *ticket;
+};
+
+static int is_beam_end(const void *arg, int32_t id)
+{
+    const struct beam_end *e = arg;
+    return is_end_token(e->scheduler, e->ticket->request, e->ticket->beams->n_tokens + 1, id);
+}
+
+/* The search is over: its n best are the candidates. */
+static void end_beams(struct scheduler *s, struct ticket *t)
+{
+    for (int32_t i = 0; i < t->n_sequences; i++)
+        end_sequence(s, &t->sequences[i]);
+    for (int32_t i = 0; i < t->request->n; i++) {
+        const struct beam_finished *f = &t->beams->finished[i];
+        s->n_generated_tokens += (uint64_t)f->n_ids;
+        add_event(s, &t->sequences[i], NULL, f->ends_by_token,
+                  f->ends_by_token ? FINISH_STOP : FINISH_LENGTH);
+    }
+}
+
+/* A beam's best next tokens are there. With those of all beams the search takes a step. */
+static void take_beam_row(struct scheduler *s, struct sequence *q,
+                          const struct sample_result *sample, int is_first)
+{
+    struct ticket *t = q->ticket;
+    struct beam_search *b = t->beams;
+    const int32_t *outputs[BEAMS_MAX];
+    int32_t n_rows = is_first ? 1 : t->n_sequences, n_running = 0;
+    if (sample->not_finite) {
+        add_event(s, q, sample, 0, FINISH_ERROR);
+        return;
+    }
+    b->rows[q->candidate] = *sample;
+    b->has_row[q->candidate] = 1;
+    for (int32_t i = 0; i < n_rows; i++)
+        if (!b->has_row[i])
+            return;
+    for (int32_t i = 0; i < t->n_sequences; i++) {
+        outputs[i] = t->sequences[i].output;
+        n_running += t->sequences[i].state == SEQUENCE_RUNNING;
+    }
+    struct beam_end end = {.scheduler = s, .ticket = t};
+    if (beam_search_step(b, n_rows, outputs, is_beam_end, &end)) {
+        end_beams(s, t);
+        return;
+    }
+    s->n_running -= n_running;
+    s->n_running += ticket_reorder_beams(t, &s->pool, s->config.max_num_seqs - s->n_running);
 }
 
 static void take_item(struct scheduler *s, const struct step_item *item,
@@ -585,8 +703,13 @@ static void take_item(struct scheduler *s, const struct step_item *item,
         return;
     if (t->first_token_ns == 0)
         t->first_token_ns = now_ns;
-    if (!t->forked)
+    int is_first = !t->forked;
+    if (is_first)
         fork_ticket(s, t);
+    if (t->beams) {
+        take_beam_row(s, q, &samples[item->first_sample], is_first);
+        return;
+    }
     for (int32_t i = 0; i < item->n_samples; i++)
         take_sample(s, q + i, &samples[item->first_sample + i]);
 }

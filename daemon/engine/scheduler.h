@@ -28,6 +28,11 @@
  * pages are needed. A sequence that is admitted begins after the pages that the cache has of it;
  * one token at least is computed, and all of a prompt whose tensors are captured. A page that turns
  * out to be the same as a cached one is given up for that one.
+ *
+ * Beams (beam.h) are sequences too. They step independently, but each waits after its step until
+ * all of its search have made theirs; then the search says which go on, and these share their
+ * parents' pages. A beam that waits gives its pages up to whoever needs one for its next token,
+ * and to sequences let in again that came before it.
  */
 #ifndef INTERNVLD_ENGINE_SCHEDULER_H
 #define INTERNVLD_ENGINE_SCHEDULER_H
@@ -58,7 +63,8 @@ struct scheduler_config {
 struct token_event {
     struct ticket *ticket; // valid until the next scheduler_step()
     int32_t candidate;
-    const struct sample_result *sample; // NULL: a prompt pass without generation has ended
+    const struct sample_result *sample; // NULL: a prompt pass without generation has ended, or a
+                                        // beam search, of which this is a result (ticket->beams)
     int is_end;                         // the token ends the candidate
     enum finish_reason finish;          // FINISH_NONE: it goes on. FINISH_ERROR: not finite
 };

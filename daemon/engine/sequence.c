@@ -13,26 +13,31 @@ struct ticket *ticket_new(struct request *r, uint64_t number)
     t->priority = r->priority;
     t->n_prompt = r->n_ids;
     t->n_tiles = r->n_tiles;
-    t->n_sequences = t->n_unfinished = r->n;
-    t->sequences = xcalloc((size_t)r->n, sizeof(*t->sequences));
-    for (int32_t i = 0; i < r->n; i++) {
+    t->n_sequences = t->n_unfinished = r->n_beams > 1 ? r->n_beams : r->n;
+    t->sequences = xcalloc((size_t)t->n_sequences, sizeof(*t->sequences));
+    for (int32_t i = 0; i < t->n_sequences; i++) {
         t->sequences[i].ticket = t;
         t->sequences[i].candidate = i;
         t->sequences[i].state = i == 0 ? SEQUENCE_WAITING : SEQUENCE_FORK;
     }
-    t->forked = r->n == 1;
+    t->forked = t->n_sequences == 1;
     return t;
+}
+
+static void sequence_free_lists(struct sequence *q)
+{
+    if (q->n_pages != 0)
+        BUG("a sequence is freed with %d pages", q->n_pages);
+    free(q->output);
+    free(q->pages);
+    free(q->keys);
 }
 
 void ticket_free(struct ticket *t)
 {
-    for (int32_t i = 0; i < t->n_sequences; i++) {
-        if (t->sequences[i].n_pages != 0)
-            BUG("a sequence is freed with %d pages", t->sequences[i].n_pages);
-        free(t->sequences[i].output);
-        free(t->sequences[i].pages);
-        free(t->sequences[i].keys);
-    }
+    for (int32_t i = 0; i < t->n_sequences; i++)
+        sequence_free_lists(&t->sequences[i]);
+    beam_search_free(t->beams);
     free(t->sequences);
     free(t->features);
     free(t->tile_asked);
@@ -123,4 +128,29 @@ void sequence_fork(struct sequence *child, const struct sequence *parent, struct
     child->n_computed = parent->n_computed;
     child->n_image_computed = parent->n_image_computed;
     child->state = SEQUENCE_RUNNING;
+}
+
+int32_t ticket_reorder_beams(struct ticket *t, struct page_pool *p, int32_t n_running_max)
+{
+    const struct beam_search *b = t->beams;
+    struct sequence *next = xcalloc((size_t)t->n_sequences, sizeof(*next));
+    int32_t n_running = 0;
+    for (int32_t i = 0; i < t->n_sequences; i++) {
+        const struct sequence *parent = &t->sequences[b->parents[i]];
+        next[i] = (struct sequence){.ticket = t, .candidate = i, .state = SEQUENCE_WAITING};
+        if (parent->state == SEQUENCE_RUNNING && n_running < n_running_max) {
+            sequence_fork(&next[i], parent, p);
+            n_running++;
+        }
+        for (int32_t k = 0; k < parent->n_output; k++)
+            sequence_append(&next[i], parent->output[k]);
+        sequence_append(&next[i], b->tokens[i]);
+    }
+    for (int32_t i = 0; i < t->n_sequences; i++) {
+        sequence_drop_pages(&t->sequences[i], p);
+        sequence_free_lists(&t->sequences[i]);
+        t->sequences[i] = next[i];
+    }
+    free(next);
+    return n_running;
 }

@@ -58,9 +58,10 @@ struct ticket {
     enum finish_reason finish; // of the candidate that ended last
     int forked;                // the prompt pass has ended: each candidate goes its own way
 
-    struct digest cache_root; // names the prompt's beginning; see prefix_cache.h
-    int is_cacheable;         // its pages may be found and kept by the prefix cache
-    int32_t n_cached_tokens;  // of the prompt that were not computed, when it first ran
+    struct beam_search *beams; // whose beams the sequences are; NULL: each is a candidate
+    struct digest cache_root;  // names the prompt's beginning; see prefix_cache.h
+    int is_cacheable;          // its pages may be found and kept by the prefix cache
+    int32_t n_cached_tokens;   // of the prompt that were not computed, when it first ran
 
     float *features; // [n_image_tokens, dim] rows of the pictures, or NULL
     int32_t n_tiles, n_tiles_done;
@@ -91,6 +92,10 @@ void sequence_add_page(struct sequence *q, int32_t page); // the reference goes 
 void sequence_add_key(struct sequence *q, const struct page_key *key);
 /* Drops the pages and forgets what was computed; ids and keys stay. */
 void sequence_drop_pages(struct sequence *q, struct page_pool *p);
+/* The sequences become the next beams: sequence i goes on from parents[i] with tokens[i], sharing
+ * its pages; of one without pages, or past the first n_running_max that have some, only the ids are
+ * there, to be computed again. None is in flight. Returns how many have pages. */
+int32_t ticket_reorder_beams(struct ticket *t, struct page_pool *p, int32_t n_running_max);
 /* Gives `child` the state of `parent` after its prompt pass; every page is shared. */
 void sequence_fork(struct sequence *child, const struct sequence *parent, struct page_pool *p);
 

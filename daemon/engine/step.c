@@ -141,7 +141,7 @@ static void add_samples(struct batch_builder *b, struct step_item *item, int32_t
     item->n_samples = 0;
     if (r->max_tokens == 0 || item->start + item->n_new < sequence_n_known(q))
         return;
-    item->n_samples = t->forked ? 1 : t->n_sequences;
+    item->n_samples = t->forked || t->beams ? 1 : t->n_sequences;
     for (int32_t i = 0; i < item->n_samples; i++) {
         if (b->batch.n_samples == b->max_sequences)
             BUG("more than %d samples in one batch", b->max_sequences);
@@ -151,6 +151,8 @@ static void add_samples(struct batch_builder *b, struct step_item *item, int32_t
                                    .sampling = r->sampling,
                                    .candidate = q->candidate + i,
                                    .position = q->n_output};
+        if (t->beams)
+            row->sampling.n_beam_best = t->beams->settings.n_best;
         if (has_penalties(&r->sampling))
             add_history(b, row, q);
         if (q->n_output < r->min_tokens)

@@ -28,7 +28,8 @@ struct candidate {
     int32_t n_tokens; // since the beginning
     enum finish_reason finish;
     int32_t stop_token_id, stop_string; // -1: none
-    int has_news;
+    float score;                        // where has_score
+    int has_score, has_news;
 };
 
 struct stream {
@@ -295,6 +296,16 @@ enum finish_reason stream_push(struct stream *s, int32_t candidate,
     return result;
 }
 
+void stream_set_score(struct stream *s, int32_t candidate, float score)
+{
+    if (candidate < 0 || candidate >= s->n_candidates)
+        BUG("candidate %d of %d", candidate, s->n_candidates);
+    pthread_mutex_lock(&s->mutex);
+    s->candidates[candidate].score = score;
+    s->candidates[candidate].has_score = 1;
+    pthread_mutex_unlock(&s->mutex);
+}
+
 void stream_finish_candidate(struct stream *s, int32_t candidate, enum finish_reason reason)
 {
     if (candidate < 0 || candidate >= s->n_candidates)
@@ -402,7 +413,9 @@ static void take_candidate(struct candidate *c, int32_t index, struct candidate_
                                     .finish = c->finish,
                                     .stop_token_id = c->stop_token_id,
                                     .stop_string = c->stop_string,
-                                    .completion_tokens = c->n_tokens};
+                                    .completion_tokens = c->n_tokens,
+                                    .score = c->score,
+                                    .has_score = c->has_score};
     c->text = (struct buffer){0};
     c->ids = NULL;
     c->logprobs = NULL;

@@ -46,6 +46,8 @@ struct candidate_delta {
     int32_t stop_token_id;          // of FINISH_STOP by a token; -1
     int32_t stop_string;            // index into the request's stop_strings; -1
     int32_t completion_tokens;      // so far
+    float score;                    // of a result of beam search, where has_score
+    int has_score;
 };
 struct stream_tensor { // Forward: one captured tensor, whole
     char name[CAPTURE_NAME_MAX];
@@ -94,6 +96,8 @@ void stream_delta_release(struct stream_delta *d);
 void stream_push_started(struct stream *s);
 enum finish_reason stream_push(struct stream *s, int32_t candidate,
                                const struct sample_result *token, int is_end);
+/* Beam search: what the candidate's sequence is worth; before its finish. */
+void stream_set_score(struct stream *s, int32_t candidate, float score);
 void stream_finish_candidate(struct stream *s, int32_t candidate, enum finish_reason reason);
 /* Writes rows of a named tensor (created at first sight, zeroed, n_rows_total rows); the same rows
  * may come twice (a prompt computed again). Past STREAM_TENSOR_BYTES_MAX of one stream they are

@@ -393,6 +393,50 @@ static int convert_distribution(const struct convert *c, const Internvl__V1__Sam
     return 0;
 }
 
+/* What draws at random, and what is told token by token, has no meaning for beams. */
+static int refuse_with_beams(const Internvl__V1__SamplingParams *w, const struct sampling *s,
+                             struct error *err)
+{
+    const char *field = w->_temperature_case && s->temperature > 0 ? "temperature"
+                        : w->_top_p_case && w->top_p < 1           ? "top_p"
+                        : w->_top_k_case && w->top_k > 0           ? "top_k"
+                        : w->_min_p_case && w->min_p > 0           ? "min_p"
+                        : w->_logprobs_case                        ? "logprobs"
+                        : w->n_stop > 0                            ? "stop"
+                                                                   : NULL;
+
+    return field ? error_set(err, ERROR_INVALID_ARGUMENT,
+                             "sampling.%s cannot be used with num_beams: beam search does not "
+                             "sample, and its sequences come whole at the end",
+                             field)
+                 : 0;
+}
+
+static int convert_beams(const Internvl__V1__SamplingParams *w, struct request *r,
+                         struct error *err)
+{
+    r->n_beams = 1;
+    if (w->_num_beams_case) {
+        if (w->num_beams < 1 || w->num_beams > BEAMS_MAX)
+            return refuse(err, "num_beams", w->num_beams, "1 to 10");
+        r->n_beams = (int32_t)w->num_beams;
+    }
+    if (w->_length_penalty_case)
+        r->length_penalty = w->length_penalty;
+    if (!(r->length_penalty >= -100 && r->length_penalty <= 100))
+        return refuse(err, "length_penalty", r->length_penalty, "-100 to 100");
+    if (r->n_beams == 1 && (w->_length_penalty_case || w->early_stopping))
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "sampling.length_penalty and early_stopping need num_beams above 1");
+    if ((unsigned)w->early_stopping > EARLY_STOPPING_NEVER)
+        return refuse(err, "early_stopping", w->early_stopping, "0, 1 or 2");
+    r->early_stopping = (enum early_stopping)w->early_stopping;
+    if (r->n_beams == 1)
+        return 0;
+    r->sampling.temperature = w->_temperature_case ? r->sampling.temperature : 0;
+    return refuse_with_beams(w, &r->sampling, err);
+}
+
 /* n, max_tokens, min_tokens: vLLM's rules. */
 static int convert_counts(const struct convert *c, const Internvl__V1__SamplingParams *w,
                           struct request *r, struct error *err)
@@ -405,7 +449,7 @@ static int convert_counts(const struct convert *c, const Internvl__V1__SamplingP
             return refuse(err, "n", w->n, "1 to 16");
         r->n = (int32_t)w->n;
     }
-    if (r->n > 1 && r->sampling.temperature <= 0)
+    if (r->n > 1 && r->sampling.temperature <= 0 && r->n_beams == 1)
         return refuse(err, "n", r->n, "1 with greedy sampling (temperature 0)");
     r->max_tokens = c->model->max_new_tokens > 0 && c->model->max_new_tokens < left
                         ? c->model->max_new_tokens
@@ -515,8 +559,8 @@ int convert_sampling(const struct convert *c, const Internvl__V1__SamplingParams
     Internvl__V1__SamplingParams unset = INTERNVL__V1__SAMPLING_PARAMS__INIT;
     const Internvl__V1__SamplingParams *w = wire ? wire : &unset;
 
-    if (convert_distribution(c, w, &r->sampling, err) || convert_counts(c, w, r, err) ||
-        convert_stops(c, w, r, err) || convert_bias(c, w, r, err))
+    if (convert_distribution(c, w, &r->sampling, err) || convert_beams(w, r, err) ||
+        convert_counts(c, w, r, err) || convert_stops(c, w, r, err) || convert_bias(c, w, r, err))
         return -1;
     r->ignore_eos = w->ignore_eos;
     r->include_stop_str = w->include_stop_str_in_output;

@@ -54,6 +54,7 @@ static void fill_limits(const struct gateway *g, Internvl__V1__Limits *out)
     out->max_stop_strings = LIMIT_STOP_STRINGS;
     out->max_stop_token_ids = LIMIT_STOP_TOKEN_IDS;
     out->max_logit_bias = LIMIT_LOGIT_BIAS;
+    out->max_num_beams = BEAMS_MAX;
     out->max_continuations = LIMIT_CONTINUATIONS;
     out->max_stop_string_bytes = LIMIT_STOP_BYTES;
     out->max_forward_bytes = (uint64_t)LIMIT_FORWARD_BYTES;

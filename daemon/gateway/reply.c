@@ -293,6 +293,10 @@ static void write_candidate(struct reply *r, const struct candidate_delta *c)
         delta.stop_token_id = (uint32_t)c->stop_token_id;
     }
     response.event_case = INTERNVL__V1__GENERATE_RESPONSE__EVENT_DELTA;
+    if (c->has_score) {
+        delta._score_case = INTERNVL__V1__GENERATE_DELTA___SCORE_SCORE;
+        delta.score = c->score;
+    }
     response.delta = &delta;
     rpc_write(r->call, &response.base);
     arena_release(&a);

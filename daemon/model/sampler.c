@@ -263,6 +263,22 @@ static int32_t draw(struct sampler *s, const struct sample_row *row)
     return id;
 }
 
+/* Transformers' order in beam search: log_softmax, then the processors. */
+static void rank_for_beams(struct sampler *s, struct sample_result *out, const float *logits,
+                           const struct sample_row *row, const struct batch *b)
+{
+    int32_t k = row->sampling.n_beam_best, n = s->vocab_size;
+    int finite;
+    double log_sum = sampler_log_sum_exp(logits, n, &finite);
+    for (int32_t i = 0; i < n; i++)
+        s->work[i] = (float)(logits[i] - log_sum);
+    apply_bias_and_bans(s, row, b);
+    apply_penalties(s, row, b);
+    k = k < TOP_LOGPROBS_MAX ? k : TOP_LOGPROBS_MAX;
+    out->n_top = top_logprobs(out->top, k < n ? k : n, s->work, n, 0);
+    out->token = out->top[0];
+}
+
 void sampler_draw(struct sampler *s, struct sample_result *out, const float *logits,
                   const struct sample_row *row, const struct batch *b)
 {
@@ -278,6 +294,10 @@ void sampler_draw(struct sampler *s, struct sample_result *out, const float *log
             finite &= isfinite(logits[i]) != 0;
     if (!finite) {
         out->not_finite = 1;
+        return;
+    }
+    if (p->n_beam_best > 0) {
+        rank_for_beams(s, out, logits, row, b);
         return;
     }
     memcpy(s->work, logits, (size_t)s->vocab_size * sizeof(float));

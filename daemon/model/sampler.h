@@ -33,8 +33,9 @@ uint64_t sampler_bytes(int32_t vocab_size);
 void sampler_init(struct sampler *s, int32_t vocab_size);
 void sampler_release(struct sampler *s); // accepts a zeroed struct
 
-/* Draws for `row`, whose history, banned ids and biases are in `b` (ids outside the vocabulary are
- * ignored). logits [vocab_size]. */
+/* Draws for `row` (or, with n_beam_best, ranks what beam search chooses from), whose history,
+ * banned ids and biases are in `b` (ids outside the vocabulary are ignored). logits [vocab_size].
+ */
 void sampler_draw(struct sampler *s, struct sample_result *out, const float *logits,
                   const struct sample_row *row, const struct batch *b);
 

@@ -84,6 +84,7 @@ class Candidate:
     finish: int = 0
     stop_string: str = ""
     stop_token_id: int | None = None
+    score: float | None = None
 
 
 @dataclasses.dataclass
@@ -111,6 +112,7 @@ class Answer:
             c.ids += delta.token_ids
             c.logprobs += delta.logprobs
             c.finish = delta.finish_reason
+            c.score = delta.score if delta.HasField("score") else None
             c.stop_string = delta.stop_string
             c.stop_token_id = delta.stop_token_id if delta.HasField("stop_token_id") else None
 

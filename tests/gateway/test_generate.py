@@ -3,7 +3,9 @@
 import json
 import math
 
-from support import Answer, DaemonTest, Picture, ROOT, at_once, chat, example, examples, main, pb, user
+import grpc
+
+from support import Answer, Code, DaemonTest, Picture, ROOT, at_once, chat, example, examples, main, pb, user
 
 STOP, LENGTH = pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH
 END = 994  # <|im_end|> of the demo model
@@ -197,6 +199,36 @@ class Generate(DaemonTest):
         self.assertEqual(a.ids, [33] * 4)
         a = self.describe(logit_bias=[pb.LogitBias(token_id=ids[0], bias=-100)])
         self.assertNotIn(ids[0], a.ids)
+
+    def test_beam_search(self):
+        prompt = chat(example("scene-two.png"), "Describe the image.")
+        greedy = self.client.generate(prompt, max_tokens=24, temperature=0)
+        found = self.client.generate(prompt, max_tokens=24, num_beams=4, n=3)
+        self.assertEqual(len(found.candidates), 3)
+        scores = [found.candidates[i].score for i in range(3)]
+        self.assertEqual(scores, sorted(scores, reverse=True))
+        self.assertEqual(len({tuple(c.ids) for c in found.candidates.values()}), 3)
+        scored = self.client.stub.Score(pb.ScoreRequest(prompt=prompt, continuations=[
+            pb.Continuation(token_ids=pb.TokenIds(ids=ids)) for ids in [greedy.ids, *(c.ids for c in
+                                                                      found.candidates.values())]]), timeout=60)
+        for score, ours in zip(scored.scores[1:], scores):  # of length 1: the mean
+            self.assertAlmostEqual(score.mean_logprob, ours, delta=1e-4)
+        self.assertGreaterEqual(scores[0], scored.scores[0].mean_logprob - 1e-4)
+        self.assertEqual(found.done.usage.completion_tokens, sum(len(c.ids) for c in found.candidates.values()))
+
+    def test_beam_search_refusals(self):
+        for sentence, fields in (("num_beams", {"num_beams": 11}), ("num_beams", {"num_beams": 0}),
+                                 ("temperature", {"num_beams": 2, "temperature": 0.5}),
+                                 ("top_k", {"num_beams": 2, "top_k": 5}), ("logprobs", {"num_beams": 2, "logprobs": 1}),
+                                 ("stop", {"num_beams": 2, "stop": ["x"]}), ("beams", {"num_beams": 2, "n": 3}),
+                                 ("length_penalty", {"length_penalty": 2.0}),
+                                 ("length_penalty", {"num_beams": 2, "length_penalty": float("nan")}),
+                                 ("early_stopping", {"num_beams": 2, "early_stopping": 3}),
+                                 ("at most 6", {"num_beams": 7, "stop_token_ids": [5]})):
+            with self.subTest(fields=fields), self.assertRaises(grpc.RpcError) as raised:
+                self.client.generate(chat("Hello"), max_tokens=4, **fields)
+            self.assertEqual(raised.exception.code(), Code.INVALID_ARGUMENT)
+            self.assertIn(sentence, raised.exception.details())
 
     def test_tiling_options(self):
         prompt = chat("Describe the image.")
