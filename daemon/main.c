@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "daemon/gateway/auth.h"
 #include "daemon/gateway/gateway.h"
@@ -31,6 +32,7 @@
 #include "parallel/topology.h"
 
 #define EXIT_USAGE 2
+#define VISION_NICE 10
 #define TRACE_BYTES_MAX ((uint64_t)256 << 20)
 
 /* What the command line and the checkpoint's config make together: the same on every rank. */
@@ -155,6 +157,14 @@ static int run_gateway(const struct settings *s, const struct topology *t,
     return gateway_run(&g, &s->model, t, processor, control);
 }
 
+/* Where vision and language ranks share cores, a picture waits for the steps of running answers,
+ * and not they for it; a rank that has cores of its own loses nothing. Threads inherit it. */
+static void give_way(const struct settings *s, const struct topology *t)
+{
+    if (t->role == ROLE_VISION && s->device_kind == DEVICE_CPU && nice(VISION_NICE) == -1)
+        log_warn("main", "the vision rank cannot lower its priority");
+}
+
 static int run_worker(const struct settings *s, const struct topology *t, struct device *device,
                       const float *mean, const float *std, struct control *control)
 {
@@ -260,6 +270,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
     if (err->code == ERROR_OK)
         open_trace(t, err);
     if (err->code == ERROR_OK) {
+        give_way(s, t);
         device_open(&device, &d, t,
                     (size_t)s->options.max_num_batched_tokens * (size_t)s->model.text.hidden_size *
                         sizeof(float));

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define BATCHED_TOKENS 128 // of a batch, when nothing is said: a few milliseconds of a small model
 #define HELP_COLUMN 4
 #define HELP_WIDTH 92
 
@@ -36,7 +37,6 @@ static const struct options defaults = {
     .pipeline_parallel_size = 1,
     .vision_ranks = 1,
     .max_num_seqs = 64,
-    .max_num_batched_tokens = 512,
     .block_size = 16,
     .kv_cache_memory_bytes = GIB,
     .max_vision_tiles = 4,
@@ -94,7 +94,10 @@ static const struct option table[] = {
      4096, "Most sequences in one batch."},
     {NULL, "--max-num-batched-tokens", NULL, OPTION_NUMBER, FIELD(max_num_batched_tokens), "N", 1,
      1 << 20,
-     "Token budget of one batch, at least --max-num-seqs; longer prompts are computed in chunks."},
+     "Token budget of one batch, at least --max-num-seqs; longer prompts are computed in chunks, "
+     "beside which the tokens of running answers wait. Default: twice --max-num-seqs, at least "
+     "128; "
+     "a GPU wants some 1024."},
     {NULL, "--block-size", NULL, OPTION_NUMBER, FIELD(block_size), "TOKENS", 16, 1024,
      "Tokens of one page of the KV cache, a multiple of 16."},
     {NULL, "--kv-cache-memory-bytes", NULL, OPTION_NUMBER, FIELD(kv_cache_memory_bytes), "BYTES", 1,
@@ -252,6 +255,9 @@ int options_parse(struct options *o, int argc, char **argv, struct error *err)
     }
     if (!o->model && !o->help && !o->version)
         return error_set(err, ERROR_INVALID_ARGUMENT, "--model is missing");
+    if (o->max_num_batched_tokens == 0)
+        o->max_num_batched_tokens =
+            2 * o->max_num_seqs > BATCHED_TOKENS ? 2 * o->max_num_seqs : BATCHED_TOKENS;
     if (o->max_num_batched_tokens < o->max_num_seqs)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "--max-num-batched-tokens %lld is less than --max-num-seqs %lld: every "

@@ -1,6 +1,5 @@
 #!/bin/sh
-# Throughput of the demo model at 1, 4, 16 and 64 requests in flight, then the gaps of 8 running text streams
-# without and with pictures arriving beside them. Adds lines to OUT/throughput.csv and OUT/pictures.csv.
+# Throughput of the demo model at 1, 4, 16 and 64 requests in flight. Adds lines to OUT/throughput.csv.
 #
 #   sh tests/bench/run_bench.sh BUILD OUT [daemon option...]
 #
@@ -13,9 +12,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$out"
 folder=$(mktemp -d)
 daemon=
-picture_load=
 leave() {
-    [ -z "$picture_load" ] || kill "$picture_load" 2>/dev/null || true
     [ -z "$daemon" ] || { kill "$daemon" 2>/dev/null && wait "$daemon"; } || true
     rm -rf "$folder"
 }
@@ -37,12 +34,3 @@ for n in 1 4 16 64; do
     echo "== $n in flight"
     bench --concurrency "$n" --num-requests $((16 + 4 * n)) --warm-up "$n" --output-len 64 --csv "$out/throughput.csv"
 done
-
-echo "== 8 text streams alone"
-bench --concurrency 8 --num-requests 64 --warm-up 8 --output-len 64 --csv "$out/pictures.csv"
-echo "== 8 text streams with 15 pictures a second"
-bench --request-rate 15 --num-requests 100000 --max-tokens 1 --image "$root/deploy/demo/examples/scene-two.png" \
-    >/dev/null 2>&1 &
-picture_load=$!
-sleep 2
-bench --concurrency 8 --num-requests 64 --warm-up 8 --output-len 64 --csv "$out/pictures.csv"

@@ -1,7 +1,5 @@
 """An idle daemon burns no cores: CPU time of every process of the job over five seconds, from /proc."""
 
-import os
-import pathlib
 import time
 
 import daemon
@@ -9,11 +7,6 @@ from support import Client, chat, example, main, unittest
 
 SECONDS = 5.0
 LIMIT = 0.02  # of one core
-
-
-def cpu_s(pid):
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime + stime
 
 
 class Idle(unittest.TestCase):
@@ -27,11 +20,11 @@ class Idle(unittest.TestCase):
             time.sleep(1)
             ranks = {pid: rank for rank, pid in d.ranks().items()}
             processes = sorted(d.processes())
-            before = {pid: cpu_s(pid) for pid in processes}
+            before = {pid: daemon.cpu_seconds(pid) for pid in processes}
             start = time.monotonic()
             time.sleep(SECONDS)
             elapsed = time.monotonic() - start
-            share = {pid: (cpu_s(pid) - before[pid]) / elapsed for pid in processes}
+            share = {pid: (daemon.cpu_seconds(pid) - before[pid]) / elapsed for pid in processes}
         for pid in processes:
             name = f"rank {ranks[pid]} ({roles[ranks[pid]]})" if pid in ranks else "launcher"
             print(f"  {name}: {100 * share[pid]:.2f} % of a core", flush=True)

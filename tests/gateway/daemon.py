@@ -33,6 +33,12 @@ def _end_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
+def cpu_seconds(pid):
+    """That the process has used so far."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime + stime
+
+
 def refusal(model, tensor, pipeline):
     """Why the daemon does not take this layout of the model, in its own words; None when it takes it."""
     plan = subprocess.run([program("INTERNVLD_DAEMON"), "--model", str(model), "--tensor-parallel-size", str(tensor),

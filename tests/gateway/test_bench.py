@@ -22,7 +22,8 @@ class Bench(DaemonTest):
         self.assertEqual((figures["requests"], figures["failed"]), (n, 0))
         self.assertEqual(figures["output_tokens"], n_tokens)
         for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
-            self.assertTrue(0 < figures[key]["p50"] <= figures[key]["p90"] <= figures[key]["p99"], figures)
+            self.assertTrue(0 <= figures[key]["p50"] <= figures[key]["p90"] <= figures[key]["p99"], figures)
+            self.assertTrue(figures[key]["p50"] > 0 or key == "tpot_ms", figures)  # two tokens may be one message
         self.assertLess(figures["ttft_ms"]["p50"], figures["e2e_ms"]["p99"])
 
     def test_closed_loop(self):

@@ -44,6 +44,11 @@ static void test_values(void **state)
     assert_int_equal(parse(&o, "--model m --max-message-bytes 16M --plan", &err), 0);
     assert_int_equal(o.max_message_bytes, 16 << 20);
     assert_int_equal(o.plan, 1);
+    assert_int_equal(o.max_num_batched_tokens, 128); // twice --max-num-seqs
+    assert_int_equal(parse(&o, "--model m --max-num-seqs 3", &err), 0);
+    assert_int_equal(o.max_num_batched_tokens, 128);
+    assert_int_equal(parse(&o, "--model m --max-num-seqs 100", &err), 0);
+    assert_int_equal(o.max_num_batched_tokens, 200);
     assert_int_equal(parse(&o, "--help", &err), 0);
     assert_int_equal(o.help, 1);
 }
