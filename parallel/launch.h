@@ -35,6 +35,7 @@ void launch_barrier(void);
 /* Collective: what to add to this rank's CLOCK_MONOTONIC to get rank 0's, measured once by a few
  * round trips to rank 0; good to half of the shortest. ns */
 int64_t launch_clock_offset(int rank, int world);
+/* The end of MPI. When other ranks do not come within 10 s the process ends with status 1. */
 void launch_finalize(void);
 _Noreturn void launch_abort(int status); // MPI_Abort
 

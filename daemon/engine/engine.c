@@ -534,11 +534,11 @@ static void take_loss(struct engine *e, int rank)
     snprintf(sentence, sizeof(sentence), "rank %d (%s) was lost", rank,
              topology_describe(&e->topology, rank, who, sizeof(who)));
     log_error("engine", "%s", sentence);
+    if (e->on_lost) // before a drain can end because nothing is left
+        e->on_lost(e->on_lost_arg, rank);
     take_inbox(e);
     end_all(e, ERROR_UNAVAILABLE, sentence);
     publish(e);
-    if (e->on_lost)
-        e->on_lost(e->on_lost_arg, rank);
 }
 
 static void receive(struct engine *e)

@@ -42,8 +42,8 @@ struct engine_stats { // a snapshot, taken under a lock
     uint64_t n_vision_queries, n_vision_hits; // tiles looked up, that needed no encoding
 };
 
-/* Starts the thread. `on_lost` is called once, from it, when a rank is gone, after every stream has
- * ended with UNAVAILABLE (the gateway then lets replies leave and ends the job). */
+/* Starts the thread. `on_lost` is called once, from it, when a rank is gone; right after it every
+ * stream ends with UNAVAILABLE (the gateway lets replies leave and ends the job). */
 struct engine *engine_open(const struct engine_config *c, const struct topology *t,
                            struct control *control, void (*on_lost)(void *arg, int rank),
                            void *arg);
