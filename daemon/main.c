@@ -242,7 +242,11 @@ static void open_trace(const struct topology *t, struct error *err)
     launch_broadcast(&is_on, sizeof(is_on));
     if (!is_on)
         return;
-    int64_t clock_offset_ns = launch_clock_offset(t->rank, t->world);
+    int64_t error_ns, clock_offset_ns = launch_clock_offset(t->rank, t->world, &error_ns);
+    if (launch_shares_clock())
+        clock_offset_ns = error_ns = 0;
+    log_debug("trace", "clock offset %lld ns, within %lld", (long long)clock_offset_ns,
+              (long long)error_ns);
     if (t->rank > 0)
         trace_record(clock_offset_ns);
     else if (trace_open(path, TRACE_BYTES_MAX, err) == 0)

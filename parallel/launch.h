@@ -33,8 +33,10 @@ void launch_broadcast(void *x, size_t n_bytes);
 void launch_all_gather(void *all, const void *mine, size_t n_bytes);
 void launch_barrier(void);
 /* Collective: what to add to this rank's CLOCK_MONOTONIC to get rank 0's, measured once by a few
- * round trips to rank 0; good to half of the shortest. ns */
-int64_t launch_clock_offset(int rank, int world);
+ * round trips to rank 0; wrong by *error_ns at most, half of the shortest. ns */
+int64_t launch_clock_offset(int rank, int world, int64_t *error_ns);
+/* Collective: 1 when this rank and rank 0 run on one kernel, and so have one clock. */
+int launch_shares_clock(void);
 /* The end of MPI. When other ranks do not come within 10 s the process ends with status 1. */
 void launch_finalize(void);
 _Noreturn void launch_abort(int status); // MPI_Abort

@@ -133,6 +133,19 @@ class Invariance(unittest.TestCase):
                 several = d.ask(i, n=4)
                 self.assertEqual(several.bits()[0], self.expected[i][0], f"subject {i}, the first of four")
 
+    def test_features(self):
+        """What Forward gives of the vision stage: the same with known tiles, and captured ones are always encoded."""
+        prompt, outputs = SUBJECTS[5][0], ["image_features", "vision.hidden_states"]
+        with Daemon("--vision-cache-bytes", 0) as off, Daemon() as on:
+            wanted, _ = off.client.forward(prompt, outputs)
+            for where, captured in (("cold", 0), ("warm", 0), ("captured", 1), ("warm again", 0)):
+                found, done = on.client.forward(prompt, outputs[:1 + captured])
+                self.assertEqual(set(found), set(wanted) if captured else {"image_features"})
+                for name in found:
+                    self.assertEqual(found[name].tobytes(), wanted[name].tobytes(), f"{name}, {where}")
+                if where != "cold":
+                    self.assertEqual(done.usage.cached_tiles, 0 if captured else done.usage.tiles, where)
+
     def test_company(self):
         """With 63 others of the same kinds; chunks as they come."""
         with Daemon("--no-enable-prefix-caching") as d:

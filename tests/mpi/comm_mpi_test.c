@@ -154,6 +154,15 @@ static void print_speed(struct comm *c)
     free(x);
 }
 
+/* All ranks here have one clock: the measured offset is wrong by no more than it says. */
+static void test_clock(int rank, int world)
+{
+    int64_t error_ns, offset_ns = launch_clock_offset(rank, world, &error_ns);
+    check(launch_shares_clock());
+    check(offset_ns <= error_ns && -offset_ns <= error_ns);
+    check((error_ns > 0) == (rank > 0));
+}
+
 int main(void)
 {
     int rank, world;
@@ -171,6 +180,7 @@ int main(void)
     test_send_recv(c, BIG_BYTES);
     check((c->wait_ns > 0) == (world > 1));
     test_groups(rank, world);
+    test_clock(rank, world);
     struct comm *fast = comm_mpi_open(0, rank, (size_t)896 * 512 * sizeof(float));
     print_speed(fast);
     comm_close(fast);

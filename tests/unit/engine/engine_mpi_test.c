@@ -491,10 +491,16 @@ static void test_bad_neighbour(struct bell *bell)
 {
     struct call *c = xcalloc(8, sizeof(*c));
     for (int i = 0; i < 8; i++) { // the first tiles keep every rank busy while the others gather
-        c[i] = one_tile(i < 2 ? 30 + i : i % 2 ? 40 + i : PIXEL_NOT_FINITE);
+        c[i] = one_tile(i < 2 ? PIXEL_HELD + 256 * (200 + i) : i % 2 ? 40 + i : PIXEL_NOT_FINITE);
         submit(&c[i], bell, 0);
+        while (!c[i].started) { // in this order
+            drain_call(&c[i]);
+            sleep_us(100);
+        }
     }
+    fclose(fopen(gate, "w"));
     wait_calls(c, 8, bell);
+    unlink(gate);
     for (int i = 0; i < 8; i++) {
         if (i < 2 || i % 2) {
             check(check_call(&c[i]) == 1);
