@@ -6,15 +6,15 @@ _internvl() {
         case $w in -*) ;; *) command=$w && break ;; esac
     done
     case $before in
-    --image | --video | --output | --results | --html | --model | --port-file | --token-file | --auth-token-file | --endpoint-file)
+    --image | --video | --output | --results | --html | --model | --port-file | --token-file | --auth-token-file | --endpoint-file | --csv)
         mapfile -t COMPREPLY < <(compgen -f -- "$word")
         return
         ;;
     esac
     if [[ $word == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "$("$program" $command --help 2>/dev/null | grep -o -- '--[a-z][a-z-]*' | sort -u)" -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W "$("$program" $command --help 2>/dev/null | sed -n 's/^  *\(--[a-z][a-z-]*\).*/\1/p')" -- "$word")
     elif [[ ${program##*/} == internvl && -z $command ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "$("$program" --help | sed -n 's/^  \([a-z]*\)  .*/\1/p')" -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W "$("$program" --help | sed -n 's/^  \([a-z][a-z]*\)  .*/\1/p')" -- "$word")
     else
         mapfile -t COMPREPLY < <(compgen -f -- "$word")
     fi
