@@ -711,7 +711,9 @@ static int check_tiles(const struct engine *e, const struct request *r, struct e
 /* Names each tile by its content; -1 past the request's memory. */
 static int name_tiles(struct request *r, struct error *err)
 {
-    const int32_t format[] = {(int32_t)r->pixel_dtype, r->channels, r->height, r->width};
+    size_t n_salt = r->cache_salt ? strlen(r->cache_salt) : 0;
+    const int32_t format[] = {(int32_t)r->pixel_dtype, r->channels, r->height, r->width,
+                              (int32_t)n_salt};
     size_t n_bytes = tile_bytes(r);
     if (r->n_tiles == 0)
         return 0;
@@ -723,6 +725,7 @@ static int name_tiles(struct request *r, struct error *err)
     for (int32_t i = 0; i < r->n_tiles; i++) {
         hasher_begin(h);
         hasher_add(h, format, sizeof(format));
+        hasher_add(h, r->cache_salt, n_salt);
         hasher_add(h, (const uint8_t *)r->pixels + (size_t)i * n_bytes, n_bytes);
         hasher_end(h, &r->tile_digests[i]);
     }

@@ -40,8 +40,8 @@ struct request {
     enum dtype pixel_dtype; // U8 tiles, or F32 already normalised (Forward)
     const void *pixels;     // [n_tiles, channels, height, width]
     int32_t n_tiles, channels, height, width;
-    struct digest *tile_digests; // [n_tiles] of pixels, shape and dtype; engine_submit() makes them
-    const char *cache_salt;      // cached pages are shared with requests of the same; NULL: none
+    struct digest *tile_digests; // [n_tiles] of pixels, shape, type, salt: by engine_submit()
+    const char *cache_salt;      // pages and features are shared with those of the same; NULL: none
 
     struct sampling sampling;
     int32_t n;       // candidates

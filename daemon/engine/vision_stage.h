@@ -1,15 +1,16 @@
 /*
  * Which vision rank encodes which tiles: the tiles of all requests, merged into jobs.
  *
- * A job is a batch of tiles, of one request or of many, for one rank. A rank has one job at a time,
- * and the idle rank that was sent the fewest tiles so far gets the next one; what waits is shared
- * among the idle ranks. Requests are served by priority; those of equal priority take turns, a tile
- * each, so a picture that comes after an album waits for the jobs under way and no longer. A
- * cancelled request's tiles that were not sent never are.
+ * A job is a batch of tiles, of one request or of many, for one rank. A rank has one job at a time
+ * (which costs it a round trip between two of them, some tenths of a millisecond), and the idle
+ * rank that was sent the fewest tiles so far gets the next one; what waits is shared among the idle
+ * ranks. Requests are served by priority; those of equal priority take turns, a tile each, so a
+ * picture that comes after an album waits for the jobs under way and no longer. A cancelled
+ * request's tiles that were not sent never are.
  *
- * A tile that the feature cache knows is not sent, nor is one that is in a job already: whoever
- * needs it waits for that job, and whoever is cancelled only stops waiting. Tiles whose tensors are
- * captured are always encoded, for their request alone.
+ * A tile that the feature cache knows (by content and the request's salt) is not sent, nor is one
+ * that is in a job already: whoever needs it waits for that job, and whoever is cancelled only
+ * stops waiting. Tiles whose tensors are captured are always encoded, for their request alone.
  *
  * Features that wait for the language model take memory, so no request is begun (given memory for
  * its features) while too many tiles are held; a request that does not fit yet is not overtaken.

@@ -118,6 +118,7 @@ class Calls(DaemonTest):
         self.assertEqual([r.rank for r in m.ranks], list(range(len(m.ranks))))
         self.assertEqual(len(m.ranks), 1 + m.vision_ranks + m.tensor_parallel_size * m.pipeline_parallel_size)
         self.assertEqual(m.ranks[0].role, "gateway")
+        self.assertEqual(m.ranks[0].scratch_bytes, 256 << 20)  # the vision cache
         for rank in m.ranks[1:]:
             self.assertGreater(rank.weight_bytes, 0, rank.role)
         for field in pb.Limits.DESCRIPTOR.fields:

@@ -129,6 +129,12 @@ class Invariance(unittest.TestCase):
             answer = collect(d.client.stub.Generate(salted, timeout=120))
             self.check(1, answer, "another salt")
             self.assertEqual(answer.done.usage.cached_tokens, 0, "another salt")
+            salted = pb.GenerateRequest(prompt=SUBJECTS[3][0], cache_salt="mine",
+                                        sampling=pb.SamplingParams(**SUBJECTS[3][1]))
+            for known in (cold[3].done.usage.cached_tiles, cold[3].done.usage.tiles):  # its own, from the second on
+                answer = collect(d.client.stub.Generate(salted, timeout=120))
+                self.check(3, answer, "another salt")
+                self.assertEqual(answer.done.usage.cached_tiles, known, "another salt")
             for i in (2, 4, 8):  # n = 1 is the first of n = 4
                 several = d.ask(i, n=4)
                 self.assertEqual(several.bits()[0], self.expected[i][0], f"subject {i}, the first of four")

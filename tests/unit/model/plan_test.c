@@ -26,7 +26,8 @@ static struct plan_settings settings(int v, int t, int p)
                                   .max_model_len = 64,
                                   .max_num_seqs = 4,
                                   .max_num_batched_tokens = 32,
-                                  .max_vision_tiles = 2};
+                                  .max_vision_tiles = 2,
+                                  .vision_cache_bytes = 123456};
 }
 
 static void weights_add_up(void **state)
@@ -40,6 +41,7 @@ static void weights_add_up(void **state)
     assert_int_equal(plan_make(&one, &c, &s, &err), 0);
     assert_int_equal(one.n_ranks, 3);
     assert_int_equal(one.ranks[0].weight_bytes, 0);
+    assert_int_equal(one.ranks[0].scratch_bytes, 123456); // the vision cache
     /* One layer: 2 * 32 norms, qkv 64 * 32 + 64, o 32 * 32, MLP 3 * 48 * 32; embedding, head, norm.
      */
     uint64_t layer = 64 + 64 * 32 + 64 + 32 * 32 + 3 * 48 * 32;
