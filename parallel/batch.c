@@ -14,7 +14,7 @@
 
 #define CAPTURE_ALL                                                                                \
     (CAPTURE_EMBEDS | CAPTURE_HIDDEN_STATES | CAPTURE_LOGITS | CAPTURE_CACHE |                     \
-     CAPTURE_LAST_HIDDEN_STATE)
+     CAPTURE_LAST_HIDDEN_STATE | CAPTURE_ATTENTIONS)
 #define VISION_CAPTURE_ALL                                                                         \
     (VISION_CAPTURE_HIDDEN_STATES | VISION_CAPTURE_LAYER0 | VISION_CAPTURE_PROJECTOR |             \
      VISION_CAPTURE_ATTENTIONS)

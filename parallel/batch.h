@@ -24,6 +24,7 @@ enum capture {
     CAPTURE_LOGITS = 4,             // "logits" [n, vocab_size], the rows whose `want_logits` is set
     CAPTURE_LAST_HIDDEN_STATE = 16, // of "hidden_states.i" the last one alone
     CAPTURE_CACHE = 8, // "cache.i.key" / ".value" [n_kv_heads * head_dim] a row, keys after rope
+    CAPTURE_ATTENTIONS = 32, // "attentions.i" [heads * n, rope_len]: head by head, after softmax
 };
 
 /* How one token is drawn; vLLM's names. Plain data. */

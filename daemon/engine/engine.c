@@ -375,8 +375,18 @@ static int32_t n_wanted_before(const struct request *r, int32_t row)
     return n;
 }
 
+/* The new tokens' rows of every head's square [n_ids, n_ids]; `c` has them head by head. */
+static void push_attentions(const struct request *r, const struct step_item *item,
+                            const struct captured *c)
+{
+    int32_t n = item->n_new, n_heads = c->n_rows / n;
+    for (int32_t h = 0; h < n_heads; h++)
+        stream_push_rows(r->stream, c->name, 0, h * r->n_ids + item->start, n_heads * r->n_ids, n,
+                         c->n_cols, c->data + (int64_t)h * n * c->n_cols);
+}
+
 /* Tensors of the language model: rows of the sequence's new tokens, except "logits", where only
- * the wanted rows exist. */
+ * the wanted rows exist, and "attentions.i". */
 static void push_language_tensors(const struct step *p, const struct step_result *result)
 {
     for (int32_t i = 0; i < result->n_captured; i++) {
@@ -387,6 +397,10 @@ static void push_language_tensors(const struct step *p, const struct step_result
         const struct request *r = item->sequence->ticket->request;
         if (!r)
             continue;
+        if (strncmp(c->name, "attentions.", strlen("attentions.")) == 0) {
+            push_attentions(r, item, c);
+            continue;
+        }
         int32_t first = item->start + c->first_row, n_rows = r->n_ids;
         if (strcmp(c->name, "logits") == 0 && r->want_logits) {
             first = n_wanted_before(r, first);

@@ -52,6 +52,7 @@ enum output {
     OUTPUT_MEAN = 2048,
     OUTPUT_TILE_MEAN = 4096,
     OUTPUT_IMAGE_MEAN = 8192,
+    OUTPUT_ATTENTIONS = 16384,
 };
 
 /* Elements a message may have, and the memory one request may take. */

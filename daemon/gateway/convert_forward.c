@@ -21,6 +21,7 @@ static const struct output_name output_names[] = {
     {"image_features", OUTPUT_IMAGE_FEATURES, 0, 0},
     {"last_hidden_state", OUTPUT_LAST_HIDDEN_STATE, CAPTURE_LAST_HIDDEN_STATE, 0},
     {"past_key_values", OUTPUT_PAST_KEY_VALUES, CAPTURE_CACHE, 0},
+    {"attentions", OUTPUT_ATTENTIONS, CAPTURE_ATTENTIONS, 0},
     {"vision.hidden_states", OUTPUT_VISION_HIDDEN_STATES, 0, VISION_CAPTURE_HIDDEN_STATES},
     {"vision.layer0", OUTPUT_VISION_LAYER0, 0, VISION_CAPTURE_LAYER0},
     {"vision.attentions", OUTPUT_VISION_ATTENTIONS, 0, VISION_CAPTURE_ATTENTIONS},
@@ -159,6 +160,8 @@ static double forward_bytes(const struct convert *c, const struct request *r, ui
         elements += n * t->hidden_size;
     if (outputs & OUTPUT_PAST_KEY_VALUES)
         elements += 2.0 * t->n_layers * n * t->n_kv_heads * t->head_dim;
+    if (outputs & OUTPUT_ATTENTIONS)
+        elements += (double)t->n_layers * t->n_heads * n * n;
     if (outputs & OUTPUTS_OF_FEATURES)
         elements += tiles * features * t->hidden_size;
     if (outputs & OUTPUT_VISION_HIDDEN_STATES)

@@ -334,6 +334,7 @@ static int is_asked_for(uint32_t outputs, const char *name)
         {"inputs_embeds", OUTPUT_INPUTS_EMBEDS},
         {"hidden_states.", OUTPUT_HIDDEN_STATES},
         {"cache.", OUTPUT_PAST_KEY_VALUES},
+        {"attentions.", OUTPUT_ATTENTIONS},
         {"image_features", OUTPUT_IMAGE_FEATURES},
         {"vision.hidden_states.", OUTPUT_VISION_HIDDEN_STATES},
         {"vision.last_hidden_state", OUTPUT_VISION_HIDDEN_STATES},
@@ -433,6 +434,11 @@ static size_t wire_shape(const struct reply *r, const struct outgoing *o, uint64
         if (n == 2)
             shape[n] /= shape[1];
         n++;
+    } else if (begins_with(t->name, "attentions.")) {
+        shape[n++] = (uint64_t)m->text.n_heads;
+        shape[n++] = (uint64_t)t->n_rows / shape[0];
+        shape[n++] = (uint64_t)t->n_cols;
+        return n;
     } else {
         shape[n++] = (uint64_t)t->n_rows;
         if (begins_with(t->name, "cache."))

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/model/attention_probs.h"
 #include "daemon/model/rope.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
@@ -70,6 +71,16 @@ static void capture_hidden(struct step *s, const struct tensor *x, int i)
     capture_rows(s, kinds, x, name);
 }
 
+/* The heads of any shard of the stage. */
+static struct layer_shard part_of(const struct language_model *m, int shard)
+{
+    struct weight_cut cut;
+    struct error err;
+    if (weight_cut_init(&cut, m->config, shard, m->n_shards, &err) != 0)
+        BUG("shard %d of %d: %s", shard, m->n_shards, err.msg);
+    return cut.dense;
+}
+
 /* Keys or values of all the stage's shards, put together in the order of the model's kv heads
  * (replicated heads once). Every shard takes part in the gather. */
 static void capture_cache(struct step *s, const struct tensor *x, int layer, const char *what)
@@ -92,14 +103,12 @@ static void capture_cache(struct step *s, const struct tensor *x, int layer, con
     op_free(m->backend, gathered);
     op_free(m->backend, mine);
     for (int shard = 0; shard < m->n_shards; shard++) {
-        struct weight_cut cut;
-        struct error err;
-        if (weight_cut_init(&cut, t, shard, m->n_shards, &err) != 0 ||
-            cut.dense.kv_heads.n * d != local)
+        struct layer_shard part = part_of(m, shard);
+        if (part.kv_heads.n * d != local)
             BUG("shards with different numbers of kv heads");
         for (int64_t r = 0; r < s->n; r++)
-            memcpy(whole + r * width + cut.dense.kv_heads.start * d,
-                   all + (shard * s->n + r) * local, (size_t)local * sizeof(float));
+            memcpy(whole + r * width + part.kv_heads.start * d, all + (shard * s->n + r) * local,
+                   (size_t)local * sizeof(float));
     }
     snprintf(name, sizeof(name), "cache.%d.%s", layer, what);
     for (int32_t i = 0; i < b->n_sequences && m->shard == 0; i++) {
@@ -110,6 +119,61 @@ static void capture_cache(struct step *s, const struct tensor *x, int layer, con
     }
     free(whole);
     free(all);
+}
+
+/* out [n_heads, n, n_cols], on shard 0 alone, <- what the n new queries of sequence i look at. Head
+ * by head: every shard takes part in every gather, with zeros where it has fewer heads. */
+static void gather_attentions(struct step *s, float *out, int32_t n_cols, const struct tensor *q,
+                              const struct kv_pages *kv, int32_t i, int32_t window)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    int64_t d = m->config->head_dim, n_rounds = 0;
+    size_t n_floats = (size_t)q->shape[0] * (size_t)n_cols, n_bytes = n_floats * sizeof(float);
+    float *probs = xcalloc(n_floats, sizeof(float)), *mine = op_alloc(m->backend, n_bytes);
+    float *gathered = op_alloc(m->backend, n_bytes * (size_t)m->n_shards);
+    for (int shard = 0; shard < m->n_shards; shard++) {
+        int64_t n_heads = part_of(m, shard).heads.n;
+        n_rounds = n_heads > n_rounds ? n_heads : n_rounds;
+    }
+    for (int64_t h = 0; h < n_rounds; h++) {
+        memset(probs, 0, n_bytes);
+        if (h < m->cut.dense.heads.n) {
+            struct tensor head = tensor_columns(q, h * d, d);
+            attention_probs(probs, n_cols, m->backend, &head, kv, b->pages + b->page_start[i],
+                            m->kv_of_head[h], b->context_len[i], window);
+        }
+        op_upload(m->backend, mine, probs, n_bytes);
+        all_gather(m, gathered, mine, (int64_t)n_floats);
+        for (int shard = 0; out && shard < m->n_shards; shard++) {
+            struct range heads = part_of(m, shard).heads;
+            if (h < heads.n)
+                op_download(m->backend, out + (size_t)(heads.start + h) * n_floats,
+                            gathered + (size_t)shard * n_floats, n_bytes);
+        }
+    }
+    op_free(m->backend, gathered);
+    op_free(m->backend, mine);
+    free(probs);
+}
+
+static void capture_attentions(struct step *s, const struct tensor *q, const struct kv_pages *kv,
+                               int layer, int32_t window)
+{
+    const struct batch *b = s->batch;
+    char name[CAPTURE_NAME_MAX];
+    snprintf(name, sizeof(name), "attentions.%d", layer);
+    for (int32_t i = 0; i < b->n_sequences; i++) {
+        if (!(b->captures[i] & CAPTURE_ATTENTIONS))
+            continue;
+        int32_t first = b->query_start[i], n = b->query_start[i + 1] - first;
+        int32_t n_cols = b->rope_len[i]; // the whole prompt, of which later parts are yet to come
+        struct tensor rows = tensor_rows(q, first, n);
+        float *out = NULL;
+        if (s->m->shard == 0)
+            out = capture_add(s->captures, name, i, 0, s->m->config->n_heads * n, n_cols);
+        gather_attentions(s, out, n_cols, &rows, kv, i, window);
+    }
 }
 
 /* ---- the step's arrays ---- */
@@ -249,6 +313,7 @@ static void attention(struct step *s, const struct language_layer *l, struct kv_
     capture_cache(s, &k, i, "key");
     capture_cache(s, &v, i, "value");
     op_kv_write(b, kv, &s->layout, &k, &v);
+    capture_attentions(s, &q, kv, i, l->window);
     op_paged_attention(b, &mixed, &q, kv, &s->layout, m->kv_of_head, (int32_t)part->heads.n,
                        (float)(1.0 / sqrt((double)d)), l->window);
     op_matmul(b, &s->sum, &mixed, &l->output, NULL);

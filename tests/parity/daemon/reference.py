@@ -22,6 +22,7 @@ SKIPPED = 77
 LAYOUTS = ["1x1x1", "2x1x1", "4x1x1", "1x2x1", "2x2x1", "1x1x2", "2x2x2"]
 SANITIZED_LAYOUTS = ["1x1x1", "2x2x2"]
 FEW_LAYOUTS = ["1x1x1"]
+CHUNKED = ("--max-num-batched-tokens", 32, "--max-num-seqs", 16)  # with P > 1: prompts are cut into parts
 MAX_MODEL_LEN = 512  # past the original length of t-rope-dynamic-short, whose frequencies then grow
 HIDDEN_ABS, HIDDEN_REL, LOGITS_ABS, LOSS_ABS, MARGIN = 1e-4, 1e-5, 5e-4, 1e-4, 2e-3
 
@@ -159,7 +160,7 @@ def check_language(client, layout, goldens, report, config):
     n_tiles = int((ids == config["image_token_id"]).sum()) // config["image_seq_length"]
     prompt = token_prompt(ids, pixels[:n_tiles])
     tensors, done = client.forward(prompt, ["hidden_states", "inputs_embeds", "past_key_values", "logits",
-                                            "last_hidden_state"], labels=[int(x) for x in lm["labels"].reshape(-1)])
+                                            "last_hidden_state", "attentions"], labels=[int(x) for x in lm["labels"].reshape(-1)])
     report.compare(layout, "inputs_embeds", tensors.get("inputs_embeds"), lm["inputs_embeds"], "hidden")
     n_hidden = 0
     for name, expected in lm.items():
@@ -173,6 +174,8 @@ def check_language(client, layout, goldens, report, config):
     if n_hidden:
         report.compare(layout, "last_hidden_state", tensors.get("last_hidden_state"), lm[f"hidden_states.{n_hidden}"],
                        "hidden")
+    for name in (x for x in lm if x.startswith("attentions.")):
+        report.compare(layout, name, tensors.get(name), lm[name], "hidden")
     logits = tensors.get("logits")
     if "logits" in lm:
         report.compare(layout, "logits", logits, lm["logits"], "logits")
@@ -293,7 +296,7 @@ def check_checkpoint(folder, name, layouts):
             report.skip(f"T={tensor}, P={pipeline}: {refusal}")
             continue
         with daemon.Daemon(model=model, tensor=tensor, pipeline=pipeline, vision=vision, dtype="float32",
-                           extra=("--max-model-len", MAX_MODEL_LEN)) as d:
+                           extra=("--max-model-len", MAX_MODEL_LEN) + (CHUNKED if pipeline > 1 else ())) as d:
             client = Client(d.address)
             check_vision(client, text, goldens, report, config)
             check_language(client, text, goldens, report, config)

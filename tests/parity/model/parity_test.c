@@ -225,7 +225,7 @@ static void check_language(struct check *c, struct model_run *r, const char *dir
                                  .first_page = 3,
                                  .rope_len = (int32_t)n,
                                  .image_token_id = r->config.image_token_id,
-                                 .captures = 15};
+                                 .captures = 15 | CAPTURE_ATTENTIONS};
     batch_begin(b, features, 2 * r->config.n_features_per_tile, r->config.text.hidden_size);
     batch_add(b, &part);
     for (int64_t i = 0; i + 1 < n; i++)
@@ -235,6 +235,8 @@ static void check_language(struct check *c, struct model_run *r, const char *dir
     compare(c, KIND_HIDDEN, &captures, "inputs_embeds", 1, &golden, "inputs_embeds");
     for (int i = 0; i <= r->config.text.n_layers; i++) {
         snprintf(name, sizeof(name), "hidden_states.%d", i);
+        compare(c, KIND_HIDDEN, &captures, name, 1, &golden, name);
+        snprintf(name, sizeof(name), "attentions.%d", i);
         compare(c, KIND_HIDDEN, &captures, name, 1, &golden, name);
         check_cache(c, r, &captures, &golden, i, "key");
         check_cache(c, r, &captures, &golden, i, "value");

@@ -351,15 +351,16 @@ static void test_outputs(void **state)
 {
     (void)state;
     Internvl__V1__ForwardRequest w = INTERNVL__V1__FORWARD_REQUEST__INIT;
-    char *names[] = {"last_hidden_state", "past_key_values", "inputs_embeds"};
+    char *names[] = {"last_hidden_state", "past_key_values", "inputs_embeds", "attentions"};
     char *wrong[] = {"logit"};
     char *vision[] = {"vision.layer0"};
     uint32_t captures;
 
     w.outputs = names;
-    w.n_outputs = 3;
+    w.n_outputs = 4;
     assert_int_equal(forward(&w, 0, NULL, NULL, &captures), ERROR_OK);
-    assert_int_equal(captures, CAPTURE_LAST_HIDDEN_STATE | CAPTURE_CACHE | CAPTURE_EMBEDS);
+    assert_int_equal(captures, CAPTURE_LAST_HIDDEN_STATE | CAPTURE_CACHE | CAPTURE_EMBEDS |
+                                   CAPTURE_ATTENTIONS);
     w.outputs = wrong;
     w.n_outputs = 1;
     assert_int_equal(forward(&w, 0, NULL, NULL, NULL), ERROR_INVALID_ARGUMENT);

@@ -1,0 +1,76 @@
+/*
+ * Attention probabilities on the host (attention_probs.h).
+ */
+#include "daemon/model/attention_probs.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/log.h"
+
+/* keys [n_pages, head_dim, page_size] <- one head of the pages, as float32. */
+static void read_keys(float *keys, struct backend *b, const struct kv_pages *kv,
+                      const int32_t *pages, int64_t n_pages, int32_t kv_head)
+{
+    size_t n = (size_t)kv->head_dim * (size_t)kv->page_size, n_bytes = n * dtype_size(kv->dtype);
+    uint16_t *half = xcalloc(n, sizeof(*half));
+    for (int64_t p = 0; p < n_pages; p++) {
+        size_t index = (size_t)pages[p] * (size_t)kv->n_kv_heads + (size_t)kv_head;
+        const char *from = (const char *)kv->k + index * n_bytes;
+        float *to = keys + (size_t)p * n;
+        if (kv->dtype == DTYPE_F32) {
+            op_download(b, to, from, n_bytes);
+            continue;
+        }
+        op_download(b, half, from, n_bytes);
+        for (size_t i = 0; i < n; i++)
+            to[i] = bf16_to_f32(half[i]);
+    }
+    free(half);
+}
+
+/* row[first, first + n) <- its softmax. */
+static void softmax(float *row, int32_t n)
+{
+    float largest = row[0];
+    double sum = 0;
+    for (int32_t j = 1; j < n; j++)
+        largest = fmaxf(largest, row[j]);
+    for (int32_t j = 0; j < n; j++) {
+        row[j] = expf(row[j] - largest);
+        sum += row[j];
+    }
+    for (int32_t j = 0; j < n; j++)
+        row[j] = (float)(row[j] / sum);
+}
+
+void attention_probs(float *probs, int32_t n_cols, struct backend *b, const struct tensor *q,
+                     const struct kv_pages *kv, const int32_t *pages, int32_t kv_head,
+                     int32_t context_len, int32_t window)
+{
+    int32_t n = (int32_t)q->shape[0], d = kv->head_dim, size = kv->page_size;
+    int64_t n_pages = (context_len + size - 1) / size;
+    float scale = (float)(1.0 / sqrt((double)d));
+    float *keys = xcalloc((size_t)(n_pages * size * d), sizeof(float));
+    float *query = xcalloc((size_t)d, sizeof(float));
+    read_keys(keys, b, kv, pages, n_pages, kv_head);
+    memset(probs, 0, (size_t)n * (size_t)n_cols * sizeof(float));
+    for (int32_t i = 0; i < n; i++) {
+        int32_t end = context_len - n + i + 1;
+        int32_t start = window > 0 && end > window ? end - window : 0;
+        float *row = probs + (int64_t)i * n_cols;
+        op_download(b, query, (const float *)q->data + i * q->row_stride,
+                    (size_t)d * sizeof(float));
+        for (int32_t j = start; j < end; j++) {
+            const float *key = keys + (int64_t)(j / size) * size * d + j % size;
+            float dot = 0;
+            for (int32_t k = 0; k < d; k++)
+                dot += query[k] * key[(int64_t)k * size];
+            row[j] = dot * scale;
+        }
+        softmax(row + start, end - start);
+    }
+    free(query);
+    free(keys);
+}
