@@ -29,6 +29,7 @@
 #include "parallel/control.h"
 #include "parallel/hosts.h"
 #include "parallel/launch.h"
+#include "parallel/launch_limit.h"
 #include "parallel/topology.h"
 
 #define EXIT_USAGE 2
@@ -279,6 +280,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
                     (size_t)s->options.max_num_batched_tokens * (size_t)s->model.text.hidden_size *
                         sizeof(float));
         control = control_open(t, NULL);
+        launch_limit_off(); /* from here on heartbeats watch */
         status = t->role == ROLE_GATEWAY ? run_gateway(s, t, processor, &limits, control)
                                          : run_worker(s, t, &device, mean, std, control);
         control_close(control);
@@ -342,6 +344,7 @@ static int run_rank(struct settings *s, int is_usage_error, struct error *err)
     sigaddset(&stops, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &stops, NULL);
     signal(SIGPIPE, SIG_IGN);
+    launch_limit("the start", (int)s->options.start_timeout);
     launch_init(&rank, &world);
     if (!is_usage_error && !settings_make(s, err))
         topology_init(&t, rank, world, &s->layout, err);

@@ -43,6 +43,7 @@ static const struct options defaults = {
     .vision_cache_bytes = (int64_t)256 << 20,
     .max_queued_requests = 256,
     .listen = "127.0.0.1:50051",
+    .start_timeout = 120,
     .drain_timeout = 30,
     .processor_threads = 2,
     .max_connections = 1024,
@@ -130,6 +131,9 @@ static const struct option table[] = {
      "checks need none."},
     {NULL, "--insecure-listen", NULL, OPTION_FLAG, FIELD(insecure_listen), NULL, 0, 0,
      "Allow an address that other machines can reach without a token."},
+    {NULL, "--start-timeout", NULL, OPTION_NUMBER, FIELD(start_timeout), "SECONDS", 1, 86400,
+     "How long the ranks may take to find each other, before weights are loaded; then the job "
+     "ends, and says which rank on this host is stopped."},
     {NULL, "--drain-timeout", NULL, OPTION_NUMBER, FIELD(drain_timeout), "SECONDS", 0, 86400,
      "How long running requests may finish after SIGTERM, SIGINT or SIGUSR1. A second signal ends "
      "the job at once."},

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "kernels/log.h"
+#include "parallel/launch_limit.h"
 
 /* Of the leak sanitizer, when it is linked. MPI keeps memory, and loads and unloads plug-ins, so
  * that its leaks can be told from ours by name only between its start and its end. */
@@ -30,6 +31,7 @@ void __lsan_enable(void) __attribute__((weak));
 void __lsan_do_leak_check(void) __attribute__((weak)); // now, and not at exit
 
 #define N_TIME_ROUNDS 8
+#define FINALIZE_LIMIT_S 10
 #define ABORT_TIMEOUT_S 2 // for MPI_Abort() to do its work, then the process just ends
 
 static struct {
@@ -84,6 +86,7 @@ static _Noreturn void exec_mpirun(char **words, const sigset_t *mask, pid_t pare
     if (null_fd >= 0)
         dup2(null_fd, STDIN_FILENO);
     setpgid(0, 0);
+    setenv("HOME", "/", 0); /* PMIx 4 follows a null pointer to the home of an unknown user */
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
     sigprocmask(SIG_SETMASK, mask, NULL);
@@ -293,26 +296,15 @@ int launch_shares_clock(void)
     return own[0] && strcmp(own, first) == 0;
 }
 
-/* MPI_Finalize() waits for ranks that may never come: one that was stopped when the others left. */
-#define FINALIZE_S 10
-
-static void on_alarm(int signal_number)
-{
-    static const char sentence[] = "internvld: other ranks did not leave: ending without them\n";
-
-    (void)signal_number;
-    _exit(write(STDERR_FILENO, sentence, sizeof(sentence) - 1) < 0 ? 2 : 1);
-}
-
 void launch_finalize(void)
 {
-    signal(SIGALRM, on_alarm);
-    alarm(FINALIZE_S);
+    launch_limit_off();
+    launch_limit("MPI's end", FINALIZE_LIMIT_S); /* a rank may have stopped when the others left */
     if (__lsan_do_leak_check)
         __lsan_do_leak_check();
     log_set_die_hook(NULL);
     check(MPI_Finalize(), "MPI_Finalize");
-    alarm(0);
+    launch_limit_off();
 }
 
 _Noreturn void launch_abort(int status)
