@@ -308,6 +308,8 @@ struct internvl_forward_request {
     size_t n_logits_positions;
     const int32_t *labels; // [n_labels] as many as prompt tokens, -100 is ignored; NULL: no loss
     size_t n_labels;
+    const uint8_t *bool_masked_pos; // a byte for each patch of each tile, 1: masked; NULL: none
+    size_t n_bool_masked_pos;
 };
 
 #define INTERNVL_MAX_DIMS 8

@@ -336,6 +336,8 @@ Internvl__V1__ForwardRequest *wire_forward(struct wire_pool *p,
     }
     m->n_logits_positions = r->n_logits_positions;
     m->logits_positions = (uint32_t *)r->logits_positions;
+    m->bool_masked_pos.data = (uint8_t *)r->bool_masked_pos;
+    m->bool_masked_pos.len = r->n_bool_masked_pos;
     m->n_labels = r->n_labels;
     m->labels = (int32_t *)r->labels;
     return m;

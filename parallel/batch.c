@@ -17,7 +17,7 @@
      CAPTURE_LAST_HIDDEN_STATE | CAPTURE_ATTENTIONS)
 #define VISION_CAPTURE_ALL                                                                         \
     (VISION_CAPTURE_HIDDEN_STATES | VISION_CAPTURE_LAYER0 | VISION_CAPTURE_PROJECTOR |             \
-     VISION_CAPTURE_ATTENTIONS)
+     VISION_CAPTURE_ATTENTIONS | VISION_CAPTURE_LAST)
 
 struct batch_head {
     uint64_t step_id;
@@ -271,6 +271,7 @@ struct tile_batch_head {
     uint64_t job_id;
     int32_t n_tiles, channels, height, width, dtype;
     uint32_t captures;
+    int32_t n_mask, unused; // to a multiple of 8
 };
 
 /* -1: the product of counts passes an int64, or a count is negative. */
@@ -292,7 +293,15 @@ static const char *wrong_tiles(const struct tile_batch *t)
         return "a negative or absurd number of pixels";
     if (t->captures & ~(uint32_t)VISION_CAPTURE_ALL)
         return "an unknown capture";
+    if (t->n_mask < 0)
+        return "a negative number of patches";
     return NULL;
+}
+
+static void tile_sections(struct tile_batch *t, struct section s[2])
+{
+    s[0] = (struct section){&t->pixels, n_pixels(t), dtype_size(t->dtype)};
+    s[1] = (struct section){&t->mask, (int64_t)t->n_tiles * t->n_mask, 1};
 }
 
 /* With t->pixels NULL the message has room for them. */
@@ -310,9 +319,11 @@ static struct message *pack_tiles(const struct tile_batch *t)
         .width = t->width,
         .dtype = (int32_t)t->dtype,
         .captures = t->captures,
+        .n_mask = t->n_mask,
     };
-    const struct section s = {&view.pixels, n_pixels(t), dtype_size(t->dtype)};
-    return sections_pack(CONTROL_TILES, &h, sizeof(h), &s, 1);
+    struct section s[2];
+    tile_sections(&view, s);
+    return sections_pack(CONTROL_TILES, &h, sizeof(h), s, 2);
 }
 
 struct message *tile_batch_pack(const struct tile_batch *t)
@@ -322,16 +333,22 @@ struct message *tile_batch_pack(const struct tile_batch *t)
     return pack_tiles(t);
 }
 
-struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels)
+struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels,
+                                  const uint8_t *const *masks)
 {
     struct tile_batch packed = *t;
     packed.pixels = NULL;
+    packed.mask = NULL;
     struct message *m = pack_tiles(&packed);
     tile_batch_unpack(&packed, m);
     uint8_t *to = m->payload + ((const uint8_t *)packed.pixels - m->payload);
     size_t n_bytes = (size_t)n_pixels(t) / (size_t)t->n_tiles * dtype_size(t->dtype);
-    for (int32_t i = 0; i < t->n_tiles; i++)
+    uint8_t *mask = t->n_mask > 0 ? m->payload + (packed.mask - m->payload) : NULL;
+    for (int32_t i = 0; i < t->n_tiles; i++) {
         memcpy(to + (size_t)i * n_bytes, pixels[i], n_bytes);
+        if (mask)
+            memcpy(mask + (size_t)i * (size_t)t->n_mask, masks[i], (size_t)t->n_mask);
+    }
     return m;
 }
 
@@ -347,10 +364,12 @@ void tile_batch_unpack(struct tile_batch *t, const struct message *m)
         .width = h.width,
         .dtype = (enum dtype)h.dtype,
         .captures = h.captures,
+        .n_mask = h.n_mask,
     };
     const char *wrong = wrong_tiles(t);
     if (wrong)
         message_garbled(m, wrong);
-    const struct section s = {&t->pixels, n_pixels(t), dtype_size(t->dtype)};
-    sections_unpack(m, sizeof(h), &s, 1);
+    struct section s[2];
+    tile_sections(t, s);
+    sections_unpack(m, sizeof(h), s, 2);
 }

@@ -139,17 +139,22 @@ enum vision_capture {
            //   q_norm,k_norm,attention_output}"
     VISION_CAPTURE_PROJECTOR = 4,  // "projector.{selected,pixel_shuffled,layer_norm,linear_1}"
     VISION_CAPTURE_ATTENTIONS = 8, // "vision.attentions.i" rows = heads * T, cols = T
+    VISION_CAPTURE_LAST = 16,      // "vision.last_hidden_state" alone
 };
 struct tile_batch {
     uint64_t job_id;
     int32_t n_tiles, channels, height, width; // pixels
-    enum dtype dtype;   // U8 (normalised on the vision rank) or F32 (already normalised)
-    uint32_t captures;  // of enum vision_capture
-    const void *pixels; // [n_tiles, channels, height, width]
+    enum dtype dtype;    // U8 (normalised on the vision rank) or F32 (already normalised)
+    uint32_t captures;   // of enum vision_capture
+    const void *pixels;  // [n_tiles, channels, height, width]
+    int32_t n_mask;      // 0, or the patches of a tile
+    const uint8_t *mask; // [n_tiles, n_mask] 1: the patch gives way to the mask token
 };
 struct message *tile_batch_pack(const struct tile_batch *t);
-/* The same of tiles [channels, height, width] that do not lie together; t->pixels is ignored. */
-struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels);
+/* The same of tiles [channels, height, width], and masks [n_mask] where there are any, that do not
+ * lie together; t->pixels and t->mask are ignored. */
+struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels,
+                                  const uint8_t *const *masks);
 void tile_batch_unpack(struct tile_batch *t, const struct message *m);
 
 struct feature_result {

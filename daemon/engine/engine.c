@@ -116,10 +116,15 @@ static void log_request(const struct request *r, const struct usage *u, const st
              err ? ": " : "", err ? err->msg : "");
 }
 
+static int32_t features_per_tile(const struct engine *e, const struct request *r)
+{
+    return r->n_features_per_tile < 0 ? e->config.n_features_per_tile : r->n_features_per_tile;
+}
+
 /* All at once, because tiles that were known come in no order. */
 static void push_image_features(struct engine *e, const struct ticket *t)
 {
-    int32_t n_rows = t->n_tiles * e->config.n_features_per_tile;
+    int32_t n_rows = t->n_tiles * features_per_tile(e, t->request);
     stream_push_rows(t->request->stream, "image_features", t->n_tiles, 0, n_rows, n_rows,
                      e->config.feature_dim, t->features);
 }
@@ -232,20 +237,24 @@ static struct message *pack_job(const struct vision_job *job)
 {
     const struct request *first = job->tiles[0].waiters[0].ticket->request;
     const void **pixels = xcalloc((size_t)job->n_tiles, sizeof(*pixels));
+    const uint8_t **masks = xcalloc((size_t)job->n_tiles, sizeof(*masks));
     const struct tile_batch tiles = {.job_id = job->job_id,
                                      .n_tiles = job->n_tiles,
                                      .channels = first->channels,
                                      .height = first->height,
                                      .width = first->width,
                                      .dtype = first->pixel_dtype,
-                                     .captures = first->vision_captures};
+                                     .captures = first->vision_captures,
+                                     .n_mask = first->n_mask};
     for (int32_t i = 0; i < job->n_tiles; i++) {
         const struct tile_waiter *w = &job->tiles[i].waiters[0];
         const struct request *r = w->ticket->request;
         pixels[i] = (const uint8_t *)r->pixels + (size_t)w->tile * tile_bytes(r);
+        masks[i] = r->mask ? r->mask + (size_t)w->tile * (size_t)r->n_mask : NULL;
     }
-    struct message *m = tile_batch_gather(&tiles, pixels);
+    struct message *m = tile_batch_gather(&tiles, pixels, masks);
     free(pixels);
+    free(masks);
     return m;
 }
 
@@ -347,9 +356,10 @@ static void take_features(struct engine *e, const struct message *m)
     if (!job || f.n_tiles != job->n_tiles)
         die("rank %d sent features of %d tiles for job %llu, which is not under way", m->rank,
             f.n_tiles, (unsigned long long)f.job_id);
-    if (f.n_tokens_per_tile != e->config.n_features_per_tile || f.dim != e->config.feature_dim)
-        die("rank %d sent features [%d, %d] a tile, expected [%d, %d]", m->rank,
-            f.n_tokens_per_tile, f.dim, e->config.n_features_per_tile, e->config.feature_dim);
+    if ((int64_t)f.n_tokens_per_tile * f.dim != job->n_tile_floats ||
+        f.dim != e->config.feature_dim)
+        die("rank %d sent features [%d, %d] a tile, expected %lld numbers", m->rank,
+            f.n_tokens_per_tile, f.dim, (long long)job->n_tile_floats);
     uint64_t now = now_ns();
     e->n_tiles += (uint64_t)f.n_tiles;
     stage_times_add(&e->observed.vision[job->vision_index], now, f.compute_ns, 0);
@@ -357,7 +367,8 @@ static void take_features(struct engine *e, const struct message *m)
     for (int32_t i = 0; i < f.n_tiles; i++) {
         struct vision_tile *tile = &job->tiles[i];
         if (!f.not_finite[i])
-            vision_stage_deliver(&e->vision, tile, f.features + (size_t)i * feature_floats(e), now);
+            vision_stage_deliver(&e->vision, tile, f.features + (int64_t)i * job->n_tile_floats,
+                                 now);
         for (int32_t w = 0; f.not_finite[i] && w < tile->n_waiters; w++)
             if (tile->waiters[w].ticket)
                 fail_not_finite(e, tile->waiters[w].ticket);
@@ -712,7 +723,7 @@ static int check_tiles(const struct engine *e, const struct request *r, struct e
 {
     if (r->n_tiles == 0)
         return 0;
-    int64_t n_tokens = 0, n_features = (int64_t)r->n_tiles * e->config.n_features_per_tile;
+    int64_t n_tokens = 0, n_features = (int64_t)r->n_tiles * features_per_tile(e, r);
     for (int32_t i = 0; i < r->n_ids; i++)
         n_tokens += r->ids[i] == r->image_token_id;
     if (n_tokens != n_features)

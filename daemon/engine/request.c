@@ -11,6 +11,7 @@ struct request *request_new(size_t arena_budget_bytes)
     struct request *r = xcalloc(1, sizeof(*r));
     arena_init(&r->arena, arena_budget_bytes);
     r->n = r->n_beams = 1;
+    r->n_features_per_tile = -1;
     r->length_penalty = 1;
     r->image_token_id = -1;
     r->skip_special_tokens = 1;

@@ -40,6 +40,9 @@ struct request {
     enum dtype pixel_dtype; // U8 tiles, or F32 already normalised (Forward)
     const void *pixels;     // [n_tiles, channels, height, width]
     int32_t n_tiles, channels, height, width;
+    int32_t n_features_per_tile; // of tiles of another size than the model's; -1: they are of that
+    int32_t n_mask;              // patches of a tile, or 0
+    const uint8_t *mask;         // [n_tiles, n_mask] bool_masked_pos of the vision tower
     struct digest *tile_digests; // [n_tiles] of pixels, shape, type, salt: by engine_submit()
     const char *cache_salt;      // pages and features are shared with those of the same; NULL: none
 
@@ -73,6 +76,12 @@ struct request {
     struct stream *stream;         // one reference
     atomic_int cancelled;
 };
+
+/* Its features depend on more than the pixels, or are not as many as a cache expects. */
+static inline int request_has_odd_tiles(const struct request *r)
+{
+    return r->n_features_per_tile >= 0 || r->mask != NULL;
+}
 
 struct request *request_new(size_t arena_budget_bytes);
 void request_free(struct request *r); // drops the stream reference too

@@ -171,7 +171,10 @@ struct ticket *scheduler_add(struct scheduler *s, struct request *r)
     s->last = t;
     s->n_tickets++;
     s->n_unstarted++;
-    t->is_cacheable = s->config.enable_prefix_caching && (r->n_tiles == 0 || r->tile_digests);
+    if (r->n_features_per_tile >= 0)
+        t->n_tile_floats = (int64_t)r->n_features_per_tile * s->config.feature_dim;
+    t->is_cacheable = s->config.enable_prefix_caching &&
+                      (r->n_tiles == 0 || (r->tile_digests && !request_has_odd_tiles(r)));
     if (t->is_cacheable)
         prefix_cache_root(&s->prefix, r->cache_salt, &t->cache_root);
     if (r->n_beams > 1) {

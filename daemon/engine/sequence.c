@@ -13,6 +13,7 @@ struct ticket *ticket_new(struct request *r, uint64_t number)
     t->priority = r->priority;
     t->n_prompt = r->n_ids;
     t->n_tiles = r->n_tiles;
+    t->n_tile_floats = -1;
     t->n_sequences = t->n_unfinished = r->n_beams > 1 ? r->n_beams : r->n;
     t->sequences = xcalloc((size_t)t->n_sequences, sizeof(*t->sequences));
     for (int32_t i = 0; i < t->n_sequences; i++) {

@@ -63,7 +63,8 @@ struct ticket {
     int is_cacheable;          // its pages may be found and kept by the prefix cache
     int32_t n_cached_tokens;   // of the prompt that were not computed, when it first ran
 
-    float *features; // [n_image_tokens, dim] rows of the pictures, or NULL
+    float *features;       // [n_image_tokens, dim] rows of the pictures, or NULL
+    int64_t n_tile_floats; // of one tile in `features`; -1: of a tile of the model's size
     int32_t n_tiles, n_tiles_done;
     uint8_t *tile_asked; // [n_tiles] 1: there, or in a job; NULL: the vision stage has not begun it
     int32_t n_tiles_asked, next_tile; // all before next_tile are asked for

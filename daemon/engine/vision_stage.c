@@ -61,7 +61,7 @@ static void remove_waiting(struct vision_stage *v, int32_t i)
 
 static int is_shared(const struct vision_stage *v, const struct request *r)
 {
-    return v->cache.n_slots > 0 && r->vision_captures == 0;
+    return v->cache.n_slots > 0 && r->vision_captures == 0 && !request_has_odd_tiles(r);
 }
 
 static void add_waiter(struct vision_tile *tile, struct ticket *t, int32_t index, uint64_t now_ns)
@@ -90,10 +90,21 @@ static struct vision_tile *find_tile(struct vision_stage *v, const struct digest
     return NULL;
 }
 
+static int64_t tile_floats(const struct vision_stage *v, const struct ticket *t)
+{
+    return t->n_tile_floats < 0 ? v->n_floats : t->n_tile_floats;
+}
+
+/* Tiles of the model's size that would take as much room. */
+static int64_t held_by(const struct vision_stage *v, const struct ticket *t)
+{
+    return (t->n_tiles * tile_floats(v, t) + v->n_floats - 1) / v->n_floats;
+}
+
 static void give(const struct vision_stage *v, struct ticket *t, int32_t tile,
                  const float *features, uint64_t now_ns)
 {
-    size_t n = (size_t)v->n_floats;
+    size_t n = (size_t)tile_floats(v, t);
     memcpy(t->features + (size_t)tile * n, features, n * sizeof(*features));
     t->n_tiles_done++;
     if (ticket_is_ready(t))
@@ -132,8 +143,8 @@ static int is_begun(const struct ticket *t)
 
 static void begin(struct vision_stage *v, struct ticket *t, uint64_t now_ns)
 {
-    v->n_held += t->n_tiles;
-    t->features = xcalloc((size_t)t->n_tiles, (size_t)v->n_floats * sizeof(*t->features));
+    v->n_held += held_by(v, t);
+    t->features = xcalloc((size_t)t->n_tiles, (size_t)tile_floats(v, t) * sizeof(*t->features));
     t->tile_asked = xcalloc((size_t)t->n_tiles, sizeof(*t->tile_asked));
     for (int32_t i = 0; i < t->n_tiles; i++)
         find_features(v, t, i, now_ns);
@@ -145,7 +156,7 @@ static void begin_waiting(struct vision_stage *v, uint64_t now_ns)
     for (int32_t i = 0; i < v->n_waiting;) {
         struct ticket *t = v->waiting[i];
         if (!is_begun(t)) {
-            if (v->n_held > 0 && v->n_held + t->n_tiles > v->max_held)
+            if (v->n_held > 0 && v->n_held + held_by(v, t) > v->max_held)
                 return;
             begin(v, t, now_ns);
         }
@@ -190,7 +201,8 @@ static int32_t job_size(const struct vision_stage *v)
 static int is_alike(const struct request *a, const struct request *b)
 {
     return a->channels == b->channels && a->height == b->height && a->width == b->width &&
-           a->pixel_dtype == b->pixel_dtype && a->vision_captures == b->vision_captures;
+           a->pixel_dtype == b->pixel_dtype && a->vision_captures == b->vision_captures &&
+           a->n_mask == b->n_mask;
 }
 
 /* The ticket's next tile that must be encoded; -1: none is left. */
@@ -209,6 +221,7 @@ static void add_tile(struct vision_stage *v, struct vision_job *job, struct tick
     tile->digest = t->request->tile_digests[index];
     tile->is_shared = is_shared(v, t->request);
     tile->n_waiters = 0;
+    job->n_tile_floats = tile_floats(v, t);
     v->n_queries += tile->is_shared != 0;
     add_waiter(tile, t, index, now_ns);
 }
@@ -286,5 +299,5 @@ void vision_stage_forget(struct vision_stage *v, const struct ticket *t)
                 if (v->jobs[i].tiles[k].waiters[w].ticket == t)
                     v->jobs[i].tiles[k].waiters[w].ticket = NULL;
     if (is_begun(t))
-        v->n_held -= t->n_tiles;
+        v->n_held -= held_by(v, t);
 }

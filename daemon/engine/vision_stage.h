@@ -41,6 +41,7 @@ struct vision_job {
     uint64_t job_id; // 0: the rank is idle
     int32_t vision_index, n_tiles;
     struct vision_tile *tiles; // [n_tiles] room for max_tiles
+    int64_t n_tile_floats;     // features of each of them
     uint64_t n_sent;           // tiles in all jobs of the rank so far
 };
 
@@ -69,7 +70,8 @@ void vision_stage_add(struct vision_stage *v, struct ticket *t, uint64_t now_ns)
 const struct vision_job *vision_stage_next(struct vision_stage *v, uint64_t now_ns);
 /* The job of this id, until vision_stage_end(); NULL: there is none. */
 struct vision_job *vision_stage_find(struct vision_stage *v, uint64_t job_id);
-/* Features [n_floats] of a tile of a job, all finite: to everybody who waits, and to the cache. */
+/* Features [n_tile_floats] of a tile of a job, all finite: to everybody who waits, and to the
+ * cache. */
 void vision_stage_deliver(struct vision_stage *v, struct vision_tile *tile, const float *features,
                           uint64_t now_ns);
 /* The job is over and its rank idle. */

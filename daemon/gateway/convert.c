@@ -10,8 +10,10 @@
 #include <string.h>
 #include <sys/random.h>
 
+#include "daemon/model/vision.h"
 #include "kernels/log.h"
 
+#define TILE_SIDE_MAX 65535 // pixels; vision_check_size() has the real limit
 #define CACHE_SALT_BYTES_MAX 256
 #define TILING_MAX 4096 // of min_patches, max_patches: the processor has the real limit
 #define ARENA_ROOM_BYTES ((size_t)16 << 20)
@@ -248,6 +250,11 @@ int convert_prepared_prompt(const struct convert *c, const struct prompt *p, str
     return 0;
 }
 
+int32_t convert_features_per_tile(const struct convert *c, const struct request *r)
+{
+    return r->n_features_per_tile < 0 ? c->model->n_features_per_tile : r->n_features_per_tile;
+}
+
 static int convert_pixels(const struct convert *c, const Internvl__V1__Tensor *w, struct request *r,
                           struct error *err)
 {
@@ -266,14 +273,13 @@ static int convert_pixels(const struct convert *c, const Internvl__V1__Tensor *w
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "pixel_values has %llu tiles; it must be 1 to %d",
                          (unsigned long long)w->shape[0], c->limits.max_tiles);
-    if (w->shape[1] != (uint64_t)v->n_channels || w->shape[2] != (uint64_t)v->image_height ||
-        w->shape[3] != (uint64_t)v->image_width)
-        return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "a tile of pixel_values is %llu x %llu x %llu; the model takes %d x %d x "
-                         "%d (channels, height, width)",
-                         (unsigned long long)w->shape[1], (unsigned long long)w->shape[2],
-                         (unsigned long long)w->shape[3], v->n_channels, v->image_height,
-                         v->image_width);
+    for (int i = 1; i < 4; i++)
+        if (w->shape[i] < 1 || w->shape[i] > TILE_SIDE_MAX)
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "pixel_values.shape[%d] is %llu; it must be 1 to %d", i,
+                             (unsigned long long)w->shape[i], TILE_SIDE_MAX);
+    if (vision_check_size(c->model, (int)w->shape[1], (int)w->shape[2], (int)w->shape[3], err))
+        return -1;
 
     size_t n = (size_t)w->shape[0] * (size_t)w->shape[1] * (size_t)w->shape[2] *
                (size_t)w->shape[3]; // all bounded above
@@ -289,8 +295,10 @@ static int convert_pixels(const struct convert *c, const Internvl__V1__Tensor *w
     r->pixels = pixels;
     r->n_tiles = (int32_t)w->shape[0];
     r->channels = v->n_channels;
-    r->height = v->image_height;
-    r->width = v->image_width;
+    r->height = (int32_t)w->shape[2];
+    r->width = (int32_t)w->shape[3];
+    if (r->height != v->image_height || r->width != v->image_width)
+        r->n_features_per_tile = model_config_n_features(c->model, r->height, r->width);
     return 0;
 }
 
@@ -322,11 +330,13 @@ int convert_token_prompt(const struct convert *c, const Internvl__V1__TokenPromp
         return -1;
     r->image_token_id = c->model->image_token_id;
     r->n_image_tokens = (int32_t)n_image_tokens;
-    if (n_image_tokens != (int64_t)r->n_tiles * c->model->n_features_per_tile)
+    int64_t n_features = (int64_t)r->n_tiles * convert_features_per_tile(c, r);
+
+    if (n_image_tokens != n_features)
         return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "token_ids has %lld image tokens; %d tiles need %lld",
-                         (long long)n_image_tokens, r->n_tiles,
-                         (long long)r->n_tiles * c->model->n_features_per_tile);
+                         "token_ids has %lld image tokens; %d tiles of %d x %d pixels need %lld",
+                         (long long)n_image_tokens, r->n_tiles, r->height, r->width,
+                         (long long)n_features);
     return 0;
 }
 

@@ -23,6 +23,8 @@ static const struct output_name output_names[] = {
     {"past_key_values", OUTPUT_PAST_KEY_VALUES, CAPTURE_CACHE, 0},
     {"attentions", OUTPUT_ATTENTIONS, CAPTURE_ATTENTIONS, 0},
     {"vision.hidden_states", OUTPUT_VISION_HIDDEN_STATES, 0, VISION_CAPTURE_HIDDEN_STATES},
+    {"vision.last_hidden_state", OUTPUT_VISION_LAST_HIDDEN_STATE, 0, VISION_CAPTURE_LAST},
+    {"vision.pooler_output", OUTPUT_VISION_POOLER, 0, VISION_CAPTURE_LAST},
     {"vision.layer0", OUTPUT_VISION_LAYER0, 0, VISION_CAPTURE_LAYER0},
     {"vision.attentions", OUTPUT_VISION_ATTENTIONS, 0, VISION_CAPTURE_ATTENTIONS},
     {"projector", OUTPUT_PROJECTOR, 0, VISION_CAPTURE_PROJECTOR},
@@ -65,6 +67,11 @@ static int convert_outputs(char *const *wire, size_t n_wire, const struct output
         if ((o->vision_captures || (o->output & OUTPUTS_OF_FEATURES)) && r->n_tiles == 0)
             return error_set(err, ERROR_INVALID_ARGUMENT,
                              "outputs[%zu] is \"%s\", but the prompt has no picture", i, o->name);
+        if ((o->output & (OUTPUTS_OF_FEATURES | OUTPUT_PROJECTOR)) && r->n_features_per_tile == 0)
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "outputs[%zu] is \"%s\", but tiles of %d x %d pixels give the "
+                             "projector no square of patches that it could merge",
+                             i, o->name, r->height, r->width);
         *outputs |= o->output;
         r->captures |= o->captures;
         r->vision_captures |= o->vision_captures;
@@ -145,8 +152,8 @@ static double forward_bytes(const struct convert *c, const struct request *r, ui
     const struct vision_config *v = &c->model->vision;
     double n = r->n_ids;
     double tiles = r->n_tiles;
-    double tile_tokens = v->n_patches + 1;
-    double features = c->model->n_features_per_tile;
+    double tile_tokens = r->n_tiles ? vision_config_n_patches(v, r->height, r->width) + 1 : 0;
+    double features = convert_features_per_tile(c, r);
     double merged = (double)v->hidden_size * c->model->downsample_k * c->model->downsample_k;
     double elements = 0;
 
@@ -166,6 +173,8 @@ static double forward_bytes(const struct convert *c, const struct request *r, ui
         elements += tiles * features * t->hidden_size;
     if (outputs & OUTPUT_VISION_HIDDEN_STATES)
         elements += (v->n_layers + 2) * tiles * tile_tokens * v->hidden_size;
+    else if (outputs & (OUTPUT_VISION_LAST_HIDDEN_STATE | OUTPUT_VISION_POOLER))
+        elements += tiles * tile_tokens * v->hidden_size;
     if (outputs & OUTPUT_VISION_LAYER0)
         elements += 8 * tiles * tile_tokens * v->hidden_size;
     if (outputs & OUTPUT_VISION_ATTENTIONS)
@@ -181,6 +190,35 @@ static int check_bytes(double n_bytes, struct error *err)
         return error_set(err, ERROR_RESOURCE_EXHAUSTED,
                          "the outputs asked for are %.0f MiB; the limit is %.0f MiB",
                          n_bytes / 1048576, (double)LIMIT_FORWARD_BYTES / 1048576);
+    return 0;
+}
+
+/* bool_masked_pos: a byte a patch. */
+static int convert_mask(const struct convert *c, const ProtobufCBinaryData *wire, struct request *r,
+                        struct error *err)
+{
+    if (!wire->len)
+        return 0;
+    if (!c->model->vision.use_mask_token)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "bool_masked_pos needs a model with use_mask_token");
+    if (r->n_tiles == 0)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "bool_masked_pos is set, but the prompt has no picture");
+    int n_patches = vision_config_n_patches(&c->model->vision, r->height, r->width);
+
+    if (wire->len != (size_t)r->n_tiles * (size_t)n_patches)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "bool_masked_pos has %zu bytes; %d tiles of %d patches need %zu",
+                         wire->len, r->n_tiles, n_patches, (size_t)r->n_tiles * (size_t)n_patches);
+    uint8_t *mask = arena_alloc(&r->arena, wire->len, 1);
+
+    if (!mask)
+        return out_of_memory(err);
+    for (size_t i = 0; i < wire->len; i++)
+        mask[i] = wire->data[i] != 0;
+    r->mask = mask;
+    r->n_mask = n_patches;
     return 0;
 }
 
@@ -200,7 +238,8 @@ int convert_forward(const struct convert *c, const Internvl__V1__ForwardRequest 
     set_forward(r);
     if (convert_outputs(wire->outputs, wire->n_outputs, output_names,
                         sizeof(output_names) / sizeof(output_names[0]), r, outputs, err) ||
-        convert_labels(c, wire->labels, wire->n_labels, r, err))
+        convert_labels(c, wire->labels, wire->n_labels, r, err) ||
+        convert_mask(c, &wire->bool_masked_pos, r, err))
         return -1;
     if ((*outputs & OUTPUT_LOGITS) && convert_rows(wire, r, &n_logits, err))
         return -1;

@@ -14,10 +14,10 @@
 #include "parallel/topology.h"
 
 struct gateway_options {
-    const char *listen;      // "HOST:PORT", "[V6]:PORT", "unix:PATH"
+    const char *listen;         // "HOST:PORT", "[V6]:PORT", "unix:PATH"
     const char *metrics_listen; // as `listen`, of GET /metrics; NULL: none
-    const char *port_file;   // the bound address is written there; NULL: nowhere
-    const struct auth *auth; // NULL: no token is asked
+    const char *port_file;      // the bound address is written there; NULL: nowhere
+    const struct auth *auth;    // NULL: no token is asked
     int64_t max_message_bytes;
     int max_connections, n_processor_threads, drain_timeout_s;
     const char *dtype_name; // "float32", "bfloat16": what the workers compute with

@@ -328,7 +328,7 @@ static int is_asked_for(uint32_t outputs, const char *name)
 {
     static const struct {
         const char *prefix;
-        enum output output;
+        uint32_t outputs;
     } table[] = {
         {"logits", OUTPUT_LOGITS},
         {"inputs_embeds", OUTPUT_INPUTS_EMBEDS},
@@ -337,7 +337,7 @@ static int is_asked_for(uint32_t outputs, const char *name)
         {"attentions.", OUTPUT_ATTENTIONS},
         {"image_features", OUTPUT_IMAGE_FEATURES},
         {"vision.hidden_states.", OUTPUT_VISION_HIDDEN_STATES},
-        {"vision.last_hidden_state", OUTPUT_VISION_HIDDEN_STATES},
+        {"vision.last_hidden_state", OUTPUT_VISION_HIDDEN_STATES | OUTPUT_VISION_LAST_HIDDEN_STATE},
         {"vision.layer0.", OUTPUT_VISION_LAYER0},
         {"vision.embed.", OUTPUT_VISION_LAYER0},
         {"vision.attentions.", OUTPUT_VISION_ATTENTIONS},
@@ -346,31 +346,36 @@ static int is_asked_for(uint32_t outputs, const char *name)
 
     for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++)
         if (begins_with(name, table[i].prefix))
-            return (outputs & table[i].output) != 0;
+            return (outputs & table[i].outputs) != 0;
     return 0;
 }
 
 #define N_POOLED_MAX 8
 
-/* Adds the mean of each of n_groups equal parts of the rows of `t`, summed in double in their
- * order; or the last row alone. */
+struct row_range {
+    int first, n; // n 0: to the end
+};
+
+/* Adds the mean over `rows` of each of n_groups equal parts of `t`, summed in double in their
+ * order.
+ */
 static void add_mean(struct reply *r, const struct stream_tensor *t, const char *name, int n_groups,
-                     int last_only)
+                     struct row_range rows)
 {
     size_t n_cols = (size_t)t->n_cols;
-    int n_rows = last_only ? 1 : t->n_rows / n_groups;
+    int n_in_group = t->n_rows / n_groups, n = rows.n ? rows.n : n_in_group - rows.first;
     double *sum = xcalloc(n_cols, sizeof(*sum));
     float *out = xcalloc((size_t)n_groups * n_cols, sizeof(*out));
 
     for (int g = 0; g < n_groups; g++) {
-        const float *rows = t->data + (size_t)(last_only ? t->n_rows - 1 : g * n_rows) * n_cols;
+        const float *from = t->data + (size_t)(g * n_in_group + rows.first) * n_cols;
 
         memset(sum, 0, n_cols * sizeof(*sum));
-        for (size_t i = 0; i < (size_t)n_rows; i++)
+        for (size_t i = 0; i < (size_t)n; i++)
             for (size_t k = 0; k < n_cols; k++)
-                sum[k] += rows[i * n_cols + k];
+                sum[k] += from[i * n_cols + k];
         for (size_t k = 0; k < n_cols; k++)
-            out[(size_t)g * n_cols + k] = (float)(sum[k] / n_rows);
+            out[(size_t)g * n_cols + k] = (float)(sum[k] / n);
     }
     free(sum);
     r->tensors[r->n_tensors++] = (struct outgoing){t, name, out, n_groups};
@@ -381,17 +386,27 @@ static void choose_last_hidden(struct reply *r, const struct stream_tensor *t)
     if (r->outputs & OUTPUT_LAST_HIDDEN_STATE)
         r->tensors[r->n_tensors++] = (struct outgoing){t, "last_hidden_state", NULL, 0};
     if (r->outputs & OUTPUT_LAST_TOKEN)
-        add_mean(r, t, "last_token", 1, 1);
+        add_mean(r, t, "last_token", 1, (struct row_range){t->n_rows - 1, 1});
     if (r->outputs & OUTPUT_MEAN)
-        add_mean(r, t, "mean", 1, 0);
+        add_mean(r, t, "mean", 1, (struct row_range){0, 0});
 }
 
 static void choose_features(struct reply *r, const struct stream_tensor *t)
 {
     if (r->outputs & OUTPUT_TILE_MEAN)
-        add_mean(r, t, "tile_mean", t->n_tiles, 0);
+        add_mean(r, t, "tile_mean", t->n_tiles, (struct row_range){0, 0});
     if (r->outputs & OUTPUT_IMAGE_MEAN)
-        add_mean(r, t, "image_mean", 1, 0);
+        add_mean(r, t, "image_mean", 1, (struct row_range){0, 0});
+}
+
+/* The pooling that InternVLVisionConfig.use_mean_pooling names, of each tile. */
+static void choose_pooler(struct reply *r, const struct stream_tensor *t)
+{
+    int n_rows = t->n_rows / t->n_tiles, first = r->gateway->model->vision.use_mean_pooling ? 1 : 0;
+    struct row_range rows = {first, first ? n_rows - 1 : 1};
+
+    if (r->outputs & OUTPUT_VISION_POOLER)
+        add_mean(r, t, "vision.pooler_output", t->n_tiles, rows);
 }
 
 /* The tensors of the delta that are sent, in the order they were taken. */
@@ -410,6 +425,8 @@ static void choose_tensors(struct reply *r)
             choose_last_hidden(r, t);
         if (strcmp(t->name, "image_features") == 0)
             choose_features(r, t);
+        if (strcmp(t->name, "vision.last_hidden_state") == 0)
+            choose_pooler(r, t);
     }
 }
 
@@ -421,7 +438,8 @@ static size_t wire_shape(const struct reply *r, const struct outgoing *o, uint64
     size_t n = 0;
 
     if (o->pooled) {
-        if (o->n_pooled > 1 || strcmp(o->name, "tile_mean") == 0)
+        if (o->n_pooled > 1 || strcmp(o->name, "tile_mean") == 0 ||
+            strcmp(o->name, "vision.pooler_output") == 0)
             shape[n++] = (uint64_t)o->n_pooled;
         shape[n++] = (uint64_t)t->n_cols;
         return n;

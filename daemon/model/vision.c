@@ -104,6 +104,7 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
     *m = (struct vision_model){
         .config = c, .backend = b, .pixel_mean = pixel_mean, .pixel_std = pixel_std};
     m->cls = weights_vector(w, b, "vision_tower.embeddings.cls_token");
+    m->mask_token = weights_vector(w, b, "vision_tower.embeddings.mask_token");
     linear(w, b, &m->patch, dtype, "vision_tower.embeddings.patch_embeddings.", "projection");
     float *table = weights_vector(w, b, "vision_tower.embeddings.position_embeddings");
     if (table) {
@@ -145,7 +146,8 @@ void vision_release(struct vision_model *m)
         for (size_t j = 0; j < sizeof(linears) / sizeof(linears[0]); j++)
             op_linear_free(b, linears[j]);
     }
-    float *vectors[] = {m->cls, m->final_norm, m->final_bias, m->block_norm, m->block_bias};
+    float *vectors[] = {m->cls,        m->mask_token, m->final_norm,
+                        m->final_bias, m->block_norm, m->block_bias};
     struct linear *linears[] = {&m->patch, &m->linear_1, &m->linear_2};
     for (size_t j = 0; j < sizeof(vectors) / sizeof(vectors[0]); j++)
         if (vectors[j])
@@ -295,6 +297,20 @@ static void norm(struct vision_run *r, struct tensor *y, const struct tensor *x,
         op_layer_norm(r->m->backend, y, x, weight, bias, v->layer_norm_eps);
 }
 
+/* bool_masked_pos of InternVLVisionEmbeddings: before the class token and the positions. */
+static void mask_patches(struct vision_run *r, const struct tile_batch *t, struct tensor *embedded)
+{
+    struct tensor token = tensor_2d(r->m->mask_token, DTYPE_F32, 1, embedded->shape[1]);
+    const uint8_t *mask = t->mask + (size_t)r->first_tile * (size_t)t->n_mask;
+    if (!r->m->mask_token || t->n_mask != r->n_patches)
+        die("tile batch %llu: a mask of %d patches", (unsigned long long)t->job_id, t->n_mask);
+    for (int64_t i = 0; i < embedded->shape[0]; i++) {
+        struct tensor row = tensor_rows(embedded, i, 1);
+        if (mask[i])
+            op_copy(r->m->backend, &row, &token);
+    }
+}
+
 /* Conv with kernel = stride = patch, class token in front, plus positions. */
 static void embed(struct vision_run *r, const struct tile_batch *t)
 {
@@ -317,6 +333,8 @@ static void embed(struct vision_run *r, const struct tile_batch *t)
     op_patchify(b, &patches, &pixels, v->patch_height, v->patch_width, m->pixel_mean, m->pixel_std);
     op_matmul(b, &embedded, &patches, &m->patch, NULL);
     capture(r, VISION_CAPTURE_LAYER0, &embedded, "vision.embed.patches", 0);
+    if (t->n_mask > 0)
+        mask_patches(r, t, &embedded);
     struct tensor position = tensor_2d(m->scratch.position, DTYPE_F32, r->n_tokens, dim);
     for (int32_t i = 0; i < r->n_tiles; i++) {
         struct tensor tile = tensor_rows(&r->x, (int64_t)i * r->n_tokens, r->n_tokens);
@@ -452,7 +470,8 @@ static void run_tiles(struct vision_run *r, const struct tile_batch *t, int n_fe
     }
     if (m->final_norm) // a LayerNorm also in towers of RMSNorm blocks
         op_layer_norm(b, &r->x, &r->x, m->final_norm, m->final_bias, v->layer_norm_eps);
-    capture(r, VISION_CAPTURE_HIDDEN_STATES, &r->x, "vision.last_hidden_state", 0);
+    capture(r, VISION_CAPTURE_HIDDEN_STATES | VISION_CAPTURE_LAST, &r->x,
+            "vision.last_hidden_state", 0);
     if (n_features)
         project(r, feature_layer == VISION_FEATURE_LAST ? &r->x : &chosen, n_features, out);
 }

@@ -47,6 +47,7 @@ struct vision_model {
     struct backend *backend;
     struct linear patch;
     float *cls;                     // [dim]
+    float *mask_token;              // [dim] or NULL (use_mask_token)
     float *host_position;           // [1 + n_patches, dim] on the host, or NULL
     struct vision_layer *layers;    // [n_layers]
     float *final_norm, *final_bias; // [dim] or NULL (use_mean_pooling)

@@ -35,6 +35,8 @@ static const struct model_config model = {
                .n_heads = 2,
                .image_height = 2,
                .image_width = 2,
+               .patch_height = 1,
+               .patch_width = 1,
                .n_channels = 1,
                .n_patches = 4},
     .text = {.hidden_size = 8,

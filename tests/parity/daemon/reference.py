@@ -153,6 +153,42 @@ def check_vision(client, layout, goldens, report, config):
         report.compare(layout, ours, tensors.get(ours), expected, "hidden")
 
 
+def check_other_inputs(client, layout, goldens, report, config):
+    """Tiles of other sizes (interp.*), masked patches (masked.*) and the poolings (derived.*) of the tower."""
+    vision = goldens["vision"]
+    image, settings = config["image_token_id"], config["vision_config"]
+    per_tile, pixels = config["image_seq_length"], vision["pixel_values"]
+    prompt = token_prompt([0] + [image] * (len(pixels) * per_tile) + [0], pixels)
+    pooling = "derived.mean_of_patches" if settings.get("use_mean_pooling", True) else "derived.cls"
+    if pooling in vision:
+        tensors, _ = client.forward(prompt, ["vision.pooler_output", "vision.last_hidden_state"])
+        report.compare(layout, "vision.pooler_output", tensors.get("vision.pooler_output"), vision[pooling], "hidden")
+        report.compare(layout, "vision.last_hidden_state", tensors.get("vision.last_hidden_state"),
+                       vision["last_hidden_state"], "hidden")
+    if "bool_masked_pos" in vision:
+        mask = vision["bool_masked_pos"].astype("u1").tobytes()
+        tensors, _ = client.forward(prompt, ["vision.hidden_states"], bool_masked_pos=mask)
+        for name, ours in (("embeddings", "vision.hidden_states.0"), ("last_hidden_state", "vision.last_hidden_state")):
+            if f"masked.{name}" in vision:
+                report.compare(layout, f"vision.masked.{name}", tensors.get(ours), vision[f"masked.{name}"], "hidden")
+    for size in sorted({name.rsplit(".", 1)[0] for name in vision if name.startswith("interp.")}):
+        other = vision[f"{size}.pixel_values"]
+        ids = [0] + [image] * (len(other) * features_of(config, other.shape[2:])) + [0]
+        tensors, _ = client.forward(token_prompt(ids, other), ["vision.hidden_states"])
+        for name, ours in (("embeddings", "vision.hidden_states.0"), ("last_hidden_state", "vision.last_hidden_state")):
+            if f"{size}.{name}" in vision:
+                report.compare(layout, f"vision.{size}.{name}", tensors.get(ours), vision[f"{size}.{name}"], "hidden")
+
+
+def features_of(config, size):
+    """Tokens that a tile of another size becomes: 0 where its patches cannot be merged."""
+    patch = config["vision_config"]["patch_size"]
+    patch = patch if isinstance(patch, list) else [patch, patch]
+    n = (size[0] // patch[0]) * (size[1] // patch[1]) + (config["vision_feature_select_strategy"] == "full")
+    side, merged = int(n ** 0.5), round(1 / config["downsample_ratio"])
+    return (side // merged) ** 2 if side * side == n and side % merged == 0 else 0
+
+
 def check_language(client, layout, goldens, report, config):
     """Embeddings after the scatter, hidden states, cache, logits, logits_to_keep, the loss."""
     lm, scalars, pixels = goldens["lm"], goldens["scalars"], goldens["vision"]["pixel_values"]
@@ -299,6 +335,7 @@ def check_checkpoint(folder, name, layouts):
                            extra=("--max-model-len", MAX_MODEL_LEN) + (CHUNKED if pipeline > 1 else ())) as d:
             client = Client(d.address)
             check_vision(client, text, goldens, report, config)
+            check_other_inputs(client, text, goldens, report, config)
             check_language(client, text, goldens, report, config)
             check_generations(client, text, cases, report, end_ids)
             client.close()

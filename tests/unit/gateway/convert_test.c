@@ -27,6 +27,8 @@ static struct model_config model(void)
                    .n_heads = 2,
                    .image_height = 4,
                    .image_width = 4,
+                   .patch_height = 1,
+                   .patch_width = 1,
                    .n_channels = 3,
                    .n_patches = 16},
         .text = {.hidden_size = 8,
@@ -317,9 +319,41 @@ static void test_pixels(void **state)
     tokens_init(&t);
     t.shape[1] = 1;
     assert_int_equal(convert_tokens(&t, NULL), ERROR_INVALID_ARGUMENT);
+    for (int i = 1; i < 4; i++) {
+        tokens_init(&t);
+        t.shape[i] = (uint64_t)1 << 33;
+        assert_int_equal(convert_tokens(&t, NULL), ERROR_INVALID_ARGUMENT);
+        t.shape[i] = 0;
+        assert_int_equal(convert_tokens(&t, NULL), ERROR_INVALID_ARGUMENT);
+    }
     tokens_init(&t);
     t.ids[9] = IMAGE_TOKEN; // one more than the tile has features
     assert_int_equal(convert_tokens(&t, NULL), ERROR_INVALID_ARGUMENT);
+}
+
+static void test_pixels_of_another_size(void **state)
+{
+    (void)state;
+    struct tokens t;
+    struct request r;
+
+    tokens_init(&t);
+    assert_int_equal(convert_tokens(&t, &r), ERROR_OK);
+    assert_int_equal(r.n_features_per_tile, -1); // the model's
+    t.shape[2] = t.shape[3] = 2;
+    t.pixels.data.len = 3 * 2 * 2 * sizeof(float);
+    assert_int_equal(convert_tokens(&t, &r), ERROR_INVALID_ARGUMENT); // one token, not four
+    memset(t.ids, 0, sizeof(t.ids));
+    t.ids[3] = IMAGE_TOKEN;
+    assert_int_equal(convert_tokens(&t, &r), ERROR_OK);
+    assert_int_equal(r.n_features_per_tile, 1);
+    assert_int_equal(r.height, 2);
+    t.shape[3] = 1; // two patches are no square: no tokens
+    t.pixels.data.len = 3 * 2 * sizeof(float);
+    assert_int_equal(convert_tokens(&t, &r), ERROR_INVALID_ARGUMENT);
+    t.ids[3] = 0;
+    assert_int_equal(convert_tokens(&t, &r), ERROR_OK);
+    assert_int_equal(r.n_features_per_tile, 0);
 }
 
 /* ---- Forward ---- */
@@ -464,12 +498,19 @@ static void test_conversation(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults),      cmocka_unit_test(test_ranges),
-        cmocka_unit_test(test_greedy_with_n), cmocka_unit_test(test_stops),
-        cmocka_unit_test(test_bias),          cmocka_unit_test(test_request_id),
-        cmocka_unit_test(test_token_prompt),  cmocka_unit_test(test_pixels),
-        cmocka_unit_test(test_outputs),       cmocka_unit_test(test_rows),
-        cmocka_unit_test(test_labels),        cmocka_unit_test(test_conversation),
+        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_ranges),
+        cmocka_unit_test(test_greedy_with_n),
+        cmocka_unit_test(test_stops),
+        cmocka_unit_test(test_bias),
+        cmocka_unit_test(test_request_id),
+        cmocka_unit_test(test_token_prompt),
+        cmocka_unit_test(test_pixels),
+        cmocka_unit_test(test_pixels_of_another_size),
+        cmocka_unit_test(test_outputs),
+        cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_labels),
+        cmocka_unit_test(test_conversation),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -277,7 +277,7 @@ static void test_tile_batch_gather(void **state)
                            .width = 1,
                            .dtype = DTYPE_U8,
                            .pixels = together};
-    struct message *a = tile_batch_pack(&t), *b = tile_batch_gather(&t, pixels);
+    struct message *a = tile_batch_pack(&t), *b = tile_batch_gather(&t, pixels, NULL);
     assert_int_equal(a->n_bytes, b->n_bytes);
     assert_memory_equal(a->payload, b->payload, a->n_bytes);
     message_unref(a);
