@@ -115,8 +115,7 @@ static int is_passing(struct evaluation *e, size_t question, int code)
 {
     if (code == INTERNVL_RESOURCE_EXHAUSTED)
         return e->n_in_flight > 0 || ++e->n_tries[question] < TRIES_MAX;
-    /* We have cancelled nothing: gRPC says so of a call that met the daemon's last moment. */
-    return code == INTERNVL_UNAVAILABLE || code == INTERNVL_CANCELLED;
+    return code == INTERNVL_UNAVAILABLE;
 }
 
 /* After all others. */

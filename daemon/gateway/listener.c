@@ -202,19 +202,25 @@ static int is_open(const struct connection *c)
     return fstat(c->fd, &st) == 0 && st.st_ino == c->inode;
 }
 
+/* Forgets the connections that their owner has closed; `fd` is none of them, -1: none is new. */
+static void forget_closed(struct listener *l, int fd)
+{
+    int n = 0;
+
+    for (int i = 0; i < l->n_connections; i++)
+        if (l->connections[i].fd != fd && is_open(&l->connections[i]))
+            l->connections[n++] = l->connections[i];
+    l->n_connections = n;
+}
+
 /* Notes a new connection; 0 when there is no room. Closed ones are only looked for when the list is
  * full. */
 static int note_connection(struct listener *l, int fd)
 {
     struct stat st;
 
-    if (l->n_connections == l->max_connections) {
-        int n = 0;
-        for (int i = 0; i < l->n_connections; i++)
-            if (l->connections[i].fd != fd && is_open(&l->connections[i]))
-                l->connections[n++] = l->connections[i];
-        l->n_connections = n;
-    }
+    if (l->n_connections == l->max_connections)
+        forget_closed(l, fd);
     if (l->n_connections == l->max_connections || fstat(fd, &st))
         return 0;
     l->connections[l->n_connections++] = (struct connection){fd, st.st_ino};
@@ -284,21 +290,49 @@ void listener_start(struct listener *l, void (*accepted)(void *arg, int fd), voi
     l->is_started = 1;
 }
 
-void listener_close(struct listener *l)
+void listener_stop(struct listener *l)
 {
     uint64_t one = 1;
 
-    if (!l)
-        return;
     if (l->is_started) {
         if (write(l->stop_fd, &one, sizeof(one)) != sizeof(one))
             die("eventfd: %s", strerror(errno));
         pthread_join(l->thread, NULL);
+        l->is_started = 0;
     }
     if (l->fd >= 0)
         close(l->fd);
+    l->fd = -1;
     if (l->unix_path[0])
         unlink(l->unix_path);
+    l->unix_path[0] = '\0';
+}
+
+void listener_end_reading(struct listener *l)
+{
+    for (int i = 0; i < l->n_connections; i++) {
+        /* The copy cannot be closed and reused between the look and the shutdown. */
+        struct connection copy = {dup(l->connections[i].fd), l->connections[i].inode};
+
+        if (copy.fd < 0)
+            continue;
+        if (is_open(&copy))
+            shutdown(copy.fd, SHUT_RD);
+        close(copy.fd);
+    }
+}
+
+int listener_n_connections(struct listener *l)
+{
+    forget_closed(l, -1);
+    return l->n_connections;
+}
+
+void listener_close(struct listener *l)
+{
+    if (!l)
+        return;
+    listener_stop(l);
     if (l->spare_fd >= 0)
         close(l->spare_fd);
     close(l->stop_fd);

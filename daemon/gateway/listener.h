@@ -20,6 +20,11 @@ struct listener *listener_open(const char *address, int max_connections, struct 
 const char *listener_address(const struct listener *l); // as bound, with the real port. Borrowed
 /* Starts the thread; `accepted` runs on it and owns fd (non-blocking) from then on. */
 void listener_start(struct listener *l, void (*accepted)(void *arg, int fd), void *arg);
-void listener_close(struct listener *l); // joins the thread; NULL allowed
+void listener_stop(struct listener *l); // accepts no more: joins the thread, closes the socket
+/* After listener_stop(): nothing more is read from the accepted connections than what has arrived;
+ * their owners see the end of the stream, and can still write. */
+void listener_end_reading(struct listener *l);
+int listener_n_connections(struct listener *l); // accepted and not closed; after listener_stop()
+void listener_close(struct listener *l);        // stops first; NULL allowed
 
 #endif

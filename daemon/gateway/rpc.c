@@ -6,6 +6,7 @@
  *   - unknown methods hang unless a generic call is armed
  *   - gzip is decompressed before the size limit: compression is switched off
  *   - an empty batch posts its tag at once: that wakes the completion thread
+ *   - a call that meets a shutdown is ended CANCELLED: connections are ended before it
  */
 #include "daemon/gateway/rpc.h"
 
@@ -18,6 +19,7 @@
 #include <grpc/slice.h>
 #include <grpc/support/log.h>
 #include <grpc/support/time.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -37,6 +39,7 @@
 #define KEEPALIVE_TIMEOUT_MS 10000
 #define MIN_PING_INTERVAL_MS 5000
 #define CANCEL_GRACE_MS 5000
+#define HANG_UP_MS 1000           // for connections to close, then for the server
 #define DEADLINE_SLACK_NS 2000000 // the library's timer may fire this much early
 #define GENERIC (-1)
 
@@ -57,7 +60,7 @@ struct rpc_server {
     struct listener *listener;
     grpc_server_credentials *credentials;
     struct rpc_tag down_tag;
-    atomic_int is_serving;
+    atomic_int is_serving, is_closing;
 
     pthread_mutex_t mutex; // guards what follows
     pthread_cond_t changed;
@@ -500,6 +503,8 @@ static void on_new(struct rpc_call *c, int ok)
 
     if (c->method == GENERIC)
         refuse(c, ERROR_UNIMPLEMENTED, "the server has no such method");
+    else if (atomic_load(&s->is_closing))
+        refuse(c, ERROR_UNAVAILABLE, "the server is shutting down");
     else if (s->auth && !s->methods[c->method].is_open && !has_token(c))
         refuse(c, ERROR_UNAUTHENTICATED, "the call needs a bearer token in \"authorization\"");
     else if (!s->methods[c->method].is_open && !atomic_load(&s->is_serving))
@@ -673,12 +678,12 @@ void rpc_server_end_stalled(struct rpc_server *s, int stall_ms)
     pthread_mutex_unlock(&s->mutex);
 }
 
-/* 1 when the server is down and no call is open within timeout_ms. */
-static int wait_down(struct rpc_server *s, int timeout_ms)
+/* 1 when no call is open, and the library's server as far down as asked, within timeout_ms. */
+static int wait_calls(struct rpc_server *s, int is_down, int timeout_ms)
 {
     struct timespec until;
     int status = 0;
-    int is_down;
+    int is_reached;
 
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_sec += timeout_ms / 1000;
@@ -688,20 +693,36 @@ static int wait_down(struct rpc_server *s, int timeout_ms)
         until.tv_nsec -= 1000000000;
     }
     pthread_mutex_lock(&s->mutex);
-    while (!(s->is_down && s->n_open == 0) && !status)
+    while (!(s->is_down == is_down && s->n_open == 0) && !status)
         status = pthread_cond_timedwait(&s->changed, &s->mutex, &until);
-    is_down = s->is_down && s->n_open == 0;
+    is_reached = s->is_down == is_down && s->n_open == 0;
     pthread_mutex_unlock(&s->mutex);
-    return is_down;
+    return is_reached;
+}
+
+/* New calls are refused in words until the connections are closed: the library's own shutdown ends
+ * what arrives during it CANCELLED. A call that was sent and not read is lost with its connection,
+ * which its client sees as UNAVAILABLE. */
+static void hang_up(struct rpc_server *s)
+{
+    uint64_t until = now_ns() + (uint64_t)HANG_UP_MS * 1000000u;
+
+    listener_end_reading(s->listener);
+    while (listener_n_connections(s->listener) > 0 && now_ns() < until)
+        poll(NULL, 0, 1);
 }
 
 void rpc_server_close(struct rpc_server *s, int timeout_ms)
 {
+    listener_stop(s->listener);
+    atomic_store(&s->is_closing, 1);
+    wait_calls(s, 0, timeout_ms);
+    hang_up(s);
     listener_close(s->listener);
     grpc_server_shutdown_and_notify(s->server, s->queue, &s->down_tag);
-    if (!wait_down(s, timeout_ms)) {
+    if (!wait_calls(s, 1, HANG_UP_MS)) {
         grpc_server_cancel_all_calls(s->server);
-        if (!wait_down(s, CANCEL_GRACE_MS)) {
+        if (!wait_calls(s, 1, CANCEL_GRACE_MS)) {
             log_error("rpc", "%d calls do not end", rpc_server_open_calls(s));
             return; // their memory is still in use: leave it to the end of the process
         }

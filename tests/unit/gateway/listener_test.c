@@ -159,12 +159,41 @@ static void test_no_descriptors(void **state)
     listener_close(l);
 }
 
+/* What has arrived is still read; then the stream ends, and its owner may still write. */
+static void test_end_reading(void **state)
+{
+    (void)state;
+    struct error err = {0};
+    struct listener *l = listener_open("127.0.0.1:0", 8, &err);
+    char bytes[2];
+
+    atomic_store(&n_accepted, 0);
+    listener_start(l, accepted, NULL);
+    int client = connect_to(l);
+    wait_accepted(1);
+    int served = atomic_load(&last_fd);
+    assert_int_equal(write(client, "a", 1), 1);
+    for (int i = 0; i < 5000 && recv(served, bytes, 1, MSG_PEEK) != 1; i++)
+        poll(NULL, 0, 1);
+    listener_stop(l);
+    assert_int_equal(listener_n_connections(l), 1);
+    listener_end_reading(l);
+    assert_int_equal(read(served, bytes, 2), 1);
+    assert_int_equal(read(served, bytes, 2), 0);
+    assert_int_equal(write(served, "b", 1), 1);
+    assert_int_equal(read(client, bytes, 2), 1);
+    close(served);
+    assert_int_equal(listener_n_connections(l), 0);
+    close(client);
+    listener_close(l);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_addresses),      cmocka_unit_test(test_taken_port),
         cmocka_unit_test(test_unix),           cmocka_unit_test(test_cap),
-        cmocka_unit_test(test_no_descriptors),
+        cmocka_unit_test(test_no_descriptors), cmocka_unit_test(test_end_reading),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
