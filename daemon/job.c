@@ -143,7 +143,7 @@ void job_choose_threads(struct rank_host *all, const struct options *o, const st
                         enum device_kind kind)
 {
     for (int r = 1; r < t->world; r++) {
-        int n = all[r].n_cores / hosts_n_sharing_cores(all, t, r);
+        int n = all[r].n_cores / hosts_n_sharing_cores(all, t->world, r);
 
         all[r].n_threads = kind == DEVICE_CUDA ? 1 : o->threads ? (int)o->threads : n > 1 ? n : 1;
     }

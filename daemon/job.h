@@ -23,9 +23,8 @@ void job_describe(struct rank_host *mine, const struct options *o, const char *d
  * `all` which ranks use one. */
 enum device_kind job_choose_device(struct rank_host *all, const struct options *o,
                                    const struct topology *t);
-/* With how many threads each rank computes: --threads, or its cores divided by the ranks of its
- * role that have the same cores. Vision and language ranks are not counted together, since what one
- * request waits for is one or the other. */
+/* With how many threads each rank computes: --threads, or its cores divided by the ranks that have
+ * the same cores. */
 void job_choose_threads(struct rank_host *all, const struct options *o, const struct topology *t,
                         enum device_kind kind);
 

@@ -75,8 +75,8 @@ static const struct option table[] = {
     {NULL, "--vision-ranks", NULL, OPTION_NUMBER, FIELD(vision_ranks), "V", 1, 1024,
      "Ranks that turn pictures into features; tiles are spread over them."},
     {NULL, "--threads", NULL, OPTION_NUMBER, FIELD(threads), "N", 1, 1024,
-     "Threads of each vision and language rank. Default: its cores divided by the ranks of its "
-     "role that have the same cores."},
+     "Threads of each vision and language rank. Default: its cores divided by the ranks that "
+     "have the same cores."},
     {NULL, "--device", NULL, OPTION_CHOICE, FIELD(device), "auto|cpu|cuda", 0, 0,
      "What vision and language ranks compute on. auto is cuda where this build has it and every "
      "host of theirs has a GPU. Each of them takes a GPU of its own, in order of rank."},

@@ -162,19 +162,18 @@ static int place_on_host(const struct rank_host *all, int world, int r, int *n_o
     return index;
 }
 
-/* The gateway computes nothing; vision and language ranks mostly work one after the other. */
-static int is_peer(const struct rank_host *all, const struct topology *t, int r, int other)
+/* The gateway computes nothing. */
+static int is_peer(const struct rank_host *all, int r, int other)
 {
-    int n_vision = t->layout.n_vision;
     return same_host(&all[r], &all[other]) && all[r].cores_hash == all[other].cores_hash &&
-           (r == 0) == (other == 0) && (r <= n_vision) == (other <= n_vision);
+           (r == 0) == (other == 0);
 }
 
-int hosts_n_sharing_cores(const struct rank_host *all, const struct topology *t, int r)
+int hosts_n_sharing_cores(const struct rank_host *all, int world, int r)
 {
     int n = 0;
-    for (int i = 0; i < t->world; i++)
-        n += is_peer(all, t, r, i);
+    for (int i = 0; i < world; i++)
+        n += is_peer(all, r, i);
     return n;
 }
 
@@ -185,7 +184,7 @@ void hosts_warn(const struct rank_host *all, const struct topology *t)
     for (int r = 1; r < t->world; r++) {
         int n_threads = 0, most = 0, first = r;
         for (int i = 1; i < t->world; i++) {
-            if (!is_peer(all, t, r, i))
+            if (!is_peer(all, r, i))
                 continue;
             first = i < first ? i : first;
             n_threads += all[i].n_threads;
@@ -193,8 +192,8 @@ void hosts_warn(const struct rank_host *all, const struct topology *t)
         }
         if (first == r && n_threads > all[r].n_cores &&
             most > 1) /* of one each there is no fewer */
-            log_warn("hosts", "%s: rank %d and its like have %d threads on %d cores", all[r].host,
-                     r, n_threads, all[r].n_cores);
+            log_warn("hosts", "%s: rank %d and those on the same cores have %d threads on %d cores",
+                     all[r].host, r, n_threads, all[r].n_cores);
     }
 }
 

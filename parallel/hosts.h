@@ -40,14 +40,15 @@ int hosts_exchange(struct rank_host *all, const struct rank_host *mine, const ch
 /* Errors, the first found, naming the rank and its host: a rank's own error, settings or a
  * checkpoint unlike rank 0's, fewer GPUs on a host than ranks there that need one. */
 int hosts_check(const struct rank_host *all, int world, struct error *err);
-/* How many ranks of rank `r`'s role, itself among them, compute on the same cores of its host. */
-int hosts_n_sharing_cores(const struct rank_host *all, const struct topology *t, int r);
+/* How many vision and language ranks, rank `r` among them, compute on the same cores of its host.
+ */
+int hosts_n_sharing_cores(const struct rank_host *all, int world, int r);
 /* Which of its host's GPUs rank `r` computes on: the ranks with a GPU of their own have the first
  * ones, in order; those that share are dealt out over these (over all, where there are none). -1:
  * on none. */
 int hosts_device(const struct rank_host *all, int world, int r);
-/* Logs what works but is slow: shards of a stage on several hosts, vision or language ranks with
- * more threads than their cores. For rank 0. */
+/* Logs what works but is slow: shards of a stage on several hosts, ranks with more threads
+ * than their cores. For rank 0. */
 void hosts_warn(const struct rank_host *all, const struct topology *t);
 /* One line a rank: role, host, which of the host's ranks, threads, device. */
 void hosts_print(FILE *f, const struct rank_host *all, const struct topology *t);

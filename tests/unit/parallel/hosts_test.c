@@ -117,18 +117,18 @@ static void devices_are_dealt_out(void **state)
     assert_refused(all, "rank 1 shares a GPU of a and this build finds none there");
 }
 
-static void cores_are_shared_by_role(void **state)
+static void cores_are_shared(void **state)
 {
-    static const int expected[WORLD] = {1, 1, 2, 2, 2, 2};
+    static const int expected[WORLD] = {1, 3, 3, 3, 2, 2};
     struct rank_host all[WORLD];
     (void)state;
     make_job(all);
     for (int r = 0; r < WORLD; r++)
-        assert_int_equal(hosts_n_sharing_cores(all, &topology, r), expected[r]);
+        assert_int_equal(hosts_n_sharing_cores(all, WORLD, r), expected[r]);
     all[3].cores_hash = 1; /* bound to cores of its own */
-    assert_int_equal(hosts_n_sharing_cores(all, &topology, 2), 1);
-    assert_int_equal(hosts_n_sharing_cores(all, &topology, 3), 1);
-    assert_int_equal(hosts_n_sharing_cores(all, &topology, 4), 2);
+    assert_int_equal(hosts_n_sharing_cores(all, WORLD, 2), 2);
+    assert_int_equal(hosts_n_sharing_cores(all, WORLD, 3), 1);
+    assert_int_equal(hosts_n_sharing_cores(all, WORLD, 4), 2);
 }
 
 static void prints_a_line_a_rank(void **state)
@@ -153,7 +153,7 @@ int main(void)
         cmocka_unit_test(checkpoints_differ),
         cmocka_unit_test(too_few_devices),
         cmocka_unit_test(devices_are_dealt_out),
-        cmocka_unit_test(cores_are_shared_by_role),
+        cmocka_unit_test(cores_are_shared),
         cmocka_unit_test(prints_a_line_a_rank),
     };
     return cmocka_run_group_tests_name("hosts", tests, NULL, NULL);
