@@ -37,8 +37,9 @@ struct request {
     int32_t n_ids;
     int32_t image_token_id; // the k-th such id of the prompt takes feature row k
     int32_t n_image_tokens;
-    enum dtype pixel_dtype; // U8 tiles, or F32 already normalised (Forward)
-    const void *pixels;     // [n_tiles, channels, height, width]
+    const float *inputs_embeds; // [n_ids, dim] in place of the embeddings of `ids`; NULL: none
+    enum dtype pixel_dtype;     // U8 tiles, or F32 already normalised (Forward)
+    const void *pixels;         // [n_tiles, channels, height, width]
     int32_t n_tiles, channels, height, width;
     int32_t n_features_per_tile; // of tiles of another size than the model's; -1: they are of that
     int32_t n_mask;              // patches of a tile, or 0

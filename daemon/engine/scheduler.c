@@ -173,7 +173,7 @@ struct ticket *scheduler_add(struct scheduler *s, struct request *r)
     s->n_unstarted++;
     if (r->n_features_per_tile >= 0)
         t->n_tile_floats = (int64_t)r->n_features_per_tile * s->config.feature_dim;
-    t->is_cacheable = s->config.enable_prefix_caching &&
+    t->is_cacheable = s->config.enable_prefix_caching && !r->inputs_embeds &&
                       (r->n_tiles == 0 || (r->tile_digests && !request_has_odd_tiles(r)));
     if (t->is_cacheable)
         prefix_cache_root(&s->prefix, r->cache_salt, &t->cache_root);

@@ -87,15 +87,15 @@ static int has_penalties(const struct sampling *s)
 static void add_history(struct batch_builder *b, struct sample_row *row, const struct sequence *q)
 {
     const struct request *r = q->ticket->request;
-    int32_t n = sequence_n_known(q);
+    int32_t n_ids = r->inputs_embeds ? 0 : r->n_ids, n = n_ids + q->n_output;
     b->history = grow(b->history, (size_t)b->batch.n_history + (size_t)n, sizeof(*b->history),
                       &b->history_capacity);
     int32_t *history = b->history + b->batch.n_history;
-    memcpy(history, r->ids, (size_t)r->n_ids * sizeof(*history));
+    memcpy(history, r->ids, (size_t)n_ids * sizeof(*history));
     if (q->n_output > 0)
-        memcpy(history + r->n_ids, q->output, (size_t)q->n_output * sizeof(*history));
+        memcpy(history + n_ids, q->output, (size_t)q->n_output * sizeof(*history));
     row->history_start = b->batch.n_history;
-    row->n_prompt = r->n_ids;
+    row->n_prompt = n_ids;
     row->n_output = q->n_output;
     b->batch.n_history += n;
 }
@@ -162,12 +162,12 @@ static void add_samples(struct batch_builder *b, struct step_item *item, int32_t
     }
 }
 
-/* The k-th image token of the prompt takes feature row k, if there are pictures at all. */
-static int32_t add_feature(struct batch_builder *b, const struct ticket *t, int32_t k)
+/* A row [feature_dim] that takes an embedding's place. */
+static int32_t add_feature(struct batch_builder *b, const float *row)
 {
     size_t dim = (size_t)b->feature_dim, n = (size_t)b->batch.n_features;
     b->features = grow(b->features, (n + 1) * dim, sizeof(*b->features), &b->features_capacity);
-    memcpy(b->features + n * dim, t->features + (size_t)k * dim, dim * sizeof(*b->features));
+    memcpy(b->features + n * dim, row, dim * sizeof(*b->features));
     return b->batch.n_features++;
 }
 
@@ -176,6 +176,7 @@ static void add_tokens(struct batch_builder *b, struct step_item *item)
     struct sequence *q = item->sequence;
     const struct ticket *t = q->ticket;
     const struct request *r = t->request;
+    size_t dim = (size_t)b->feature_dim;
     item->n_images = 0;
     for (int32_t i = item->start; i < item->start + item->n_new; i++) {
         int32_t row = b->batch.n_tokens++;
@@ -183,8 +184,11 @@ static void add_tokens(struct batch_builder *b, struct step_item *item)
         b->token_ids[row] = sequence_id(q, i);
         b->positions[row] = (float)i;
         b->feature_rows[row] = -1;
-        if (in_prompt && t->features && r->ids[i] == r->image_token_id)
-            b->feature_rows[row] = add_feature(b, t, q->n_image_computed + item->n_images++);
+        if (in_prompt && r->inputs_embeds)
+            b->feature_rows[row] = add_feature(b, r->inputs_embeds + (size_t)i * dim);
+        else if (in_prompt && t->features && r->ids[i] == r->image_token_id) // the k-th takes row k
+            b->feature_rows[row] = add_feature(
+                b, t->features + (size_t)(q->n_image_computed + item->n_images++) * dim);
         b->targets[row] = in_prompt && r->targets ? r->targets[i] : -1;
         b->want_logits[row] = in_prompt && r->want_logits ? r->want_logits[i] : 0;
     }

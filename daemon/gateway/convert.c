@@ -302,12 +302,59 @@ static int convert_pixels(const struct convert *c, const Internvl__V1__Tensor *w
     return 0;
 }
 
+/* Rows in place of ids; the ids are then zeros that nobody reads. */
+static int convert_embeds(const struct convert *c, const Internvl__V1__TokenPrompt *wire,
+                          struct request *r, struct error *err)
+{
+    const Internvl__V1__Tensor *w = wire->inputs_embeds;
+    const int32_t dim = c->model->text.hidden_size;
+    float *rows;
+
+    if (wire->n_token_ids || wire->pixel_values)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "inputs_embeds stands in place of token_ids and pixel_values");
+    if (strcmp(w->dtype, "float32") != 0)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "inputs_embeds.dtype is \"%.32s\"; it must be \"float32\"", w->dtype);
+    if (w->n_shape != 2 || w->shape[1] != (uint64_t)dim)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "inputs_embeds must have 2 dimensions, tokens and the model's %d columns",
+                         dim);
+    if (w->shape[0] > (uint64_t)c->max_model_len)
+        return check_length(c, c->max_model_len, err);
+    if (check_length(c, (int64_t)w->shape[0], err))
+        return -1;
+
+    size_t n = (size_t)w->shape[0] * (size_t)dim; // both bounded above
+    if (w->data.len != n * sizeof(float))
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "inputs_embeds.data has %zu bytes; its shape needs %zu", w->data.len,
+                         n * sizeof(float));
+    rows = arena_alloc(&r->arena, n, sizeof(*rows));
+    r->ids = arena_alloc(&r->arena, (size_t)w->shape[0], sizeof(*r->ids));
+    if (!rows || !r->ids)
+        return out_of_memory(err);
+    memcpy(rows, w->data.data, n * sizeof(float));
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(rows[i]))
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "inputs_embeds has a value that is not finite, in row %zu",
+                             i / (size_t)dim);
+    r->inputs_embeds = rows;
+    r->n_ids = (int32_t)w->shape[0];
+    memset(r->ids, 0, (size_t)r->n_ids * sizeof(*r->ids));
+    r->image_token_id = -1;
+    return 0;
+}
+
 int convert_token_prompt(const struct convert *c, const Internvl__V1__TokenPrompt *wire,
                          struct request *r, struct error *err)
 {
     int32_t *ids;
     int64_t n_image_tokens = 0;
 
+    if (wire->inputs_embeds)
+        return convert_embeds(c, wire, r, err);
     if (check_length(c, (int64_t)wire->n_token_ids, err))
         return -1;
     ids = arena_alloc(&r->arena, wire->n_token_ids, sizeof(*ids));

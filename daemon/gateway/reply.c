@@ -141,7 +141,7 @@ static void keep_request(struct reply *r, const struct request *q, const struct 
     for (int i = 0; i < q->n_stop_strings; i++)
         r->stops[i] =
             arena_strndup(a, q->stop_strings[i].bytes, (size_t)q->stop_strings[i].n_bytes);
-    if (r->kind == REPLY_FORWARD) {
+    if (r->kind == REPLY_FORWARD && !q->inputs_embeds) {
         r->ids = arena_alloc(a, n_ids, sizeof(*r->ids));
         memcpy(r->ids, q->ids, n_ids * sizeof(*r->ids));
     }
@@ -582,7 +582,7 @@ static void finish_forward(struct reply *r)
     reply_usage(&usage, &r->delta.usage);
     reply_timing(&timing, &r->delta.timing);
     wire_loss(r, &done);
-    done.n_token_ids = (size_t)r->n_ids;
+    done.n_token_ids = r->ids ? (size_t)r->n_ids : 0;
     done.token_ids = (uint32_t *)r->ids;
     done.usage = &usage;
     done.timing = &timing;

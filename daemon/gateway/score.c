@@ -220,6 +220,15 @@ static void score_refuse(struct score *s, const struct error *err)
     hand_over(s);
 }
 
+/* A pass is made of ids. */
+static int check_has_ids(const struct request *prompt, struct error *err)
+{
+    if (prompt->inputs_embeds)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "Score needs the prompt's ids; Forward takes inputs_embeds with labels");
+    return 0;
+}
+
 static void score_prepare(void *arg)
 {
     struct score *s = arg;
@@ -240,7 +249,8 @@ static void score_prepare(void *arg)
     s->prompt = request_new(convert_request_budget(&g->convert));
     if (convert_request_id(wire->request_id, s->prompt->id, &err) ||
         prompt_prepare(g, wire->prompt, &scratch, s->prompt, &media, &n_media, &err) ||
-        make_passes(s, wire, &scratch, &err) || take_room(s, &err))
+        check_has_ids(s->prompt, &err) || make_passes(s, wire, &scratch, &err) ||
+        take_room(s, &err))
         goto out;
 out:
     arena_release(&scratch);

@@ -11,6 +11,7 @@ from support import Client, Code, DaemonTest, Picture, SERVICE, Video, chat, exa
 
 INVALID = Code.INVALID_ARGUMENT
 MARKER = "QQQQ"
+WIDTH = 256  # hidden size of the demo's language model
 
 
 def png(width, height):
@@ -49,6 +50,12 @@ def cases():
                                                        data=bytes(4 * 3 * 112 * 112)))), {}
     yield "tensor whose bytes do not fit its shape", INVALID, pb.Prompt(tokens=pb.TokenPrompt(
         token_ids=[1016] * 16, pixel_values=pb.Tensor(shape=[1, 3, 112, 112], dtype="float32", data=b"1234"))), {}
+    for what, ids, shape, values in (("of another width", [], [2, 3], [0.0] * 6), ("beside ids", [1], [1, 1], [0.0]),
+                                     ("without rows", [], [0, WIDTH], []), ("cut short", [], [2, WIDTH], [0.0]),
+                                     ("not finite", [], [1, WIDTH], [math.nan] * WIDTH),
+                                     ("too many", [], [2**62, WIDTH], [0.0])):
+        yield f"inputs_embeds {what}", INVALID, pb.Prompt(tokens=pb.TokenPrompt(token_ids=ids, inputs_embeds=pb.Tensor(
+            shape=shape, dtype="float32", data=struct.pack(f"<{len(values)}f", *values)))), {}
     yield "literal <IMG_CONTEXT>", INVALID, chat("what is <IMG_CONTEXT> here?"), {}
     yield "literal <video>", INVALID, chat("what is <video> here?"), {}
     text = chat("x")

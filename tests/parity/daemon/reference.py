@@ -125,11 +125,15 @@ def cut_at_end(ids, end_ids):
     return list(ids)
 
 
+def tensor(x):
+    x = numpy.ascontiguousarray(x, "<f4")
+    return pb.Tensor(shape=x.shape, dtype="float32", data=x.tobytes())
+
+
 def token_prompt(ids, pixels=None):
     prompt = pb.TokenPrompt(token_ids=[int(x) for x in ids])
     if pixels is not None:
-        pixels = numpy.ascontiguousarray(pixels, "<f4")
-        prompt.pixel_values.CopyFrom(pb.Tensor(shape=pixels.shape, dtype="float32", data=pixels.tobytes()))
+        prompt.pixel_values.CopyFrom(tensor(pixels))
     return pb.Prompt(tokens=prompt)
 
 
@@ -229,6 +233,17 @@ def check_language(client, layout, goldens, report, config):
     _, done = client.forward(prompt, [], labels=[int(x) for x in ids])
     report.compare(layout, "loss_all_labels", numpy.array([done.loss]), numpy.array([scalars["loss_all_labels"]]),
                    "logits")
+    embeds = pb.Prompt(tokens=pb.TokenPrompt(inputs_embeds=tensor(lm["inputs_embeds"][0])))
+    given, done = client.forward(embeds, ["logits", "inputs_embeds"], labels=[int(x) for x in lm["labels"].reshape(-1)])
+    n_tail = lm.get("logits", lm.get("logits_tail")).shape[1]
+    report.compare(layout, "logits of inputs_embeds", given.get("logits")[-n_tail:],
+                   lm.get("logits", lm.get("logits_tail")), "logits")
+    report.compare(layout, "loss of inputs_embeds", numpy.array([done.loss]), numpy.array([scalars["loss"]]), "logits")
+    again = pb.Prompt(tokens=pb.TokenPrompt(inputs_embeds=tensor(tensors["inputs_embeds"])))
+    given, done = client.forward(again, ["logits"])  # its own embeddings given back: its own bits
+    ids_of = [client.generate(p, temperature=0, max_tokens=8, repetition_penalty=1.0).ids for p in (prompt, again)]
+    if given["logits"].tobytes() != tensors["logits"].tobytes() or ids_of[0] != ids_of[1] or done.token_ids:
+        report.failures.append(f"{layout}: inputs_embeds: not the answer of the ids that they come from")
     for keep, fields in (("1", dict(logits_to_keep=1)), ("3", dict(logits_to_keep=3)),
                          ("index", dict(logits_positions=[0, 5, len(ids) - 1]))):
         if f"logits_to_keep.{keep}" not in lm:
