@@ -33,7 +33,7 @@
 #include "parallel/topology.h"
 
 #define EXIT_USAGE 2
-#define VISION_NICE 10
+#define VISION_NICE 5
 #define TRACE_BYTES_MAX ((uint64_t)256 << 20)
 
 /* What the command line and the checkpoint's config make together: the same on every rank. */
