@@ -58,6 +58,8 @@ static void print_limits(const struct internvl_limits *l)
 {
     printf("\nlimits\n");
     print_bytes("message", l->max_message_bytes);
+    print_bytes("texts of a prompt", l->max_text_bytes);
+    print_bytes("tensors of a Forward", l->max_forward_bytes);
     print_count("pixels of a picture", l->max_image_pixels);
     print_count("media of a prompt", l->max_media);
     print_count("tiles of a prompt", l->max_tiles);
@@ -72,6 +74,7 @@ static void print_limits(const struct internvl_limits *l)
     print_count("bytes of a stop string", l->max_stop_string_bytes);
     print_count("stop token ids", l->max_stop_token_ids);
     print_count("logit biases", l->max_logit_bias);
+    print_count("continuations", l->max_continuations);
     print_count("beams", l->max_num_beams);
 }
 
@@ -137,6 +140,9 @@ static void write_limits(struct json_out *j, const struct internvl_limits *l)
     json_uint(j, "max_stop_token_ids", l->max_stop_token_ids);
     json_uint(j, "max_logit_bias", l->max_logit_bias);
     json_uint(j, "max_stop_string_bytes", l->max_stop_string_bytes);
+    json_uint(j, "max_forward_bytes", l->max_forward_bytes);
+    json_uint(j, "max_text_bytes", l->max_text_bytes);
+    json_uint(j, "max_continuations", l->max_continuations);
     json_uint(j, "max_num_beams", l->max_num_beams);
     json_object_end(j);
 }

@@ -419,10 +419,10 @@ struct internvl_rank {
     uint64_t weight_bytes, kv_bytes, scratch_bytes, rss_bytes, load_ms;
 };
 struct internvl_limits {
-    uint64_t max_message_bytes, max_image_pixels;
+    uint64_t max_message_bytes, max_image_pixels, max_forward_bytes, max_text_bytes;
     uint32_t max_media, max_tiles, max_frames, max_model_len, max_num_seqs, max_num_batched_tokens,
         max_queued_requests, max_n, max_logprobs, max_stop_strings, max_stop_token_ids,
-        max_logit_bias, max_stop_string_bytes, max_num_beams;
+        max_logit_bias, max_stop_string_bytes, max_continuations, max_num_beams;
 };
 struct internvl_load {
     uint32_t running, waiting, kv_pages_used, kv_pages;

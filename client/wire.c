@@ -583,6 +583,9 @@ static void read_limits(const Internvl__V1__Limits *m, struct internvl_limits *l
     l->max_stop_token_ids = m->max_stop_token_ids;
     l->max_logit_bias = m->max_logit_bias;
     l->max_stop_string_bytes = m->max_stop_string_bytes;
+    l->max_forward_bytes = m->max_forward_bytes;
+    l->max_text_bytes = m->max_text_bytes;
+    l->max_continuations = m->max_continuations;
     l->max_num_beams = m->max_num_beams;
 }
 

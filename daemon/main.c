@@ -54,10 +54,11 @@ struct settings {
 static int check_listen(const struct options *o, const char *name, const char *address,
                         struct error *err)
 {
-    int is_local = listener_is_local(address, err);
+    struct error why = {0};
+    int is_local = listener_is_local(address, &why);
 
     if (is_local < 0)
-        return -1;
+        return error_set(err, why.code, "%s: %s", name, why.msg);
     if (!is_local && !o->auth_token_file && !o->insecure_listen)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "%s %.64s can be reached from other machines: give "

@@ -61,22 +61,21 @@ static struct addrinfo *resolve(const char *address, struct error *err)
     size_t n;
 
     if (!colon || colon == address || !colon[1]) {
-        error_set(err, ERROR_INVALID_ARGUMENT, "--listen %s: expected HOST:PORT or unix:PATH",
-                  address);
+        error_set(err, ERROR_INVALID_ARGUMENT, "%s: expected HOST:PORT or unix:PATH", address);
         return NULL;
     }
     n = (size_t)(colon - address);
     if (*start == '[' && n > 2 && start[n - 1] == ']')
         start++, n -= 2;
     if (n >= sizeof(host)) {
-        error_set(err, ERROR_INVALID_ARGUMENT, "--listen: the host name is too long");
+        error_set(err, ERROR_INVALID_ARGUMENT, "the host name is too long");
         return NULL;
     }
     memcpy(host, start, n);
     host[n] = '\0';
     int status = getaddrinfo(host, colon + 1, &hints, &found);
     if (status) {
-        error_set(err, ERROR_INVALID_ARGUMENT, "--listen %s: %s", address, gai_strerror(status));
+        error_set(err, ERROR_INVALID_ARGUMENT, "%s: %s", address, gai_strerror(status));
         return NULL;
     }
     return found;
@@ -158,7 +157,7 @@ static int bind_unix(struct listener *l, const char *address, struct error *err)
     size_t n = strlen(path);
 
     if (n == 0 || n >= sizeof(a.sun_path))
-        return error_set(err, ERROR_INVALID_ARGUMENT, "--listen: a unix path has 1 to %zu bytes",
+        return error_set(err, ERROR_INVALID_ARGUMENT, "a unix path has 1 to %zu bytes",
                          sizeof(a.sun_path) - 1);
     memcpy(a.sun_path, path, n + 1);
     remove_stale(&a);

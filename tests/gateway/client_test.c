@@ -325,6 +325,9 @@ static void test_model_and_health(void **state)
     assert_true(m.n_ranks >= 3);
     assert_string_equal(m.ranks[0].role, "gateway");
     assert_true(m.limits.max_model_len > 0);
+    assert_true(m.limits.max_continuations > 0);
+    assert_true(m.limits.max_forward_bytes > 0);
+    assert_true(m.limits.max_text_bytes > 0);
     internvl_model_release(&m);
     assert_int_equal(internvl_check_health(client, "", NULL, &health, &err), 0);
     assert_int_equal(health, INTERNVL_HEALTH_SERVING);

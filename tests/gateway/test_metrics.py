@@ -174,6 +174,8 @@ class Metrics(unittest.TestCase):
     def test_other_machines_need_a_token(self):
         with self.assertRaisesRegex(AssertionError, "--metrics-listen 0.0.0.0:0 can be reached"):
             daemon.Daemon(extra=["--metrics-listen", "0.0.0.0:0"])
+        with self.assertRaisesRegex(AssertionError, "--metrics-listen: nowhere: expected HOST:PORT"):
+            daemon.Daemon(extra=["--metrics-listen", "nowhere"])
 
 
 if __name__ == "__main__":
