@@ -1,18 +1,20 @@
 #!/bin/sh
-# Installs what is missing of internvld's Debian 12 packages: `sh deploy/packages.sh build` or `… test`.
+# Installs what is missing of internvld's Debian 12 packages: `sh deploy/packages.sh build`, `… package` (for cpack) or `… test`.
 # As root, or as a user with sudo. Installs nothing when everything is there; safe to run again.
 set -eu
 
 build="gcc g++ make cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libgrpc-dev libssl-dev libprotobuf-c-dev
  protobuf-c-compiler protobuf-compiler libprotobuf-dev libcjson-dev libjpeg62-turbo-dev libpng-dev libwebp-dev
  libpcre2-dev libmicrohttpd-dev libutf8proc-dev libavcodec-dev libavformat-dev libavutil-dev libswscale-dev"
+package="$build file dpkg-dev"
 test="$build libcmocka-dev python3 python3-venv clang libclang-rt-14-dev procps iproute2 slurmctld slurmd slurm-client munge"
 
 case "${1:-}" in
 build) wanted=$build ;;
+package) wanted=$package ;;
 test) wanted=$test ;;
 *)
-    echo "usage: sh deploy/packages.sh build|test" >&2
+    echo "usage: sh deploy/packages.sh build|package|test" >&2
     exit 2
     ;;
 esac

@@ -1,19 +1,24 @@
-"""Many faults, one after another: every role x every fault x every phase, in an order drawn from a seed.
+"""Many faults: every role x every fault x every phase once a round, in an order drawn from a seed.
 
-    campaign.py [--faults N] [--seed S]      52 in ctest (6 under a sanitizer); by hand any number:
+    campaign.py [--faults N] [--seed S] [--jobs J]      one round in ctest; by hand any number:
 
     tests/gateway/run.py tests/faults/campaign.py --faults 1000
 
-A fault is kill -9 or SIGSTOP of one rank (cut links are tests/multihost), while the model loads, in a prefill, in the
-vision stage, while decoding, idle, or while draining. Each time: every call ends within LIMIT_S, UNAVAILABLE or, when
-it was quicker than the fault, well; the job ends non-zero (a fault in a drain may come too late); no process stays;
-the next start answers the same. A failed fault prints how to repeat it."""
+A fault is kill -9 or SIGSTOP of one rank, or the cut link of its host (network namespaces; left out, with the reason,
+where they cannot be had), while the job loads, in a prefill, in the vision stage, while decoding, idle, or while
+draining. Each time: every call ends within LIMIT_S, UNAVAILABLE or, when it was quicker than the fault, well; the job
+ends by itself, non-zero (a fault in a drain may come too late); no process stays; the next start answers the same.
+A failed fault prints how to repeat it. J faults are under way at a time: they mostly wait."""
 
 import argparse
+import contextlib
 import itertools
 import os
+import pathlib
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -22,28 +27,53 @@ import grpc
 import daemon
 from support import Client, Code, chat, example, pb, user
 
+sys.path.append(str(daemon.ROOT / "tests/multihost"))
+from hosts import Hosts, why_not  # noqa: E402
+from job import Job  # noqa: E402
+
 LIMIT_S = 5.0
-# A rank that hangs inside MPI's own start is noticed by nobody in the job: this is deploy/supervise.sh --start-limit.
-START_LIMIT_S = 6.0
-N_FAULTS = 6 if os.environ.get("INTERNVLD_SANITIZED") else 52
-LOADED_FACTOR = float(os.environ.get("INTERNVLD_SLOW", "2"))  # a busy machine is no failure
+SLOW = float(os.environ.get("INTERNVLD_SLOW", "4" if os.environ.get("INTERNVLD_SANITIZED") else "1"))
+START_TIMEOUT_S = 4
+REMOTE_LIMIT_S = 30  # for what is behind a dead link to end, once it is back
 PHASES = ("load", "prefill", "vision", "decode", "idle", "drain")
-LAYOUTS = ({"tensor": 2}, {"pipeline": 2, "vision": 2})
-RANKS = {0: 4, 1: 5}  # of each layout
+ROLES = ("gateway", "vision", "language")
+KILL, STOP, CUT = HOWS = ("kill -9", "SIGSTOP", "cut link")
+ROUND = len(ROLES) * len(PHASES) * len(HOWS)  # 54
+N_FAULTS = 6 if os.environ.get("INTERNVLD_SANITIZED") else ROUND
+LAYOUTS = ({"tensor": 2}, {"pipeline": 2, "vision": 2}, {"pipeline": 2})
+CUT_LAYOUT, CUT_SLOTS = 2, (1, 1, 2)  # its hosts: gateway; vision; language
 
 
 class Fault:
     def __init__(self, layout, rank, phase, how):
         self.layout, self.rank, self.phase, self.how = layout, rank, phase, how
+        self.role = ROLES[0 if rank == 0 else 1 if rank <= LAYOUTS[layout].get("vision", 1) else 2]
+        self.host = ROLES.index(self.role)  # of a cut link
 
     def __str__(self):
-        return f"layout {LAYOUTS[self.layout]}, rank {self.rank}, {self.phase}, {self.how.name}"
+        return f"layout {LAYOUTS[self.layout]}, rank {self.rank} ({self.role}), {self.phase}, {self.how}"
 
 
-def all_faults():
-    return [Fault(layout, rank, phase, how)
-            for layout in range(len(LAYOUTS)) for rank in range(RANKS[layout]) for phase in PHASES
-            for how in (signal.SIGKILL, signal.SIGSTOP)]
+def all_faults(without_cuts):
+    for layout, n_ranks in ((0, 4), (1, 5)):
+        for rank, phase, how in itertools.product(range(n_ranks), PHASES, (KILL, STOP)):
+            yield Fault(layout, rank, phase, how)
+    if not without_cuts:
+        for host, phase in itertools.product(range(len(CUT_SLOTS)), PHASES):
+            yield Fault(CUT_LAYOUT, host, phase, CUT)
+
+
+def rounds(draw, without_cuts):
+    """Without end: each role x phase x fault once, and again with other ranks of that role."""
+    groups = {}
+    for fault in all_faults(without_cuts):
+        groups.setdefault((fault.role, fault.phase, fault.how), []).append(fault)
+    for group in groups.values():
+        draw.shuffle(group)
+    order = list(groups.values())
+    for i in itertools.count():
+        draw.shuffle(order)
+        yield from (group[i % len(group)] for group in order)
 
 
 def prompt_of(phase):
@@ -57,10 +87,10 @@ def prompt_of(phase):
 class Calls(threading.Thread):
     """Three calls; `codes` and `ended` once joined."""
 
-    def __init__(self, address, phase):
+    def __init__(self, address, phase, timeout_s=60):
         super().__init__()
         self.codes, self.ended, self.began = [], 0.0, threading.Event()
-        self.client, self.phase = Client(address), phase
+        self.client, self.phase, self.timeout_s = Client(address), phase, timeout_s
         self.start()
 
     def run(self):
@@ -75,7 +105,7 @@ class Calls(threading.Thread):
     def call(self):
         prompt, n = prompt_of(self.phase)
         try:
-            for event in self.client.start(prompt, timeout=60, max_tokens=n, ignore_eos=True):
+            for event in self.client.start(prompt, timeout=self.timeout_s, max_tokens=n, ignore_eos=True):
                 if self.phase not in ("decode", "drain") or event.WhichOneof("event") == "delta":
                     self.began.set()
             self.codes.append(Code.OK)
@@ -91,101 +121,149 @@ def expected_answer(address):
     return bits
 
 
-def wait_gone(d, limit_s=5 * LOADED_FACTOR):
+def wait_gone(job, limit_s):
     end = time.monotonic() + limit_s
-    while (left := d.processes()) and time.monotonic() < end:
+    while (left := job.processes()) and time.monotonic() < end:
         time.sleep(0.05)
     if left:
-        d.kill()
+        job.kill()
     return left
 
 
-class Struck(daemon.Daemon):
-    """A daemon that is struck somewhere between its start and readiness; readiness may win."""
+def strike(job, fault):
+    if fault.how == CUT:
+        job.hosts.cut(fault.host)
+        return
+    pid = job.ranks().get(fault.rank)
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        if pid:
+            os.kill(pid, signal.SIGKILL if fault.how == KILL else signal.SIGSTOP)
 
-    def __init__(self, fault, draw):
-        self.fault, self.delay_s = fault, draw.uniform(0.1, 0.9)
-        super().__init__(**LAYOUTS[fault.layout])
 
-    def _wait_for_address(self, port_file, limit_s=START_LIMIT_S):
+class Struck:
+    """A job that is struck somewhere between its start and readiness; readiness may win."""
+
+    def _wait_for_address(self, port_file, limit_s=60):
         threading.Thread(target=self._strike).start()
         try:
             return super()._wait_for_address(port_file, limit_s)
-        except AssertionError:
+        except AssertionError as error:
+            assert "was not ready" not in str(error), error
             return None  # it ended: the status tells
 
     def _strike(self):
-        time.sleep(self.delay_s)
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            pid = self.ranks().get(self.fault.rank)
-            if pid:
-                strike(pid, self.fault.how)
-                return
+        end = time.monotonic() + self.delay_s
+        while time.monotonic() < end or (self.fault.rank not in self.ranks() and self.process.poll() is None):
             time.sleep(0.01)
+        strike(self, self.fault)
 
 
-def strike(pid, how):
-    try:
-        os.kill(pid, how)
-    except ProcessLookupError:
-        pass  # it has ended
+class StruckDaemon(Struck, daemon.Daemon):
+    def __init__(self, fault, draw):
+        self.fault, self.delay_s = fault, draw.uniform(0.1, 0.9)
+        super().__init__(**LAYOUTS[fault.layout], extra=("--start-timeout", START_TIMEOUT_S))
 
 
-def run(fault, draw, expected):
-    start = 0.0
+class StruckJob(Struck, Job):
+    def __init__(self, fault, draw, hosts):
+        self.fault, self.delay_s = fault, draw.uniform(0.1, 1.5)
+        super().__init__(hosts, CUT_SLOTS, **LAYOUTS[fault.layout], extra=("--start-timeout", START_TIMEOUT_S),
+                         supervised=("--once", "--start-limit", str(2 * START_TIMEOUT_S)))
+
+
+def start_and_strike(fault, draw, expected, hosts):
+    """The job, its calls (None: none) and when it was struck."""
     if fault.phase == "load":
-        d, calls = Struck(fault, draw), None
-    else:
-        d = daemon.Daemon(**LAYOUTS[fault.layout])
-        assert expected_answer(d.address) == expected, "the answer after a restart differs"
-        pid = d.ranks()[fault.rank]
-        calls = Calls(d.address, fault.phase) if fault.phase != "idle" else None
-        if calls:
-            calls.began.wait(30)
-            time.sleep(draw.uniform(0, 0.05))
-        if fault.phase == "drain":
-            d.terminate()
-            time.sleep(draw.uniform(0, 0.1))
-        start = time.monotonic()
-        strike(pid, fault.how)
-    status = d.status if d.status is not None else d.wait(60)
-    log = d.log()
-    if calls:
-        calls.join(60)
-        assert not calls.is_alive(), f"a call did not end\n{log}"
-        took = calls.ended - start
-        assert all(c in (Code.UNAVAILABLE, Code.OK) for c in calls.codes), f"{calls.codes}\n{log}"
-        assert took < LIMIT_S * LOADED_FACTOR, f"calls ended after {took:.1f} s\n{log}"
-    left = wait_gone(d)
+        return StruckJob(fault, draw, hosts) if hosts else StruckDaemon(fault, draw), None, 0
+    layout = LAYOUTS[fault.layout]
+    job = Job(hosts, CUT_SLOTS, **layout) if hosts else daemon.Daemon(**layout)
+    assert expected_answer(job.address) == expected, "the answer after a restart differs"
+    calls = None
+    if fault.phase != "idle":
+        # From behind the gateway's own dead link nothing can be said: what ends such a call is its deadline.
+        calls = Calls(job.address, fault.phase, LIMIT_S - 1 if is_unreachable(fault) else 60)
+        calls.began.wait(30)
+        time.sleep(draw.uniform(0, 0.05))
+    if fault.phase == "drain":
+        job.terminate()
+        time.sleep(draw.uniform(0, 0.1))
+    at = time.monotonic()
+    strike(job, fault)
+    return job, calls, at
+
+
+def is_unreachable(fault):
+    return fault.how == CUT and fault.role == "gateway"
+
+
+def check_calls(fault, calls, struck_at, log):
+    right = {Code.UNAVAILABLE, Code.OK} | ({Code.DEADLINE_EXCEEDED} if is_unreachable(fault) else set())
+    calls.join(60)
+    assert not calls.is_alive(), f"a call did not end\n{log}"
+    took = calls.ended - struck_at
+    assert set(calls.codes) <= right, f"{calls.codes}\n{log}"
+    assert took < LIMIT_S * SLOW, f"calls ended after {took:.1f} s\n{log}"
+    return took
+
+
+def run(fault, draw, expected, hosts=None):
+    """Returns how long calls took to end, 0 without calls."""
+    job, calls, struck_at = start_and_strike(fault, draw, expected, hosts)
+    status = job.status if job.status is not None else job.wait(60)
+    log = job.log()
+    took = check_calls(fault, calls, struck_at, log) if calls else 0
+    if hosts:
+        hosts.join(fault.host)
+    left = wait_gone(job, REMOTE_LIMIT_S if hosts else LIMIT_S * SLOW)
     assert not left, f"orphans {sorted(left)}\n{log}"
-    if fault.phase in ("prefill", "vision", "decode", "idle"):
+    if fault.phase != "drain":
         assert status not in (0, None), f"status {status}\n{log}"
+    if fault.phase in ("prefill", "vision", "decode", "idle") and not is_unreachable(fault) and fault.rank > 0:
+        assert f"rank {fault.rank} " in log, f"the log does not name the rank\n{log}"
+    return took
+
+
+def run_part(options, part):
+    """Every options.jobs-th fault, from `part` on; 0 when all went as they must."""
+    reason = why_not()
+    faults = itertools.islice(rounds(random.Random(options.seed), reason is not None), options.faults)
+    if part == 0 and reason:
+        print(f"links are not cut: {reason}", flush=True)
+    draw, n_failed = random.Random(f"{options.seed} {part}"), 0
+    with daemon.Daemon(tensor=2) as d:
+        expected = expected_answer(d.address)
+    for i, fault in list(enumerate(faults))[part::options.jobs]:
+        at = time.monotonic()
+        try:
+            with Hosts(len(CUT_SLOTS)) if fault.how == CUT else contextlib.nullcontext() as hosts:
+                took = run(fault, draw, expected, hosts)
+            print(f"fault {i}: {fault}: calls over after {took:.1f} s; {time.monotonic() - at:.1f} s", flush=True)
+        except AssertionError as error:
+            n_failed += 1
+            print(f"FAILED fault {i} (seed {options.seed}): {fault}\n{error}", flush=True)
+    with daemon.Daemon(tensor=2) as d:
+        assert expected_answer(d.address) == expected
+    return 1 if n_failed else 0
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--faults", type=int, default=int(os.environ.get("INTERNVLD_FAULTS", N_FAULTS)))
+    parser.add_argument("--faults", type=int, default=N_FAULTS)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=6)
+    parser.add_argument("--part", type=int, help="one of --jobs, for the campaign's own use")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
-    faults = all_faults()
-    draw.shuffle(faults)
-    with daemon.Daemon(tensor=2) as d:
-        expected = expected_answer(d.address)
-    began, failures = time.monotonic(), []
-    for i, fault in enumerate(itertools.islice(itertools.cycle(faults), options.faults)):
-        at = time.monotonic()
-        try:
-            run(fault, draw, expected)
-            print(f"fault {i}: {fault}: {time.monotonic() - at:.1f} s", flush=True)
-        except AssertionError as error:
-            failures.append(fault)
-            print(f"FAILED fault {i} (seed {options.seed}): {fault}\n{error}", flush=True)
-    print(f"{options.faults} faults in {time.monotonic() - began:.0f} s, {len(failures)} failed", flush=True)
-    with daemon.Daemon(tensor=2) as d:
-        assert expected_answer(d.address) == expected
-    return 1 if failures else 0
+    if options.part is not None:
+        return run_part(options, options.part)
+    began = time.monotonic()
+    runner = daemon.ROOT / "tests/gateway/run.py"
+    command = [sys.executable, runner, pathlib.Path(__file__), "--faults", str(options.faults),
+               "--seed", str(options.seed), "--jobs", str(options.jobs)]
+    parts = [subprocess.Popen([*command, "--part", str(i)]) for i in range(options.jobs)]
+    n_failed = sum(part.wait() != 0 for part in parts)
+    print(f"{options.faults} faults in {time.monotonic() - began:.0f} s: "
+          f"{'some' if n_failed else 'none'} failed", flush=True)
+    return 1 if n_failed else 0
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from support import Client, Code, chat, example
 class Load(threading.Thread):
     """Asks until it is refused."""
 
-    def __init__(self, address):
+    def __init__(self, address, token=None):
         super().__init__()
-        self.client, self.n_done, self.lost = Client(address), 0, []
+        self.client, self.n_done, self.lost = Client(address, token), 0, []
         self.start()
 
     def run(self):

@@ -145,15 +145,16 @@ class Answer:
 
 
 class Client:
-    def __init__(self, address):
+    def __init__(self, address, token=None):
         self.channel = grpc.insecure_channel(address, options=OPTIONS)
         self.stub = pb_grpc.InferenceServiceStub(self.channel)
+        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     def start(self, prompt, timeout=None, request_id="", **sampling):
         """The running call: iterate, cancel, …"""
         request = pb.GenerateRequest(request_id=request_id, prompt=prompt,
                                      sampling=pb.SamplingParams(**sampling))
-        return self.stub.Generate(request, timeout=timeout)
+        return self.stub.Generate(request, timeout=timeout, metadata=self.metadata)
 
     def generate(self, prompt, timeout=120, **sampling):
         answer = Answer()
