@@ -1,6 +1,7 @@
 """deploy/slurm/ on a real Slurm of two nodes: serve on both, evaluate by an array of clients, cut off in the middle,
 queued again; a killed rank; drains. Answers are those of a daemon without Slurm, to the byte."""
 
+import base64
 import json
 import os
 import pathlib
@@ -10,11 +11,12 @@ import sys
 import time
 
 import daemon
-from cluster import Cluster, why_not
-from support import main, unittest
+from cluster import why_not
+from serving import Serving
+from support import main
 
 QUESTIONS = daemon.ROOT / "tests/data/demo-eval/eval.jsonl"
-N_QUESTIONS = 480
+N_QUESTIONS = 808  # all of them
 
 
 def answers(path):
@@ -27,10 +29,10 @@ def answers(path):
     return found
 
 
-def evaluate_here(address, folder):
-    out = pathlib.Path(folder) / "local.jsonl"
-    subprocess.run([daemon.program("INTERNVLD_COMMAND"), "--address", address, "evaluate", QUESTIONS, "--limit",
-                    str(N_QUESTIONS), "--output", out], check=True, stdout=subprocess.DEVNULL)
+def evaluate_here(address, folder, questions=QUESTIONS):
+    out = pathlib.Path(folder) / f"local-{questions.stem}.jsonl"
+    subprocess.run([daemon.program("INTERNVLD_COMMAND"), "--address", address, "evaluate", questions, "--output", out],
+                   check=True, stdout=subprocess.DEVNULL)
     return answers(out)
 
 
@@ -41,44 +43,16 @@ def wait_lines(path, n, limit_s=60):
         time.sleep(0.005)
 
 
-class Jobs(unittest.TestCase):
+class Jobs(Serving):
     @classmethod
     def setUpClass(cls):
-        cls.slurm = Cluster().__enter__()
-        cls.environment = {"INTERNVLD_HOME": daemon.ROOT, "INTERNVLD": daemon.program("INTERNVLD_DAEMON"),
-                           "INTERNVL": daemon.program("INTERNVLD_COMMAND"), daemon.MARK: "slurm",
-                           "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                           "OMPI_MCA_mpi_yield_when_idle": "1"}
+        super().setUpClass()
         with daemon.Daemon() as alone:
             cls.expected = evaluate_here(alone.address, cls.slurm.root)
 
-    @classmethod
-    def tearDownClass(cls):
-        cls.slurm.__exit__()
-
-    def log(self, job, task=None):
-        name = f"internvld-{job}.log" if task is None else f"evaluate-{job}-{task}.log"
-        path = self.slurm.root / name
-        return path.read_text(errors="replace") if path.exists() else f"no {name}"
-
-    def serve(self, name, *extra):
-        endpoint = self.slurm.root / name
-        job = self.slurm.submit("-N2", daemon.ROOT / "deploy/slurm/serve.sbatch", "two-by-two", daemon.DEMO_MODEL,
-                                endpoint, *extra, environment=self.environment)
-        self.wait_endpoint(job, endpoint)
-        self.assertEqual(endpoint.stat().st_mode & 0o777, 0o600)
-        return job, endpoint
-
-    def wait_endpoint(self, job, endpoint, limit_s=90):
-        end = time.monotonic() + limit_s
-        while not endpoint.exists():
-            if time.monotonic() > end:
-                self.fail(f"no endpoint after {limit_s} s, job {self.slurm.state(job)}\n{self.log(job)}")
-            time.sleep(0.05)
-
-    def submit_evaluation(self, endpoint, results, *options, concurrency=1):
-        return self.slurm.submit(*options, daemon.ROOT / "deploy/slurm/evaluate.sbatch", QUESTIONS, endpoint, results,
-                                 "--limit", N_QUESTIONS, "--concurrency", concurrency, environment=self.environment)
+    def submit_evaluation(self, endpoint, results, *options, concurrency=1, questions=QUESTIONS):
+        return self.slurm.submit(*options, daemon.ROOT / "deploy/slurm/evaluate.sbatch", questions, endpoint, results,
+                                 "--concurrency", concurrency, environment=self.environment)
 
     def test_array_cut_off_and_requeued(self):
         job, endpoint = self.serve("endpoint-array")
@@ -88,19 +62,21 @@ class Jobs(unittest.TestCase):
             wait_lines(results / f"results.{shard}.jsonl", 5)
         self.slurm.run("scontrol", "requeue", f"{tasks}_0")  # cut off in the middle; it comes back by itself
         self.slurm.run("scancel", f"{tasks}_1")
+        os.kill(self.client(tasks, 2), signal.SIGKILL)
         self.slurm.wait_state(f"{tasks}_0", "COMPLETED")
-        self.slurm.wait_state(f"{tasks}_2", "COMPLETED")
-        self.assertFalse((results / "results.jsonl").exists(), "shard 1 cannot be complete")
-        n_kept = (results / "results.1.jsonl").read_bytes().count(b"\n")
+        self.slurm.wait_state(f"{tasks}_2", "FAILED")
+        self.assertFalse((results / "results.jsonl").exists(), "shards 1 and 2 cannot be complete")
+        kept = [(results / f"results.{shard}.jsonl").read_bytes().count(b"\n") for shard in range(3)]
+        whole = [len(range(shard, N_QUESTIONS, 3)) for shard in range(3)]
+        self.assertEqual(kept[0], whole[0])
         again = self.submit_evaluation(endpoint, results, "--array=0-2")
         self.slurm.wait_state(again, "COMPLETED")
-        summary = json.loads((results / "summary.1.json").read_text())
-        self.assertEqual(summary["asked"], N_QUESTIONS // 3 - n_kept, "a question was asked twice, or was lost")
-        self.assertEqual(json.loads((results / "summary.0.json").read_text())["asked"], 0)
+        asked = [json.loads((results / f"summary.{shard}.json").read_text())["asked"] for shard in range(3)]
+        self.assertEqual(asked, [w - k for w, k in zip(whole, kept)], "a question was asked twice, or was lost")
         self.assertEqual(answers(results / "results.jsonl"), self.expected)
         self.assertEqual(json.loads((results / "summary.json").read_text())["overall"]["questions"], N_QUESTIONS)
         self.assertIn("<svg", (results / "report.html").read_text())
-        print(f"  shard 1 was cut off after {n_kept} of {N_QUESTIONS // 3} answers", flush=True)
+        print(f"  shards 1 (scancel) and 2 (kill -9) were cut off after {kept[1:]} of {whole[1:]} answers", flush=True)
         self.slurm.run("scancel", "--signal=USR1", "--batch", job)
         self.slurm.wait_state(job, "COMPLETED")
         self.assertFalse(endpoint.exists())
@@ -136,9 +112,33 @@ class Jobs(unittest.TestCase):
         self.assertEqual(answers(results / "results.jsonl"), self.expected)
         self.wait_no_ranks()
 
-    def processes(self):
-        """{rank: pid} of ranks that Slurm started."""
-        found = {}
+    def test_tsv(self):
+        """The field's table, pictures in base64, in one job with its daemon."""
+        table = self.slurm.root / "table.tsv"
+        rows = ["index\timage\tquestion\tanswer\tA\tB\tcategory"]
+        image = base64.b64encode((daemon.EXAMPLES / "scene-two.png").read_bytes()).decode()
+        for i, color in enumerate(("red", "green", "blue", "yellow")):
+            rows.append(f"{i}\t{image}\tWhat color is the star? Is it {color}?\tA\tyes\tno\tstars")
+        table.write_text("\n".join(rows) + "\n")
+        results = self.slurm.root / "tsv"
+        job = self.submit_evaluation(f"one-gpu={daemon.DEMO_MODEL}", results, questions=table)
+        with daemon.Daemon() as alone:
+            expected = evaluate_here(alone.address, self.slurm.root, table)
+        self.slurm.wait_state(job, "COMPLETED")
+        self.assertEqual(len(expected), 4)
+        self.assertEqual(answers(results / "results.jsonl"), expected)
+
+    def client(self, job, task):
+        """The process of `internvl evaluate` of one task."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            for pid, variables in self.slurm_processes("INTERNVLD_COMMAND"):
+                if (variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")) == (job, str(task)):
+                    return pid
+        raise AssertionError(f"no client of task {task}")
+
+    def slurm_processes(self, program):
+        """(pid, environment) of `program` in jobs of this cluster."""
         for entry in pathlib.Path("/proc").iterdir():
             try:
                 variables = dict(x.split("=", 1) for x in (entry / "environ").read_text().split("\0") if "=" in x)
@@ -146,9 +146,13 @@ class Jobs(unittest.TestCase):
             except (OSError, UnicodeDecodeError):
                 continue
             if variables.get("SLURM_CONF") == self.slurm.environment["SLURM_CONF"] and \
-                    executable.startswith(daemon.program("INTERNVLD_DAEMON")):
-                found[int(variables.get("PMIX_RANK", -1))] = int(entry.name)
-        return found
+                    executable.startswith(daemon.program(program)):
+                yield int(entry.name), variables
+
+    def processes(self):
+        """{rank: pid} of ranks that Slurm started."""
+        return {int(variables.get("PMIX_RANK", -1)): pid
+                for pid, variables in self.slurm_processes("INTERNVLD_DAEMON")}
 
     def rank(self, rank):
         return self.processes()[rank]
