@@ -15,7 +15,9 @@ class Serving(unittest.TestCase):
         cls.environment = {"INTERNVLD_HOME": daemon.ROOT, "INTERNVLD": daemon.program("INTERNVLD_DAEMON"),
                            "INTERNVL": daemon.program("INTERNVLD_COMMAND"), daemon.MARK: "slurm",
                            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                           "OMPI_MCA_mpi_yield_when_idle": "1"}
+                           "OMPI_MCA_mpi_yield_when_idle": "1",
+                           # Both nodes are this machine; its other addresses may come and go (tests/multihost).
+                           "OMPI_MCA_btl_tcp_if_include": "lo"}
 
     def log(self, job, task=None):
         name = f"internvld-{job}.log" if task is None else f"evaluate-{job}-{task}.log"
