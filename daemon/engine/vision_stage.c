@@ -1,4 +1,5 @@
-/* Dealing of tiles to idle ranks, in turns, each content once; see vision_stage.h. */
+/* Dealing of tiles to idle ranks, the oldest and the newest by turns, each content once; see
+ * vision_stage.h. */
 #include "daemon/engine/vision_stage.h"
 
 #include <stdlib.h>
@@ -39,7 +40,6 @@ void vision_stage_release(struct vision_stage *v)
 
 /* ---- who waits for what ---- */
 
-/* Behind all of its priority: the new, and those who had their turn. */
 static void insert_waiting(struct vision_stage *v, struct ticket *t)
 {
     if (v->n_waiting == v->waiting_capacity) {
@@ -47,7 +47,7 @@ static void insert_waiting(struct vision_stage *v, struct ticket *t)
         v->waiting = xrealloc(v->waiting, (size_t)v->waiting_capacity, sizeof(struct ticket *));
     }
     int32_t i = v->n_waiting++;
-    for (; i > 0 && t->priority < v->waiting[i - 1]->priority; i--)
+    for (; i > 0 && ticket_compare(t, v->waiting[i - 1]) < 0; i--)
         v->waiting[i] = v->waiting[i - 1];
     v->waiting[i] = t;
 }
@@ -223,28 +223,41 @@ static void add_tile(struct vision_stage *v, struct vision_job *job, struct tick
     tile->n_waiters = 0;
     job->n_tile_floats = tile_floats(v, t);
     v->n_queries += tile->is_shared != 0;
+    v->n_placed++;
     add_waiter(tile, t, index, now_ns);
 }
 
-/* One tile of each request in turn, until the job is full. */
+/* Whose tile takes the next place of a job that has begun with `first`'s (NULL: with none yet): of
+ * the highest priority that waits, the oldest, or the one with the fewest tiles so far. An index of
+ * `waiting`; -1: nobody's. */
+static int32_t choose(const struct vision_stage *v, const struct request *first, int is_oldest)
+{
+    int32_t best = -1;
+    for (int32_t i = 0; i < v->n_waiting; i++) {
+        const struct ticket *t = v->waiting[i], *other = best < 0 ? NULL : v->waiting[best];
+        if (!is_begun(t) || (first && !is_alike(first, t->request)))
+            continue;
+        if (other && (is_oldest || t->priority > other->priority))
+            break;
+        if (!other || t->n_tiles_asked < other->n_tiles_asked)
+            best = i;
+    }
+    return best;
+}
+
 static void fill(struct vision_stage *v, struct vision_job *job, uint64_t now_ns)
 {
-    int32_t wanted = job_size(v);
+    int32_t wanted = job_size(v), i;
     const struct request *first = NULL;
-    for (int32_t i = 0; i < v->n_waiting && job->n_tiles < wanted;) {
+    while (job->n_tiles < wanted && (i = choose(v, first, v->n_placed % 2 != 0)) >= 0) {
         struct ticket *t = v->waiting[i];
-        if (!is_begun(t) || (first && !is_alike(first, t->request))) {
-            i++;
-            continue;
-        }
         int32_t index = next_tile(v, t, now_ns);
-        remove_waiting(v, i);
-        if (index < 0)
-            continue;
-        first = t->request;
-        add_tile(v, job, t, index, now_ns);
-        if (t->n_tiles_asked < t->n_tiles)
-            insert_waiting(v, t);
+        if (index >= 0) {
+            first = t->request;
+            add_tile(v, job, t, index, now_ns);
+        }
+        if (t->n_tiles_asked == t->n_tiles)
+            remove_waiting(v, i);
     }
 }
 

@@ -4,9 +4,10 @@
  * A job is a batch of tiles, of one request or of many, for one rank. A rank has one job at a time
  * (which costs it a round trip between two of them, some tenths of a millisecond), and the idle
  * rank that was sent the fewest tiles so far gets the next one; what waits is shared among the idle
- * ranks. Requests are served by priority; those of equal priority take turns, a tile each, so a
- * picture that comes after an album waits for the jobs under way and no longer. A cancelled
- * request's tiles that were not sent never are.
+ * ranks. Requests are served by priority; among those of equal priority every other tile is one of
+ * the oldest's, the others are of whoever had the fewest so far. So a picture that comes after an
+ * album waits for the jobs under way and no longer, and an album is not kept waiting by pictures
+ * without end. A cancelled request's tiles that were not sent never are.
  *
  * A tile that the feature cache knows (by content and the request's salt) is not sent, nor is one
  * that is in a job already: whoever needs it waits for that job, and whoever is cancelled only
@@ -50,10 +51,10 @@ struct vision_stage {
     int64_t max_held, n_held;   // tiles of requests that were begun and are not over
     int64_t n_floats;           // features of one tile
     struct vision_job *jobs;    // [n_ranks]
-    struct ticket **waiting;    // [n_waiting] with tiles to ask for, in order of service
+    struct ticket **waiting;    // [n_waiting] with tiles to ask for, by priority and arrival
     int32_t n_waiting, waiting_capacity;
-    int32_t n_jobs; // under way
-    uint64_t last_job_id;
+    int32_t n_jobs;                 // under way
+    uint64_t last_job_id, n_placed; // tiles in all jobs so far
     struct feature_cache cache;
     uint64_t n_queries, n_hits; // tiles that might have been known; that needed no encoding
 };
