@@ -94,7 +94,9 @@ static int settings_make(struct settings *s, struct error *err)
         (o->metrics_listen && check_listen(o, "--metrics-listen", o->metrics_listen, err)))
         return -1;
     if (model_config_load(&s->model, o->model, err) ||
-        model_dtype_parse(&s->model, o->dtype, &s->dtype, err))
+        model_dtype_parse(&s->model, o->dtype, &s->dtype, err) ||
+        quantization_parse(&s->model.quantization, o->quantization, o->quantization_group_size,
+                           err))
         return -1;
     if (o->auth_token_file && auth_load(&s->auth, o->auth_token_file, err))
         return -1;

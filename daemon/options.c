@@ -33,6 +33,8 @@ static const struct options defaults = {
     .dtype = "auto",
     .load_format = "auto",
     .device = "auto",
+    .quantization = "none",
+    .quantization_group_size = 128,
     .tensor_parallel_size = 1,
     .pipeline_parallel_size = 1,
     .vision_ranks = 1,
@@ -63,6 +65,14 @@ static const struct option table[] = {
      "the checkpoint stores. float16 is refused: activations of this family overflow it."},
     {NULL, "--load-format", NULL, OPTION_CHOICE, FIELD(load_format), "auto|dummy", 0, 0,
      "dummy makes random weights of the real shapes instead of reading safetensors."},
+    {NULL, "--quantization", "-q", OPTION_CHOICE, FIELD(quantization),
+     "none|int8|int4|bitsandbytes-fp4|bitsandbytes-nf4", 0, 0,
+     "Hold the matrices in fewer bits, made from the checkpoint's floats while loading. int8: a "
+     "scale a row. int4: the language model's in groups of --quantization-group-size, the vision "
+     "tower's, the projector's and lm_head as int8. bitsandbytes: its 4-bit formats in groups of "
+     "64, lm_head as it is; fp4 is what load_in_4bit=True means. Embeddings stay as they are."},
+    {NULL, "--quantization-group-size", NULL, OPTION_NUMBER, FIELD(quantization_group_size),
+     "32|64|128", 32, 128, "Columns of a row that share a scale, with --quantization int4."},
     {NULL, "--max-model-len", NULL, OPTION_NUMBER, FIELD(max_model_len), "TOKENS", 2, INT32_MAX / 4,
      "Most tokens of one prompt and its answer together. Default: the checkpoint's "
      "max_position_embeddings."},

@@ -25,6 +25,7 @@
 #ifndef INTERNVLD_KERNELS_BACKEND_H
 #define INTERNVLD_KERNELS_BACKEND_H
 
+#include "kernels/quantized.h"
 #include "kernels/tensor.h"
 
 #define LANES_MAX 8
@@ -45,12 +46,17 @@ enum activation {
  */
 struct linear {
     int64_t out_dim, in_dim;
-    enum dtype dtype; // type of the stored weight: F32 or BF16
+    enum dtype dtype; // what products are computed from, F32 or BF16; the stored type of FLOAT
+    enum weight_format format;
     int n_lanes;
     int64_t lane_start[LANES_MAX + 1]; // lane_start[0] = 0, lane_start[n_lanes] = in_dim
     void *packed;                      // opaque to all but the back end
     size_t packed_bytes;
     float *bias; // [out_dim] float32 in back-end memory, or NULL
+    /* Of a quantised weight, as in struct quantized; the back end's. */
+    int64_t n_groups, group_size, group_phase;
+    int has_zeros;
+    int32_t *group_of; // opaque to all but the back end, or NULL
 };
 
 /* What happens to a matmul's result before it is stored: y = residual + scale * act(x W^T + bias).
@@ -101,6 +107,9 @@ struct backend_ops {
      * [out_dim] host tensor or NULL. */
     void (*linear_pack)(struct backend *b, struct linear *l, const struct tensor *w,
                         const struct tensor *bias);
+    /* The same of a quantised weight: `q` has l's dims, its scales are finite. */
+    void (*linear_pack_quantized)(struct backend *b, struct linear *l, const struct quantized *q,
+                                  const struct tensor *bias);
     void (*linear_free)(struct backend *b, struct linear *l);
 
     /* y [n_tokens, out_dim] <- epilogue(x [n_tokens, in_dim]); y may not overlap x. */
@@ -186,6 +195,9 @@ void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, cons
                const struct epilogue *e /* NULL: none */);
 void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
                     const struct tensor *bias);
+/* Dies where the back end takes no quantised weights. */
+void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
+                              const struct tensor *bias);
 void op_linear_free(struct backend *b, struct linear *l);
 void op_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
               int32_t first_row);

@@ -2,8 +2,8 @@
  * The CPU back end's door: which instruction set, how many threads, where memory comes from, and
  * the table of ops.
  *
- * Owns struct cpu_state. The ops themselves are in cpu_matmul.c, cpu_attention.c, cpu_rows.c and
- * cpu_move.c; it knows nothing of models or ranks.
+ * Owns struct cpu_state. The ops themselves are in cpu_matmul.c, cpu_quantized.c, cpu_attention.c,
+ * cpu_rows.c and cpu_move.c; it knows nothing of models or ranks.
  */
 #include "kernels/cpu_backend.h"
 
@@ -18,17 +18,19 @@
 struct isa {
     const char *name, *title;
     const struct cpu_tile_ops *tile;
+    const struct cpu_expand_ops *expand;
     const struct cpu_vector_ops *vector;
 };
 
 /* Best first. */
 static const struct isa isas[] = {
 #if INTERNVLD_CPU_X86
-    {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_vector_avx512},
-    {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_vector_avx512},
-    {"avx2", "AVX2", &cpu_tile_avx2, &cpu_vector_avx2},
+    {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_expand_avx512bf16,
+     &cpu_vector_avx512},
+    {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_vector_avx512},
+    {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_vector_avx2},
 #endif
-    {"scalar", "portable C", &cpu_tile_scalar, &cpu_vector_scalar},
+    {"scalar", "portable C", &cpu_tile_scalar, &cpu_expand_scalar, &cpu_vector_scalar},
 };
 #define N_ISAS ((int)(sizeof(isas) / sizeof(isas[0])))
 
@@ -161,9 +163,12 @@ static void cpu_close(struct backend *b)
     struct cpu_state *s = cpu_state(b);
     cpu_team_close(s->team);
     free(s->shared.memory);
-    for (int i = 0; i < b->n_threads; i++)
+    for (int i = 0; i < b->n_threads; i++) {
         free(s->thread[i].memory);
+        free(s->expanded[i].memory);
+    }
     free(s->thread);
+    free(s->expanded);
     free(s);
     free(b);
 }
@@ -178,6 +183,7 @@ static const struct backend_ops cpu_ops = {
     .download = cpu_transfer,
     .sync = cpu_sync,
     .linear_pack = cpu_linear_pack,
+    .linear_pack_quantized = cpu_linear_pack_quantized,
     .linear_free = cpu_linear_free,
     .matmul = cpu_matmul,
     .embed = cpu_embed,
@@ -205,8 +211,10 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     const struct isa *chosen = isa_choose(isa);
     struct cpu_state *s = xcalloc(1, sizeof(*s));
     s->tile = chosen->tile;
+    s->expand = chosen->expand;
     s->vector = chosen->vector;
     s->thread = xcalloc((size_t)n_threads, sizeof(*s->thread));
+    s->expanded = xcalloc((size_t)n_threads, sizeof(*s->expanded));
     s->team = n_threads > 1 ? cpu_team_open(n_threads) : NULL;
     snprintf(s->description, sizeof(s->description), "cpu %s, %d thread%s", chosen->title,
              n_threads, n_threads == 1 ? "" : "s");

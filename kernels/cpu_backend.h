@@ -18,10 +18,12 @@ struct cpu_scratch {
 
 struct cpu_state {
     const struct cpu_tile_ops *tile;
+    const struct cpu_expand_ops *expand;
     const struct cpu_vector_ops *vector;
-    struct cpu_team *team;      // NULL: one thread
-    struct cpu_scratch shared;  // filled by all threads of an op
-    struct cpu_scratch *thread; // [n_threads] each its thread's own
+    struct cpu_team *team;        // NULL: one thread
+    struct cpu_scratch shared;    // filled by all threads of an op
+    struct cpu_scratch *thread;   // [n_threads] each its thread's own
+    struct cpu_scratch *expanded; // [n_threads] the part of a quantised weight a thread works on
     char description[64];
 };
 
@@ -54,9 +56,20 @@ static inline float *cpu_row(const struct tensor *t, int64_t i)
 /* cpu_matmul.c */
 void cpu_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
                      const struct tensor *bias);
+/* l->bias <- `bias` [out_dim] as float32, or NULL. */
+void cpu_linear_pack_bias(struct backend *b, struct linear *l, const struct tensor *bias);
 void cpu_linear_free(struct backend *b, struct linear *l);
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                 const struct epilogue *e);
+
+/* cpu_quantized.c */
+void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
+                               const struct tensor *bias);
+/* Columns [first, first + n_k) of lane `lane` (first even) of n_blocks blocks of sixteen outputs
+ * from `block` on, in the layout of a dense weight of l->dtype; block i at dst + i * dst_block
+ * bytes. */
+void cpu_expand(const struct cpu_state *s, const struct linear *l, void *dst, size_t dst_block,
+                int64_t block, int n_blocks, int lane, int64_t first, int64_t n_k);
 
 /* cpu_attention.c */
 void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,

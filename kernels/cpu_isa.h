@@ -1,10 +1,10 @@
 /*
- * What differs between the processor's instruction sets: two small tables of inner loops.
+ * What differs between the processor's instruction sets: three small tables of inner loops.
  *
- * cpu_tile.c and cpu_vector.c are compiled once per instruction set and export one table each;
- * cpu_backend.c picks a pair by CPUID. Everything above (threads, layouts, pages, lanes) is written
- * once over them. The bits of a result do not depend on the table, with one exception: the products
- * of cpu_tile_avx512bf16 flush denormals.
+ * cpu_tile.c, cpu_expand.c and cpu_vector.c are compiled once per instruction set and export one
+ * table each; cpu_backend.c picks one of each by CPUID. Everything above (threads, layouts, pages,
+ * lanes) is written once over them. The bits of a result do not depend on the table, with one
+ * exception: the products of cpu_tile_avx512bf16 flush denormals.
  */
 #ifndef INTERNVLD_KERNELS_CPU_ISA_H
 #define INTERNVLD_KERNELS_CPU_ISA_H
@@ -49,6 +49,26 @@ struct cpu_tile_ops {
     void (*run)(const struct tile *t, int n_rows, int n_blocks, enum tile_source source);
 };
 
+/*
+ * The weights of one block of sixteen columns of a quantised weight, k in order. Codes of 8 bits
+ * lie as [k][16]; of 4 bits as [k / 2][16], the even k in the low half. Their number of k is
+ * rounded up to even.
+ */
+struct expansion {
+    const uint8_t *codes;
+    const float *scales;     // [n_groups][16]
+    const int8_t *zeros;     // [n_groups][16] or NULL
+    const float *table;      // [16] of a format of 4 bits
+    const int32_t *group_of; // [n_k] or NULL: all k belong to the first group
+    int64_t n_k;
+};
+
+struct cpu_expand_ops {
+    /* dst <- the values as quantized_value() has them: [n_k][16] float32, or rounded as
+     * [n_k / 2 rounded up][16][2] bfloat16, a missing odd k being 0. */
+    void (*run)(void *dst, const struct expansion *e, enum weight_format format, enum dtype to);
+};
+
 /* One row's running softmax: m the largest score so far, l the sum of e^(score - m). */
 struct softmax {
     float m, l;
@@ -83,6 +103,8 @@ struct cpu_vector_ops {
 
 extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512,
     cpu_tile_avx512bf16;
+extern const struct cpu_expand_ops cpu_expand_scalar, cpu_expand_avx2, cpu_expand_avx512,
+    cpu_expand_avx512bf16;
 extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512;
 
 #endif

@@ -118,9 +118,15 @@ void cpu_linear_pack(struct backend *b, struct linear *l, const struct tensor *w
     struct pack_job job = {.l = l, .w = w};
     steps_init(&job.steps, l);
     size_t block_bytes = (size_t)(job.steps.n * job.steps.step * 16) * dtype_size(l->dtype);
+    l->format = WEIGHT_FLOAT;
     l->packed_bytes = (size_t)n_blocks_of(l->out_dim) * block_bytes;
     l->packed = b->ops->alloc(b, l->packed_bytes);
     cpu_parallel(b, l->out_dim * l->in_dim, pack_work, &job);
+    cpu_linear_pack_bias(b, l, bias);
+}
+
+void cpu_linear_pack_bias(struct backend *b, struct linear *l, const struct tensor *bias)
+{
     l->bias = NULL;
     if (bias) {
         l->bias = b->ops->alloc(b, (size_t)l->out_dim * sizeof(float));
@@ -132,7 +138,9 @@ void cpu_linear_free(struct backend *b, struct linear *l)
 {
     b->ops->free(b, l->packed);
     b->ops->free(b, l->bias);
+    b->ops->free(b, l->group_of);
     l->packed = NULL;
+    l->group_of = NULL;
     l->bias = NULL;
     l->packed_bytes = 0;
 }
@@ -153,6 +161,17 @@ struct matmul_job {
     int64_t group_panels; // panels passed over two blocks before the next two are fetched
     int n_blocks_wide;    // blocks of one tile
     uint32_t *packed_x;   // NULL: each thread packs its own
+    int64_t chunk;        // steps of a quantised weight expanded at a time, with one panel
+};
+
+/* Some blocks of the weight: dense in memory, or of a quantised one, expanded whole where several
+ * panels use them and a chunk at a time where one does. */
+struct blocks {
+    int64_t first;
+    int n;
+    size_t block_bytes; // from one block to the next
+    const char *dense;  // NULL: expanded as it is used
+    char *memory;       // of the thread, for what is expanded
 };
 
 /* The rows are cut into panels as even as they come. */
@@ -213,29 +232,75 @@ static void pack_x(const struct matmul_job *job, uint32_t *packed, int thread, i
     }
 }
 
-/* One panel times `n_blocks` blocks from `block` on: lanes, their tree, the epilogue. */
-static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x, int64_t panel,
-                         int64_t block, int n_blocks)
+/* The weight of `blocks`, where it is needed as a whole: by several panels, or dense. */
+static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int thread,
+                        int64_t first, int n)
 {
     const struct linear *l = job->l;
-    const int64_t row = panel_start(job, panel), step16 = job->steps.step * 16;
-    const int n_rows = (int)(panel_start(job, panel + 1) - row), words = words_a_step(job);
+    const size_t row_bytes = 16 * dtype_size(l->dtype) * (size_t)job->steps.step;
+    *blocks =
+        (struct blocks){.first = first, .n = n, .block_bytes = row_bytes * (size_t)job->steps.n};
+    if (l->format == WEIGHT_FLOAT) {
+        blocks->dense = (const char *)l->packed + (size_t)first * blocks->block_bytes;
+        return;
+    }
+    int64_t n_steps = job->n_panels > 1 ? job->steps.n : job->chunk;
+    blocks->memory = cpu_scratch_reserve(&job->state->expanded[thread],
+                                         row_bytes * (size_t)(n_steps * job->n_blocks_wide));
+    if (job->n_panels == 1) {
+        blocks->block_bytes = row_bytes * (size_t)job->chunk;
+        return;
+    }
+    for (int i = 0; i < l->n_lanes; i++)
+        cpu_expand(job->state, l, blocks->memory + row_bytes * (size_t)job->steps.start[i],
+                   blocks->block_bytes, first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i]);
+    blocks->dense = blocks->memory;
+}
+
+/* sums [n_rows, n_blocks * 16] <- one lane of one panel's product with `blocks`. */
+static void compute_lane(const struct matmul_job *job, const uint32_t *packed_x, int64_t row,
+                         int n_rows, const struct blocks *blocks, int lane, float *sums)
+{
+    const struct linear *l = job->l;
+    const int step = job->steps.step, words = words_a_step(job);
     const size_t element = dtype_size(l->dtype);
+    const int64_t start = job->steps.start[lane], end = job->steps.start[lane + 1];
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    struct tile t = {.a_step = n_rows,
+                     .b = blocks->memory,
+                     .b_step = step * 16,
+                     .b_block = (int64_t)(blocks->block_bytes / element),
+                     .c = sums,
+                     .c_row = blocks->n * 16};
+    for (int64_t at = start; at == start || at < end; at += t.n_k) {
+        t.a = packed_x + (row * job->steps.n + at * n_rows) * words;
+        t.accumulate = at > start;
+        t.n_k = end - at;
+        if (blocks->dense) {
+            t.b = blocks->dense + (size_t)(at * t.b_step) * element;
+        } else {
+            int64_t done = (at - start) * step, left = n_k - done;
+            t.n_k = t.n_k < job->chunk ? t.n_k : job->chunk;
+            cpu_expand(job->state, l, blocks->memory, blocks->block_bytes, blocks->first, blocks->n,
+                       lane, done, left < t.n_k * step ? left : t.n_k * step);
+        }
+        job->tile->run(&t, n_rows, blocks->n, job->source);
+        if (t.n_k == 0)
+            return;
+    }
+}
+
+/* One panel times `blocks`: lanes, their tree, the epilogue. */
+static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x, int64_t panel,
+                         const struct blocks *blocks)
+{
+    const struct linear *l = job->l;
+    const int64_t row = panel_start(job, panel), block = blocks->first;
+    const int n_rows = (int)(panel_start(job, panel + 1) - row), n_blocks = blocks->n;
     float sums[4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     int depth = 0;
     for (int i = 0; i < l->n_lanes; i++) {
-        int64_t at = block * job->steps.n * step16 + job->steps.start[i] * step16;
-        struct tile t = {
-            .a = packed_x + (row * job->steps.n + job->steps.start[i] * n_rows) * words,
-            .a_step = n_rows,
-            .b = (const char *)l->packed + (size_t)at * element,
-            .b_step = step16,
-            .b_block = job->steps.n * step16,
-            .c = sums[depth],
-            .c_row = n_blocks * 16,
-            .n_k = job->steps.start[i + 1] - job->steps.start[i],
-        };
-        job->tile->run(&t, n_rows, n_blocks, job->source);
+        compute_lane(job, packed_x, row, n_rows, blocks, i, sums[depth]);
         depth++;
         for (int carry = i; carry & 1; carry >>= 1, depth--)
             job->vector->add(sums[depth - 2], sums[depth - 1], n_rows * n_blocks * 16);
@@ -279,8 +344,10 @@ static void matmul_work(void *arg, int thread, int n_threads)
         if (n > end - at)
             n = end - at;
         int64_t last = (group + 1) * job->group_panels;
+        struct blocks blocks;
+        blocks_init(&blocks, job, thread, block, (int)n);
         for (int64_t p = group * job->group_panels; p < last && p < job->n_panels; p++)
-            compute_tile(job, packed_x, p, block, (int)n);
+            compute_tile(job, packed_x, p, &blocks);
         at += n;
     }
 }
@@ -290,6 +357,9 @@ static void matmul_work(void *arg, int thread, int n_threads)
 /* Panels that stay in the second-level cache beside two blocks of the weight. */
 #define GROUP_BYTES (512 << 10)
 #define GROUP_PANELS_MIN 8
+/* Bytes a block of a quantised weight that is expanded for one panel: four stay in the first-level
+ * cache. A whole number of pairs of any type. */
+#define CHUNK_BYTES 4096
 
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                 const struct epilogue *e)
@@ -305,6 +375,7 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
     job.n_panels = (job.n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
     int panel_rows = (int)((job.n_rows + job.n_panels - 1) / job.n_panels);
     job.n_blocks_wide = s->tile->wide_blocks(panel_rows);
+    job.chunk = CHUNK_BYTES / (16 * job.steps.step * (int64_t)dtype_size(l->dtype));
     int64_t words = job.steps.n * words_a_step(&job);
     job.group_panels = GROUP_BYTES / (words * 4 * panel_rows + 1);
     if (job.group_panels < GROUP_PANELS_MIN)

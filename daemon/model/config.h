@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "daemon/model/quantization.h"
 #include "kernels/backend.h" // enum activation
 #include "kernels/error.h"
 
@@ -67,6 +68,7 @@ struct model_config {
     struct vision_config vision;
     struct text_config text;
     enum dtype stored_dtype; // "dtype" / "torch_dtype": what --dtype auto means (F32 or BF16)
+    struct quantization quantization; // of the weights, at load; the caller's to set
     int image_token_id, image_seq_length;
     int downsample_k; // 1 / downsample_ratio
     enum activation projector_act;

@@ -65,10 +65,11 @@ static void bind_layer(struct language_model *m, struct weights *w, enum dtype d
     const struct text_config *t = m->config;
     char p[64];
     snprintf(p, sizeof(p), "language_model.model.layers.%d.", i);
-    struct weight_parts qkv = {p, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, 1};
-    struct weight_parts output = {p, {"self_attn.o_proj"}, 0};
-    struct weight_parts gate_up = {p, {"mlp.gate_proj", "mlp.up_proj"}, 1};
-    struct weight_parts down = {p, {"mlp.down_proj"}, 0};
+    struct weight_parts qkv = {
+        p, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, 1, NULL};
+    struct weight_parts output = {p, {"self_attn.o_proj"}, 0, NULL};
+    struct weight_parts gate_up = {p, {"mlp.gate_proj", "mlp.up_proj"}, 1, NULL};
+    struct weight_parts down = {p, {"mlp.down_proj"}, 0, NULL};
     l->input_norm = vector(m, w, p, "input_layernorm.weight");
     weights_linear(w, m->backend, &l->qkv, dtype, &qkv, &m->cut, t, NULL);
     l->q_norm = vector(m, w, p, "self_attn.q_norm.weight");
@@ -90,8 +91,9 @@ static void bind_layer(struct language_model *m, struct weights *w, enum dtype d
 /* lm_head, or the embedding where the checkpoint ties them. */
 static void bind_lm_head(struct language_model *m, struct weights *w, enum dtype dtype)
 {
-    struct weight_parts own = {"language_model.", {"lm_head"}, 0};
-    struct weight_parts tied = {"language_model.model.", {"embed_tokens"}, 0};
+    struct weight_parts own = {"language_model.", {"lm_head"}, 0, NULL};
+    struct weight_parts tied = {
+        "language_model.model.", {"embed_tokens"}, 0, "language_model.lm_head.weight"};
     weights_linear(w, m->backend, &m->lm_head, dtype, w->has_lm_head ? &own : &tied, &m->cut,
                    m->config, NULL);
 }

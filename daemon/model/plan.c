@@ -31,13 +31,16 @@ static int holds(const struct topology *t, const struct weight_spec *s, int n_la
     return 0;
 }
 
-/* Matrices are kept at the run's dtype; norms, biases and other vectors as float32. */
+/* Matrices are kept at the run's dtype, or quantised; norms, biases and other vectors as float32.
+ */
 static uint64_t held_bytes(const struct weight_spec *s, const struct weight_cut *cut,
                            const struct text_config *t, enum dtype dtype)
 {
     struct range rows = {0, weight_spec_rows(s)}, columns = {0, weight_spec_columns(s)};
     if (s->home != HOME_VISION)
         weight_cut_ranges(cut, t, s, &rows, &columns);
+    if (s->format != WEIGHT_FLOAT)
+        return weight_spec_quantized_bytes(s, rows, columns);
     int is_matrix = s->n_dims == 2 || s->n_dims == 4;
     return (uint64_t)(rows.n * columns.n) * dtype_size(is_matrix ? dtype : DTYPE_F32);
 }
@@ -140,10 +143,12 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c)
 {
     const double mib = 1 << 20;
     const struct layout *l = &p->settings.layout;
-    char role[64];
-    fprintf(f, "model %s, %s: %d ranks = 1 gateway + %d vision + %d x %d language\n", c->name,
-            dtype_name(p->settings.dtype), p->n_ranks, l->n_vision, l->pipeline_parallel,
-            l->tensor_parallel);
+    char role[64], quantized[48];
+    fprintf(f,
+            "model %s, %s, quantization %s: %d ranks = 1 gateway + %d vision + %d x %d language\n",
+            c->name, dtype_name(p->settings.dtype),
+            quantization_describe(&c->quantization, quantized, sizeof(quantized)), p->n_ranks,
+            l->n_vision, l->pipeline_parallel, l->tensor_parallel);
     fprintf(f, "%4s  %-28s %12s %12s %12s %12s\n", "rank", "role", "weights MiB", "KV MiB",
             "scratch MiB", "total MiB");
     for (int i = 0; i < p->n_ranks; i++) {

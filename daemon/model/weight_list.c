@@ -58,7 +58,8 @@ static void add_linear(const struct section *s, enum weight_axis axis, const cha
     int by_columns =
         axis == AXIS_HEAD_COLUMNS || axis == AXIS_MLP_COLUMNS || axis == AXIS_EXPERT_COLUMNS;
     snprintf(suffix, sizeof(suffix), "%s.weight", name);
-    add(s, axis, suffix, out, in, 0, 0);
+    add(s, axis, suffix, out, in, 0, 0)->kind =
+        s->home == HOME_VISION ? KIND_VISION_LINEAR : KIND_LANGUAGE_LINEAR;
     snprintf(suffix, sizeof(suffix), "%s.bias", name);
     if (has_bias)
         add(s, by_columns ? AXIS_WHOLE : axis, suffix, out, 0, 0, 0);
@@ -118,7 +119,7 @@ static void add_mlp(const struct section *s, const struct text_config *t)
         add_linear(s, AXIS_MLP_COLUMNS, "mlp.down_proj", dim, mlp, t->mlp_bias);
         return;
     }
-    add_linear(s, AXIS_WHOLE, "mlp.gate", t->n_experts, dim, 0);
+    add(s, AXIS_WHOLE, "mlp.gate.weight", t->n_experts, dim, 0, 0);
     for (int e = 0; e < t->n_experts; e++) {
         snprintf(name, sizeof(name), "mlp.experts.%d.gate_proj", e);
         add_linear(s, AXIS_EXPERT, name, expert, dim, 0);
@@ -154,7 +155,9 @@ static void add_language(struct weight_list *l, const struct text_config *t)
     }
     struct section last = {l, "language_model.", HOME_LAST, -1};
     add_norm(&last, "model.norm", dim, 0);
-    add(&last, AXIS_VOCAB, "lm_head.weight", t->vocab_size, dim, 0, 0)->optional = 1;
+    struct weight_spec *head = add(&last, AXIS_VOCAB, "lm_head.weight", t->vocab_size, dim, 0, 0);
+    head->optional = 1;
+    head->kind = KIND_LM_HEAD;
 }
 
 static int by_name(const void *a, const void *b)
@@ -168,6 +171,9 @@ void weight_list_init(struct weight_list *l, const struct model_config *c)
     *l = (struct weight_list){0};
     add_vision(l, c);
     add_language(l, &c->text);
+    for (struct weight_spec *s = l->specs; s < l->specs + l->n; s++)
+        s->format =
+            quantization_format(&c->quantization, s->kind, weight_spec_columns(s), &s->group_size);
     qsort(l->specs, (size_t)l->n, sizeof(*l->specs), by_name);
 }
 
@@ -195,6 +201,15 @@ int64_t weight_spec_columns(const struct weight_spec *s)
     for (int i = 1; i < s->n_dims; i++)
         n *= s->shape[i];
     return n;
+}
+
+uint64_t weight_spec_quantized_bytes(const struct weight_spec *s, struct range rows,
+                                     struct range columns)
+{
+    int64_t last = columns.start + columns.n - 1;
+    int64_t n_groups = last / s->group_size - columns.start / s->group_size + 1;
+    return (uint64_t)(rows.n * columns.n) * (uint64_t)weight_format_bits(s->format) / 8 +
+           (uint64_t)(rows.n * n_groups) * sizeof(float);
 }
 
 int weight_cut_init(struct weight_cut *cut, const struct text_config *t, int shard, int n_shards,

@@ -43,6 +43,10 @@ struct weight_spec {
     enum weight_axis axis;
     int layer;    // of HOME_LAYER; -1
     int optional; // lm_head, which a tied checkpoint leaves out
+    /* How its values are held. Of a quantised one, group_size columns share a scale. */
+    enum weight_kind kind;
+    enum weight_format format;
+    int64_t group_size;
 };
 
 struct weight_list {
@@ -56,6 +60,9 @@ void weight_list_release(struct weight_list *l); // accepts a zeroed struct
 /* NULL when the model has no such tensor. */
 const struct weight_spec *weight_list_find(const struct weight_list *l, const char *name);
 
+/* Bytes of those rows and columns of a quantised weight: codes and scales. */
+uint64_t weight_spec_quantized_bytes(const struct weight_spec *s, struct range rows,
+                                     struct range columns);
 int64_t weight_spec_rows(const struct weight_spec *s);    // shape[0]
 int64_t weight_spec_columns(const struct weight_spec *s); // product of the other dimensions, >= 1
 

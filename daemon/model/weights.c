@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/model/weight_codes.h"
 #include "kernels/log.h"
 
 /* Tensors that some files carry and nothing needs. */
@@ -191,6 +192,28 @@ static void read_slice(struct weights *w, const struct weight_spec *s, struct ra
     free(aligned);
 }
 
+void weights_row(const struct weights *w, const struct weight_spec *s, int64_t row, float *dst)
+{
+    const struct weight_source *source = &w->sources[s - w->list.specs];
+    const int64_t n = weight_spec_columns(s);
+    if (row >= weight_spec_rows(s)) {
+        memset(dst, 0, (size_t)n * sizeof(float));
+    } else if (!source->tensor) {
+        dummy_row(dst, s, row, (struct range){0, n});
+    } else {
+        const size_t row_bytes = (size_t)n * dtype_size(source->tensor->dtype);
+        const uint8_t *from = source->tensor->data + (size_t)(source->first_row + row) * row_bytes;
+        if (source->tensor->dtype == DTYPE_F32)
+            memcpy(dst, from, row_bytes);
+        else
+            for (int64_t i = 0; i < n; i++) { // not necessarily aligned
+                uint16_t h;
+                memcpy(&h, from + 2 * i, sizeof(h));
+                dst[i] = source->tensor->dtype == DTYPE_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
+            }
+    }
+}
+
 static const struct weight_spec *required(const struct weights *w, const char *name)
 {
     const struct weight_spec *s = weight_list_find(&w->list, name);
@@ -236,66 +259,102 @@ struct tensor weights_table(struct weights *w, struct backend *b, const char *na
     return t;
 }
 
-/* The parts' listed tensors and ranges; returns the sum of rows. */
-static int64_t part_ranges(const struct weights *w, const struct weight_parts *parts,
-                           const struct weight_cut *cut, const struct text_config *t,
-                           const struct weight_spec **specs, struct range *rows,
-                           struct range *columns, int *n_parts)
+/* What a linear is made of. */
+struct linear_parts {
+    const struct weight_spec *specs[3], *biases[3]; // NULL: none
+    struct range rows[3], columns[3];
+    int n;
+    int64_t out, in;
+};
+
+static void find_parts(struct linear_parts *p, const struct weights *w,
+                       const struct weight_parts *parts, const struct weight_cut *cut,
+                       const struct text_config *t)
 {
-    int64_t total = 0;
-    int n = 0;
-    for (; n < 3 && parts->names[n]; n++) {
+    *p = (struct linear_parts){0};
+    for (int i = 0; i < 3 && parts->names[i]; i++, p->n++) {
         char name[160];
-        snprintf(name, sizeof(name), "%s%s.weight", parts->prefix, parts->names[n]);
-        specs[n] = required(w, name);
-        rows[n] = (struct range){0, weight_spec_rows(specs[n])};
-        columns[n] = (struct range){0, weight_spec_columns(specs[n])};
+        snprintf(name, sizeof(name), "%s%s.weight", parts->prefix, parts->names[i]);
+        p->specs[i] = required(w, name);
+        snprintf(name, sizeof(name), "%s%s.bias", parts->prefix, parts->names[i]);
+        p->biases[i] = parts->with_bias ? weight_list_find(&w->list, name) : NULL;
+        p->rows[i] = (struct range){0, weight_spec_rows(p->specs[i])};
+        p->columns[i] = (struct range){0, weight_spec_columns(p->specs[i])};
         if (cut)
-            weight_cut_ranges(cut, t, specs[n], &rows[n], &columns[n]);
-        total += rows[n].n;
+            weight_cut_ranges(cut, t, p->specs[i], &p->rows[i], &p->columns[i]);
+        p->out += p->rows[i].n;
     }
-    *n_parts = n;
-    return total;
+    p->in = p->columns[0].n;
+}
+
+/* [out] as float32, zeros for a part that has none; NULL when none has. The caller frees. */
+static float *read_bias(struct weights *w, const struct linear_parts *p)
+{
+    float *bias = NULL;
+    int64_t row = 0;
+    for (int i = 0; i < p->n; row += p->rows[i++].n) {
+        if (!p->biases[i])
+            continue;
+        if (!bias)
+            bias = xcalloc((size_t)p->out, sizeof(float));
+        read_slice(w, p->biases[i], p->rows[i], (struct range){0, 1}, bias + row, DTYPE_F32);
+    }
+    return bias;
+}
+
+static void pack_floats(struct weights *w, struct backend *b, struct linear *l,
+                        const struct linear_parts *p, const struct tensor *bias)
+{
+    enum dtype dtype = stored_dtype(w, p->specs[0]);
+    int64_t row = 0;
+    for (int i = 1; i < p->n; i++)
+        if (stored_dtype(w, p->specs[i]) != dtype)
+            dtype = DTYPE_F32;
+    char *host = staging(w, (size_t)(p->out * p->in) * dtype_size(dtype));
+    for (int i = 0; i < p->n; row += p->rows[i++].n)
+        read_slice(w, p->specs[i], p->rows[i], p->columns[i],
+                   host + (size_t)(row * p->in) * dtype_size(dtype), dtype);
+    struct tensor weight = tensor_2d(host, dtype, p->out, p->in);
+    op_linear_pack(b, l, &weight, bias);
+}
+
+static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
+                       const struct linear_parts *p, const struct weight_spec *as,
+                       const struct tensor *bias)
+{
+    struct quantized q = {0};
+    int64_t row = 0;
+    weight_codes_init(&q, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
+    for (int i = 0; i < p->n; row += p->rows[i++].n) {
+        const struct weight_spec *s = p->specs[i];
+        weight_codes_quantize(&q, row, w, s, as, p->rows[i], p->columns[i], l->dtype, b->n_threads);
+        w->read_bytes +=
+            (uint64_t)(p->rows[i].n * weight_spec_columns(s)) * dtype_size(stored_dtype(w, s));
+    }
+    op_linear_pack_quantized(b, l, &q, bias);
+    weight_codes_release(&q);
 }
 
 void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum dtype dtype,
                     const struct weight_parts *parts, const struct weight_cut *cut,
                     const struct text_config *t, const struct lanes *lanes)
 {
-    const struct weight_spec *specs[3];
-    struct range rows[3], columns[3];
-    int n_parts = 0;
-    int64_t out = part_ranges(w, parts, cut, t, specs, rows, columns, &n_parts), in = columns[0].n;
-    enum dtype host_dtype = stored_dtype(w, specs[0]);
-    for (int i = 1; i < n_parts; i++)
-        if (stored_dtype(w, specs[i]) != host_dtype)
-            host_dtype = DTYPE_F32;
-    char *host = staging(w, (size_t)(out * in) * dtype_size(host_dtype));
-    float *bias = NULL;
-    int64_t row = 0;
-    for (int i = 0; i < n_parts; i++) {
-        char name[160];
-        snprintf(name, sizeof(name), "%s%s.bias", parts->prefix, parts->names[i]);
-        const struct weight_spec *s = parts->with_bias ? weight_list_find(&w->list, name) : NULL;
-        read_slice(w, specs[i], rows[i], columns[i],
-                   host + (size_t)(row * in) * dtype_size(host_dtype), host_dtype);
-        if (s && !bias)
-            bias = xcalloc((size_t)out, sizeof(float));
-        if (s)
-            read_slice(w, s, rows[i], (struct range){0, 1}, bias + row, DTYPE_F32);
-        row += rows[i].n;
-    }
-    *l = (struct linear){.out_dim = out, .in_dim = in, .dtype = dtype, .n_lanes = 1};
-    l->lane_start[1] = in;
+    struct linear_parts p;
+    find_parts(&p, w, parts, cut, t);
+    const struct weight_spec *as = parts->held_as ? required(w, parts->held_as) : p.specs[0];
+    *l = (struct linear){.out_dim = p.out, .in_dim = p.in, .dtype = dtype, .n_lanes = 1};
+    l->lane_start[1] = p.in;
     if (lanes) {
         l->n_lanes = lanes->n;
         for (int i = 0; i <= lanes->n; i++)
             l->lane_start[i] = lanes->start[i];
     }
-    struct tensor weight = tensor_2d(host, host_dtype, out, in), bias_tensor;
-    if (bias)
-        bias_tensor = tensor_1d(bias, DTYPE_F32, out);
-    op_linear_pack(b, l, &weight, bias ? &bias_tensor : NULL);
-    w->n_bytes += l->packed_bytes + (bias ? (uint64_t)out * sizeof(float) : 0);
+    float *bias = read_bias(w, &p);
+    struct tensor bias_tensor = tensor_1d(bias, DTYPE_F32, p.out);
+    if (as->format == WEIGHT_FLOAT)
+        pack_floats(w, b, l, &p, bias ? &bias_tensor : NULL);
+    else
+        pack_codes(w, b, l, &p, as, bias ? &bias_tensor : NULL);
+    w->n_bytes += l->packed_bytes + (bias ? (uint64_t)p.out * sizeof(float) : 0);
     free(bias);
 }

@@ -43,13 +43,18 @@ float *weights_vector(struct weights *w, struct backend *b, const char *name);
 struct tensor weights_table(struct weights *w, struct backend *b, const char *name,
                             struct range rows, enum dtype dtype);
 
+/* Row `row` of a listed tensor, all its columns, as float32; past its end, zeros. May be called by
+ * several threads at once. */
+void weights_row(const struct weights *w, const struct weight_spec *s, int64_t row, float *dst);
+
 /* A linear stacked from parts (q, k, v; gate, up): rows of each, one after the other. Each part is
  * PREFIX + name + ".weight" and, where the config has it and `with_bias`, ".bias". `cut` NULL:
- * whole tensors. lanes NULL: one lane. */
+ * whole tensors. lanes NULL: one lane. Held quantised where the list says so of the first part. */
 struct weight_parts {
     const char *prefix;
     const char *names[3]; // NULL-terminated when fewer
     int with_bias;
+    const char *held_as; // the listed weight that tells the format instead, or NULL
 };
 void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum dtype dtype,
                     const struct weight_parts *parts, const struct weight_cut *cut,

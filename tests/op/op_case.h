@@ -27,6 +27,7 @@ void op_case_report(void); // prints one line an op and clears
 
 /* test_*.c */
 int op_matmul_tests(void);
+int op_quantized_tests(void);
 int op_attention_tests(void);
 int op_row_tests(void);
 int op_perf(int n_threads);

@@ -128,5 +128,5 @@ int main(int argc, char **argv)
     log_init();
     if (argc > 1 && strcmp(argv[1], "--perf") == 0)
         return op_perf(argc > 2 ? atoi(argv[2]) : 2);
-    return op_matmul_tests() + op_attention_tests() + op_row_tests() ? 1 : 0;
+    return op_matmul_tests() + op_quantized_tests() + op_attention_tests() + op_row_tests() ? 1 : 0;
 }

@@ -1,0 +1,116 @@
+/*
+ * From rows of floats to codes and scales (weight_codes.h).
+ */
+#include "daemon/model/weight_codes.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/log.h"
+
+void weight_codes_init(struct quantized *q, const struct weight_spec *as, int64_t n_rows,
+                       struct range columns, uint8_t *codes)
+{
+    int64_t first = columns.start / as->group_size;
+    q->format = as->format;
+    q->out_dim = n_rows;
+    q->in_dim = columns.n;
+    q->group_size = as->group_size;
+    q->group_phase = columns.start % as->group_size;
+    q->n_groups = (columns.start + columns.n - 1) / as->group_size - first + 1;
+    q->codes = codes;
+    q->scales = xcalloc((size_t)(n_rows * q->n_groups), sizeof(float));
+}
+
+void weight_codes_release(struct quantized *q)
+{
+    free(q->scales);
+    free(q->zeros);
+    *q = (struct quantized){0};
+}
+
+/* ---- quantising ---- */
+
+/* Rows that are quantised together: those that bitsandbytes' groups over the flattened weight do
+ * not leave; else one. */
+struct unit {
+    int64_t n_rows, n_columns;
+    int64_t group_size; // of the flattened rows
+};
+
+static struct unit unit_of(const struct weight_spec *as)
+{
+    struct unit u = {.n_rows = 1, .n_columns = weight_spec_columns(as)};
+    if (as->format == WEIGHT_NF4 || as->format == WEIGHT_FP4) {
+        u.group_size = BITSANDBYTES_GROUP;
+        u.n_rows = BITSANDBYTES_GROUP / as->group_size;
+    } else {
+        u.group_size = as->group_size;
+    }
+    return u;
+}
+
+/* Memory of one thread. */
+struct unit_memory {
+    float *rows;    // [n_rows, n_columns]
+    uint8_t *codes; // the same
+    float *scales;  // of each group
+};
+
+/* Unit `i` of `s` into memory. */
+static void quantize_unit(const struct unit *u, struct unit_memory *m, const struct weights *w,
+                          const struct weight_spec *s, enum weight_format format, int64_t i,
+                          enum dtype dtype)
+{
+    int64_t n = 0, group = 0, end = weight_spec_rows(s);
+    for (int64_t r = 0; r < u->n_rows && (i * u->n_rows + r < end || r == 0); r++) {
+        weights_row(w, s, i * u->n_rows + r, m->rows + n);
+        n += u->n_columns;
+    }
+    if (dtype == DTYPE_BF16)
+        for (int64_t k = 0; k < n; k++)
+            m->rows[k] = bf16_to_f32(f32_to_bf16(m->rows[k]));
+    for (int64_t k = 0, size; k < n; k += size, group++) {
+        size = n - k < u->group_size ? n - k : u->group_size;
+        m->scales[group] =
+            quantize_group(format, m->rows + k, size, size < u->group_size, m->codes + k);
+    }
+}
+
+/* One row of the unit to row `to` of q. */
+static void take_row(struct quantized *q, int64_t to, const struct unit *u,
+                     const struct unit_memory *m, int64_t row, struct range columns)
+{
+    int64_t first = columns.start - q->group_phase, at = row * u->n_columns;
+    memcpy(q->codes + to * q->in_dim, m->codes + at + columns.start, (size_t)columns.n);
+    for (int64_t g = 0; g < q->n_groups; g++)
+        q->scales[to * q->n_groups + g] =
+            m->scales[(at + first + g * q->group_size) / u->group_size];
+}
+
+void weight_codes_quantize(struct quantized *q, int64_t first_row, const struct weights *w,
+                           const struct weight_spec *s, const struct weight_spec *as,
+                           struct range rows, struct range columns, enum dtype dtype, int n_threads)
+{
+    const struct unit u = unit_of(as);
+    const int64_t n_floats = u.n_rows * u.n_columns, end = rows.start + rows.n;
+    const int64_t first_unit = rows.start / u.n_rows, end_unit = (end + u.n_rows - 1) / u.n_rows;
+#pragma omp parallel num_threads(n_threads)
+    {
+        struct unit_memory m = {.rows = xcalloc((size_t)n_floats, sizeof(float)),
+                                .codes = xcalloc((size_t)n_floats, 1),
+                                .scales = xcalloc((size_t)n_floats, sizeof(float))};
+#pragma omp for
+        for (int64_t i = first_unit; i < end_unit; i++) {
+            quantize_unit(&u, &m, w, s, as->format, i, dtype);
+            for (int64_t r = 0; r < u.n_rows; r++) {
+                int64_t row = i * u.n_rows + r;
+                if (row >= rows.start && row < end)
+                    take_row(q, first_row + row - rows.start, &u, &m, r, columns);
+            }
+        }
+        free(m.rows);
+        free(m.codes);
+        free(m.scales);
+    }
+}

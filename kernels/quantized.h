@@ -1,0 +1,64 @@
+/*
+ * Weights in fewer bits: what a code means, and how a row of floats becomes codes.
+ *
+ * A quantised weight is codes, and a scale (and perhaps a zero point) for each group of columns of
+ * a row. Its value is a float32, defined here once: quantized_value(). Back ends keep the codes
+ * packed their own way; a product with a quantised weight is, bit for bit, the product with the
+ * dense weight of these values rounded to the linear's dtype. Pure: knows no back end, no file.
+ *
+ * Sources: bitsandbytes (functional.py get_4bit_type, quantize_4bit of its default back end;
+ * LLM.int8()), OCP 8-bit floating point E4M3.
+ */
+#ifndef INTERNVLD_KERNELS_QUANTIZED_H
+#define INTERNVLD_KERNELS_QUANTIZED_H
+
+#include <stdint.h>
+
+enum weight_format {
+    WEIGHT_FLOAT,    // not quantised
+    WEIGHT_INT8,     // (int8 code - zero) * scale
+    WEIGHT_INT8_127, // int8 code * scale * (1 / 127): bitsandbytes' LLM.int8()
+    WEIGHT_FP8,      // E4M3 code * scale
+    WEIGHT_INT4,     // (code 0 … 15 - zero) * scale; without zero points, 8
+    WEIGHT_NF4,      // bitsandbytes' NormalFloat table[code] * scale
+    WEIGHT_FP4,      // bitsandbytes' FP4 table[code] * scale
+    WEIGHT_FORMAT_COUNT,
+};
+
+/* bitsandbytes' blocksize, over the flattened weight. */
+#define BITSANDBYTES_GROUP 64
+
+/* A multiplication where bitsandbytes multiplies (int8_vectorwise_dequant). */
+#define INT8_127_FACTOR 7.874015718698502e-3f
+
+/* A quantised weight on the host: W [out_dim, in_dim]. Column k of a row belongs to group
+ * group_of[k], or (k + group_phase) / group_size where group_of is NULL. */
+struct quantized {
+    enum weight_format format;
+    int64_t out_dim, in_dim, n_groups; // n_groups of one row
+    int64_t group_size, group_phase;   // columns; a shard's first group may have begun before it
+    const int32_t *group_of;           // [in_dim] or NULL
+    uint8_t *codes;                    // [out_dim, in_dim], one a byte
+    float *scales;                     // [out_dim, n_groups]
+    int8_t *zeros;                     // [out_dim, n_groups] or NULL
+};
+
+const char *weight_format_name(enum weight_format f); // "int8", "nf4", …
+int weight_format_bits(enum weight_format f);         // of one code: 4 or 8
+/* The values [16] of the codes of a format of 4 bits, before zero point and scale. */
+const float *weight_format_table(enum weight_format f, int has_zeros);
+float fp8_e4m3_to_f32(uint8_t code);
+
+int64_t quantized_group(const struct quantized *q, int64_t k);
+/* W[n, k], rounded once or, with INT8_127, twice. */
+float quantized_value(const struct quantized *q, int64_t n, int64_t k);
+
+/* The scale and codes [n] of one group of floats w [n].
+ *   INT8  scale = largest |w| / 127, code = w / scale to the nearest integer, ties to even
+ *   INT4  scale = the w of largest magnitude / -8, so that all sixteen codes serve
+ *   NF4, FP4  scale = largest |w|, code = the nearest of the table, the lower of two as near;
+ *         `is_rest`: bitsandbytes divides where it multiplies by the reciprocal elsewhere, in the
+ *         last, incomplete group of a weight. */
+float quantize_group(enum weight_format f, const float *w, int64_t n, int is_rest, uint8_t *codes);
+
+#endif
