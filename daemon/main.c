@@ -320,6 +320,12 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
         job_choose_threads(all, &s->options, t, s->device_kind);
         rc = hosts_check(all, world, err);
     }
+    if (rc == 0 && s->device_kind == DEVICE_CUDA &&
+        s->model.quantization.method != QUANTIZATION_NONE)
+        rc = error_set(err, ERROR_INVALID_ARGUMENT,
+                       "--quantization %s: the CUDA back end does not take quantised weights yet; "
+                       "--device cpu does",
+                       s->options.quantization);
     if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
         s->n_threads = all[rank].n_threads;

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cpu_team.h"
 #include "kernels/log.h"
 
 void weight_codes_init(struct quantized *q, const struct weight_spec *as, int64_t n_rows,
@@ -88,29 +89,53 @@ static void take_row(struct quantized *q, int64_t to, const struct unit *u,
             m->scales[(at + first + g * q->group_size) / u->group_size];
 }
 
+struct quantize_job {
+    struct quantized *q;
+    int64_t first_row;
+    const struct weights *w;
+    const struct weight_spec *s;
+    struct unit unit;
+    struct range rows, columns;
+    enum dtype dtype;
+};
+
+static void quantize_work(void *arg, int thread, int n_threads)
+{
+    const struct quantize_job *job = arg;
+    const struct unit *u = &job->unit;
+    const int64_t n_floats = u->n_rows * u->n_columns, end = job->rows.start + job->rows.n;
+    const int64_t first_unit = job->rows.start / u->n_rows;
+    const int64_t n_units = (end + u->n_rows - 1) / u->n_rows - first_unit;
+    struct unit_memory m = {.rows = xcalloc((size_t)n_floats, sizeof(float)),
+                            .codes = xcalloc((size_t)n_floats, 1),
+                            .scales = xcalloc((size_t)n_floats, sizeof(float))};
+    for (int64_t i = first_unit + n_units * thread / n_threads;
+         i < first_unit + n_units * (thread + 1) / n_threads; i++) {
+        quantize_unit(u, &m, job->w, job->s, job->q->format, i, job->dtype);
+        for (int64_t r = 0; r < u->n_rows; r++) {
+            int64_t row = i * u->n_rows + r;
+            if (row >= job->rows.start && row < end)
+                take_row(job->q, job->first_row + row - job->rows.start, u, &m, r, job->columns);
+        }
+    }
+    free(m.rows);
+    free(m.codes);
+    free(m.scales);
+}
+
 void weight_codes_quantize(struct quantized *q, int64_t first_row, const struct weights *w,
                            const struct weight_spec *s, const struct weight_spec *as,
                            struct range rows, struct range columns, enum dtype dtype, int n_threads)
 {
-    const struct unit u = unit_of(as);
-    const int64_t n_floats = u.n_rows * u.n_columns, end = rows.start + rows.n;
-    const int64_t first_unit = rows.start / u.n_rows, end_unit = (end + u.n_rows - 1) / u.n_rows;
-#pragma omp parallel num_threads(n_threads)
-    {
-        struct unit_memory m = {.rows = xcalloc((size_t)n_floats, sizeof(float)),
-                                .codes = xcalloc((size_t)n_floats, 1),
-                                .scales = xcalloc((size_t)n_floats, sizeof(float))};
-#pragma omp for
-        for (int64_t i = first_unit; i < end_unit; i++) {
-            quantize_unit(&u, &m, w, s, as->format, i, dtype);
-            for (int64_t r = 0; r < u.n_rows; r++) {
-                int64_t row = i * u.n_rows + r;
-                if (row >= rows.start && row < end)
-                    take_row(q, first_row + row - rows.start, &u, &m, r, columns);
-            }
-        }
-        free(m.rows);
-        free(m.codes);
-        free(m.scales);
-    }
+    struct quantize_job job = {.q = q,
+                               .first_row = first_row,
+                               .w = w,
+                               .s = s,
+                               .unit = unit_of(as),
+                               .rows = rows,
+                               .columns = columns,
+                               .dtype = dtype};
+    struct cpu_team *team = cpu_team_open(n_threads);
+    cpu_team_run(team, quantize_work, &job);
+    cpu_team_close(team);
 }

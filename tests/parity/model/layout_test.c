@@ -263,8 +263,10 @@ static int check_greedy(const struct prompt *p, const struct trace *t)
     return 0;
 }
 
-static int check_checkpoint(const char *name)
+/* `quantization`: a name of --quantization, int4 in groups of 32. */
+static int check_checkpoint(const char *name, const char *quantization)
 {
+    struct error err;
     struct prompt *p = xcalloc(1, sizeof(*p));
     struct model_run *r = xcalloc(1, sizeof(*r));
     struct trace base = {0}, t = {0};
@@ -280,7 +282,10 @@ static int check_checkpoint(const char *name)
     read_prompt(p, name);
     encode_tiles(p, r, name);
     generate(&r->language, p, &(struct manner){.first_page = 2}, &base, NULL);
-    failed += check_greedy(p, &base);
+    if (r->config.quantization.method == QUANTIZATION_NONE)
+        failed += check_greedy(p, &base);
+    else
+        printf("%-16s quantised: %s\n", name, quantization);
     generate(&r->language, p, &(struct manner){.chunk = 7, .first_page = 40}, &t, NULL);
     failed += report(name, "chunks of 7", &base, &t);
     generate(&r->language, p, &(struct manner){.n_others = 6, .first_page = 300}, &t, NULL);
@@ -291,7 +296,6 @@ static int check_checkpoint(const char *name)
     for (int stages = 1; stages <= 3 && stages <= r->config.text.n_layers; stages++)
         for (int shards = 1; shards <= 8; shards *= 2) {
             struct weight_cut cut;
-            struct error err;
             if (weight_cut_init(&cut, &r->config.text, 0, shards, &err) == 0)
                 failed += check_layout(p, &r->config, &base, stages, shards);
         }
@@ -323,7 +327,11 @@ int main(void)
     };
     int failed = 0;
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
-        failed += check_checkpoint(names[i]);
+        failed += check_checkpoint(names[i], "none");
+    failed += check_checkpoint("ln-1b-style", "int8");
+    failed += check_checkpoint("rms-78b-style", "int4");
+    failed += check_checkpoint("ln-1b-style", "bitsandbytes-nf4");
+    failed += check_checkpoint("rms-78b-style", "bitsandbytes-fp4");
     printf("%d comparisons failed\n", failed);
     return failed != 0;
 }

@@ -23,8 +23,10 @@ void model_run_open(struct model_run *r, const char *dir, enum dtype dtype, stru
     struct language_limits limits = model_run_limits();
     struct topology alone = {.role = ROLE_LANGUAGE, .layout = {1, 1, 1}};
     static const float mean[4] = {0, 0, 0, 0}, std[4] = {1, 1, 1, 1};
+    const struct quantization quantization = r->config.quantization;
     if (model_config_load(&r->config, dir, &err) != 0)
         die("%s: %s", dir, err.msg);
+    r->config.quantization = quantization;
     if (weights_open(&r->weights, dir, &r->config, 0, &err) != 0)
         die("%s: %s", dir, err.msg);
     r->backend = b;

@@ -21,7 +21,7 @@ struct model_run {
     struct language_model language; // alone: one stage, one shard
 };
 
-/* On `b`, which is borrowed. Dies on failure. */
+/* *r is zeroed but for config.quantization. On `b`, which is borrowed. Dies on failure. */
 void model_run_open(struct model_run *r, const char *dir, enum dtype dtype, struct backend *b);
 void model_run_close(struct model_run *r);
 struct language_limits model_run_limits(void);

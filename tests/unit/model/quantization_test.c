@@ -1,0 +1,161 @@
+/*
+ * Quantisation at load: which weights, bitsandbytes' own values, the same values for every cut, and
+ * a plan that is what the weights take.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/model/language.h"
+#include "daemon/model/plan.h"
+#include "daemon/model/vision.h"
+#include "daemon/model/weight_codes.h"
+#include "kernels/log.h"
+#include "tests/unit/model/model_files.h"
+
+static const char *const methods[] = {"none", "int8", "int4", "bitsandbytes-fp4",
+                                      "bitsandbytes-nf4"};
+
+static void formats_by_kind(void **state)
+{
+    (void)state;
+    static const enum weight_format expected[][3] = {
+        /* language, vision, lm_head */
+        {WEIGHT_FLOAT, WEIGHT_FLOAT, WEIGHT_FLOAT}, {WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8},
+        {WEIGHT_INT4, WEIGHT_INT8, WEIGHT_INT8},    {WEIGHT_FP4, WEIGHT_FP4, WEIGHT_FLOAT},
+        {WEIGHT_NF4, WEIGHT_NF4, WEIGHT_FLOAT},
+    };
+    struct quantization q;
+    struct error err;
+    int64_t group;
+    for (int i = 0; i < 5; i++) {
+        assert_int_equal(quantization_parse(&q, methods[i], 32, &err), 0);
+        for (int kind = 0; kind < 3; kind++)
+            assert_int_equal(quantization_format(
+                                 &q, (enum weight_kind)(KIND_LANGUAGE_LINEAR + kind), 96, &group),
+                             expected[i][kind]);
+        assert_int_equal(quantization_format(&q, KIND_OTHER, 96, &group), WEIGHT_FLOAT);
+    }
+    assert_int_equal(quantization_format(&q, KIND_LANGUAGE_LINEAR, 96, &group), WEIGHT_NF4);
+    assert_int_equal(group, 32); // groups of 64 over rows of 96: every 32 columns lie in one
+    assert_int_equal(quantization_parse(&q, "int3", 32, &err), -1);
+    assert_non_null(strstr(err.msg, "int3"));
+    assert_int_equal(quantization_parse(&q, "int4", 48, &err), -1);
+    assert_non_null(strstr(err.msg, "32, 64 or 128"));
+}
+
+/* `columns` of rows [first, rows) of one recorded weight against bitsandbytes' values. */
+static void check_recorded(const struct safetensors *files, const char *name,
+                           enum quantization_method method, int64_t first_row, struct range columns)
+{
+    char full[96];
+    snprintf(full, sizeof(full), "%s.weight", name);
+    struct weight_source source = {.tensor = safetensors_find(files, full)};
+    snprintf(full, sizeof(full), "%s.values", name);
+    const struct safetensors_tensor *values = safetensors_find(files, full);
+    assert_non_null(source.tensor);
+    assert_non_null(values);
+    struct weight_spec spec = {.n_dims = 2, .shape = {values->shape[0], values->shape[1]}};
+    struct quantization method_only = {.method = method};
+    spec.format =
+        quantization_format(&method_only, KIND_LANGUAGE_LINEAR, spec.shape[1], &spec.group_size);
+    struct weights w = {.list = {.specs = &spec, .n = 1}, .sources = &source};
+    struct range rows = {first_row, spec.shape[0] - first_row};
+    if (columns.n == 0)
+        columns.n = spec.shape[1] - columns.start;
+    uint8_t *codes = xcalloc((size_t)(rows.n * columns.n), 1);
+    struct quantized q = {0};
+    weight_codes_init(&q, &spec, rows.n, columns, codes);
+    weight_codes_quantize(&q, 0, &w, &spec, &spec, rows, columns, DTYPE_F32, 3);
+    for (int64_t n = 0; n < rows.n; n++)
+        for (int64_t k = 0; k < columns.n; k++) {
+            int64_t at = (rows.start + n) * spec.shape[1] + columns.start + k;
+            float want, got = quantized_value(&q, n, k);
+            memcpy(&want, values->data + (size_t)at * sizeof(want), sizeof(want));
+            if (got != want)
+                fail_msg("%s [%d, %d]: %.9g, bitsandbytes has %.9g", name, (int)(rows.start + n),
+                         (int)(columns.start + k), (double)got, (double)want);
+        }
+    weight_codes_release(&q);
+    free(codes);
+}
+
+static void bitsandbytes_values(void **state)
+{
+    (void)state;
+    static const char *const shapes[] = {"even", "across_rows", "odd_rest"};
+    struct safetensors files;
+    struct error err;
+    if (safetensors_open(&files,
+                         INTERNVLD_SOURCE_DIR "/tests/data/quantized/bitsandbytes.safetensors",
+                         &err) != 0)
+        fail_msg("%s", err.msg);
+    for (int i = 0; i < 6; i++) {
+        char name[48];
+        int is_fp4 = i >= 3;
+        enum quantization_method m =
+            is_fp4 ? QUANTIZATION_BITSANDBYTES_FP4 : QUANTIZATION_BITSANDBYTES_NF4;
+        snprintf(name, sizeof(name), "%s.%s", is_fp4 ? "fp4" : "nf4", shapes[i % 3]);
+        check_recorded(&files, name, m, 0, (struct range){0, 0});
+        check_recorded(&files, name, m, 2, (struct range){0, 33}); // a shard's rows and columns
+        check_recorded(&files, name, m, 1, (struct range){37, 0});
+    }
+    safetensors_release(&files);
+}
+
+/* The language model and vision tower take what the plan says, up to blocks of sixteen rows. */
+static void plan_is_what_is_taken(void **state)
+{
+    (void)state;
+    static const float mean[3] = {0, 0, 0}, std[3] = {1, 1, 1};
+    char dir[4096];
+    struct model_config c;
+    struct error err;
+    tiny_config_parse(&c);
+    make_directory(dir, sizeof(dir));
+    write_checkpoint(dir, &c, &(struct checkpoint_options){0});
+    for (int i = 0; i < 5; i++) {
+        struct plan plan;
+        struct weights w;
+        struct vision_model vision;
+        struct language_model language;
+        struct backend *b = backend_cpu_open(2, NULL);
+        struct plan_settings s = {.layout = {1, 1, 1}, .dtype = DTYPE_F32, .page_size = 16};
+        s.kv_budget_bytes = 1 << 20;
+        s.max_model_len = 64;
+        s.max_num_seqs = s.max_vision_tiles = 4;
+        s.max_num_batched_tokens = 32;
+        struct language_limits limits = {32, 4, 64, 16, 8};
+        assert_int_equal(quantization_parse(&c.quantization, methods[i], 32, &err), 0);
+        assert_int_equal(plan_make(&plan, &c, &s, &err), 0);
+        assert_int_equal(weights_open(&w, dir, &c, 0, &err), 0);
+        vision_init(&vision, &c, &w, b, DTYPE_F32, 2, mean, std);
+        language_init(&language, &c, &w, b, DTYPE_F32, &plan.ranks[2].topology, NULL, &limits);
+        uint64_t planned[2] = {plan.ranks[1].weight_bytes, plan.ranks[2].weight_bytes};
+        printf("  %-18s vision %llu bytes, planned %llu; language %llu, planned %llu\n", methods[i],
+               (unsigned long long)vision.weight_bytes, (unsigned long long)planned[0],
+               (unsigned long long)language.weight_bytes, (unsigned long long)planned[1]);
+        assert_in_range(vision.weight_bytes, planned[0], planned[0] * 5 / 4);
+        assert_in_range(language.weight_bytes, planned[1], planned[1] * 5 / 4);
+        language_release(&language);
+        vision_release(&vision);
+        weights_release(&w);
+        backend_close(b);
+        plan_release(&plan);
+    }
+    remove_directory(dir);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(formats_by_kind),
+                                       cmocka_unit_test(bitsandbytes_values),
+                                       cmocka_unit_test(plan_is_what_is_taken)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
