@@ -2,8 +2,8 @@
  * Features of tiles that were encoded before, by the tiles' content.
  *
  * A fixed number of equal slots, as many as the given bytes hold, bookkeeping included; taken from
- * the system as they are first used, never more. A tile is named by the SHA-256 of its pixels,
- * shape and type; a hit is verified over all 256 bits. When every slot is taken, the tile that was
+ * the system as they are first used, never more. A tile is named by a SHA-256 (of its pixels,
+ * shape, type and salt); a hit is verified over all 256 bits. When every slot is taken, the tile that was
  * found or put longest ago makes room. Pure: it knows no requests, ranks or threads. Owned by the
  * engine thread.
  */

@@ -170,18 +170,27 @@ class Invariance(unittest.TestCase):
         for extra in ((), ("--no-enable-prefix-caching",)):
             with Daemon("--kv-cache-memory-bytes", 32 * PAGE_BYTES, "--max-model-len", 512, "--max-num-seqs", 16,
                         *extra) as d:
-                answers = self.check_all(d, "short of pages", [*LONG, *TEXT])
-                self.assertGreater(sum(a.done.timing.preemptions for a in answers), 0, "nobody was preempted")
+                self.until_preempted(lambda: self.check_all(d, "short of pages", [*LONG, *TEXT]))
         with Daemon("--max-num-seqs", 2) as d:
-            calls = [d.start(i, priority=1) for i in LONG]
-            begun = [collect([next(call), next(call)]) for call in calls]  # Started, a token: they run
-            urgent = at_once([lambda i=i: collect(d.start(i, priority=0)) for i in TEXT])
-            for i, answer in zip(TEXT, urgent):
-                self.check(i, answer, "urgent")
-            answers = [collect(call, answer) for call, answer in zip(calls, begun)]
-            for i, answer in zip(LONG, answers):
-                self.check(i, answer, "gave way to the urgent")
-            self.assertGreater(sum(a.done.timing.preemptions for a in answers), 0, "nobody gave way")
+            self.until_preempted(lambda: self.give_way(d))
+
+    def until_preempted(self, ask):
+        """On a busy machine the long answers can be over before the others come: then once more, 20 times at most."""
+        for _ in range(20):
+            if sum(a.done.timing.preemptions for a in ask()) > 0:
+                return
+        self.fail("nobody was preempted")
+
+    def give_way(self, d):
+        calls = [d.start(i, priority=1) for i in LONG]
+        begun = [collect([next(call), next(call)]) for call in calls]  # Started, a token: they run
+        urgent = at_once([lambda i=i: collect(d.start(i, priority=0)) for i in TEXT])
+        for i, answer in zip(TEXT, urgent):
+            self.check(i, answer, "urgent")
+        answers = [collect(call, answer) for call, answer in zip(calls, begun)]
+        for i, answer in zip(LONG, answers):
+            self.check(i, answer, "gave way to the urgent")
+        return answers
 
     def test_layouts(self):
         for layout in layouts():
