@@ -3,9 +3,9 @@
  *
  * A fixed number of equal slots, as many as the given bytes hold, bookkeeping included; taken from
  * the system as they are first used, never more. A tile is named by a SHA-256 (of its pixels,
- * shape, type and salt); a hit is verified over all 256 bits. When every slot is taken, the tile that was
- * found or put longest ago makes room. Pure: it knows no requests, ranks or threads. Owned by the
- * engine thread.
+ * shape, type and salt); a hit is verified over all 256 bits. When every slot is taken, the tile
+ * that was found or put longest ago makes room. Pure: it knows no requests, ranks or threads. Owned
+ * by the engine thread.
  */
 #ifndef INTERNVLD_ENGINE_FEATURE_CACHE_H
 #define INTERNVLD_ENGINE_FEATURE_CACHE_H
