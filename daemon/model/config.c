@@ -194,6 +194,7 @@ static void read_vision(struct vision_config *v, const struct reader *r, int is_
         get_word(r, "norm_type", norms, "layer_norm") == 1 ? NORM_RMS_NORM : NORM_LAYER_NORM;
     v->hidden_act = get_activation(r, "hidden_act", "gelu");
     v->layer_norm_eps = get_float(r, "layer_norm_eps", 1e-6, 0, 1);
+    get_float(r, "layer_scale_init_value", 0.1, -1e6, 1e6); // training alone: only its kind matters
     v->attention_bias = get_bool(r, is_opengvlab ? "qkv_bias" : "attention_bias", is_opengvlab);
     v->use_qk_norm = get_bool(r, is_opengvlab ? "qk_normalization" : "use_qk_norm", is_opengvlab);
     v->use_mask_token = is_opengvlab ? 0 : get_bool(r, "use_mask_token", 0);
@@ -442,6 +443,9 @@ static void read_hf(struct model_config *c, const struct reader *r)
     read_vision(&c->vision, &vision, 0);
     read_text(&c->text, &text);
     c->image_token_id = get_int(r, "image_token_id", 151667, 0, INT_MAX);
+    if (!*r->failed && c->image_token_id >= c->text.vocab_size)
+        refuse(r, "image_token_id: found %d; an id below vocab_size %d is expected",
+               c->image_token_id, c->text.vocab_size);
     c->projector_act = get_activation(r, "projector_hidden_act", "gelu");
     c->feature_keeps_cls =
         get_word(r, "vision_feature_select_strategy", strategies, "default") == 1;

@@ -457,6 +457,51 @@ static void test_labels(void **state)
     assert_int_equal(forward(&w, 0, NULL, NULL, NULL), ERROR_INVALID_ARGUMENT);
 }
 
+/* ---- bool_masked_pos ---- */
+
+/* Two tiles of 16 patches each, `n` bytes of mask. The mask kept is checked byte by byte. */
+static enum error_code mask(size_t n, int n_tiles, int use_mask_token)
+{
+    Internvl__V1__ForwardRequest w = INTERNVL__V1__FORWARD_REQUEST__INIT;
+    uint8_t bytes[33] = {[0] = 1, [15] = 255, [31] = 2};
+    struct model_config m = model();
+    struct convert c = context(&m);
+    struct request *r = request_new(1 << 20);
+    struct error err = {0};
+    uint32_t outputs;
+
+    m.vision.use_mask_token = use_mask_token;
+    r->n_ids = PROMPT;
+    r->n_tiles = n_tiles;
+    r->height = r->width = 4;
+    w.bool_masked_pos.data = bytes;
+    w.bool_masked_pos.len = n;
+    int result = convert_forward(&c, &w, r, &outputs, &err);
+    assert_int_equal(result, err.code ? -1 : 0);
+    if (result == 0 && n > 0) {
+        assert_int_equal(r->n_mask, 16);
+        for (size_t i = 0; i < n; i++)
+            assert_int_equal(r->mask[i], bytes[i] != 0);
+    } else {
+        assert_null(r->mask);
+    }
+    request_free(r);
+    return err.code;
+}
+
+static void test_mask(void **state)
+{
+    (void)state;
+    assert_int_equal(mask(32, 2, 1), ERROR_OK);
+    assert_int_equal(mask(16, 1, 1), ERROR_OK);
+    assert_int_equal(mask(31, 2, 1), ERROR_INVALID_ARGUMENT);
+    assert_int_equal(mask(33, 2, 1), ERROR_INVALID_ARGUMENT);
+    assert_int_equal(mask(16, 2, 1), ERROR_INVALID_ARGUMENT); // one tile's, for two
+    assert_int_equal(mask(16, 0, 1), ERROR_INVALID_ARGUMENT); // no picture
+    assert_int_equal(mask(32, 2, 0), ERROR_INVALID_ARGUMENT); // no mask token in the model
+    assert_int_equal(mask(0, 2, 0), ERROR_OK);
+}
+
 /* ---- conversations ---- */
 
 static void test_conversation(void **state)
@@ -510,6 +555,7 @@ int main(void)
         cmocka_unit_test(test_outputs),
         cmocka_unit_test(test_rows),
         cmocka_unit_test(test_labels),
+        cmocka_unit_test(test_mask),
         cmocka_unit_test(test_conversation),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -284,6 +284,33 @@ static void test_tile_batch_gather(void **state)
     message_unref(b);
 }
 
+/* So do masks; the message's own bytes are what a rank sees. */
+static void test_tile_batch_gather_masks(void **state)
+{
+    (void)state;
+    const uint8_t pixels[] = {1, 2, 3, 4}, masks[] = {1, 0, 0, 1, 0, 1};
+    const void *pixels_apart[] = {pixels, pixels + 2};
+    const uint8_t *masks_apart[] = {masks + 3, masks};
+    struct tile_batch t = {.n_tiles = 2,
+                           .channels = 1,
+                           .height = 1,
+                           .width = 2,
+                           .dtype = DTYPE_U8,
+                           .n_mask = 3,
+                           .pixels = pixels,
+                           .mask = (const uint8_t[]){1, 0, 1, 1, 0, 0}};
+    struct message *a = tile_batch_pack(&t), *b = tile_batch_gather(&t, pixels_apart, masks_apart);
+    struct tile_batch got;
+    assert_int_equal(a->n_bytes, b->n_bytes);
+    assert_memory_equal(a->payload, b->payload, a->n_bytes);
+    tile_batch_unpack(&got, b);
+    assert_int_equal(got.n_mask, 3);
+    assert_memory_equal(got.mask, t.mask, 6);
+    assert_memory_equal(got.pixels, pixels, 4);
+    message_unref(a);
+    message_unref(b);
+}
+
 static void test_tile_batch_round_trip(void **state)
 {
     (void)state;
@@ -583,6 +610,7 @@ int main(void)
         cmocka_unit_test(test_feature_result_round_trip),
         cmocka_unit_test(test_tile_batch_round_trip),
         cmocka_unit_test(test_tile_batch_gather),
+        cmocka_unit_test(test_tile_batch_gather_masks),
         cmocka_unit_test(test_rank_info_round_trip),
         cmocka_unit_test(test_nothing_in_anything),
         cmocka_unit_test(test_damaged_batch),
