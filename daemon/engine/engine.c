@@ -462,6 +462,14 @@ static void push_event(struct engine *e, const struct token_event *event, uint64
     struct ticket *t = event->ticket;
     if (!t->request) // another candidate's value was not finite
         return;
+    if (event->finish == FINISH_ERROR && !event->sample) {
+        struct error err;
+        error_set(&err, ERROR_INVALID_ARGUMENT,
+                  "beam search finished fewer sequences than asked for: with this length_penalty "
+                  "their scores are below -1e9");
+        end_request(e, t, &err);
+        return;
+    }
     if (event->finish == FINISH_ERROR) {
         fail_not_finite(e, t);
         return;

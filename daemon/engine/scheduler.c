@@ -77,9 +77,24 @@ int32_t scheduler_n_pages_used(const struct scheduler *s)
     return s->pool.n_pages - s->pool.n_free - s->pool.n_idle;
 }
 
+static int contains(const int32_t *ids, int32_t n, int32_t id)
+{
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] == id)
+            return 1;
+    return 0;
+}
+
+/* Distinct tokens that end a continuation. */
 static int32_t n_end_tokens(const struct scheduler_config *c, const struct request *r)
 {
-    return (r->ignore_eos ? 0 : c->n_eos) + r->n_stop_token_ids;
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n_eos && !r->ignore_eos; i++)
+        n += !contains(c->eos_ids, i, c->eos_ids[i]);
+    for (int32_t i = 0; i < r->n_stop_token_ids; i++)
+        n += !contains(r->stop_token_ids, i, r->stop_token_ids[i]) &&
+             (r->ignore_eos || !contains(c->eos_ids, c->n_eos, r->stop_token_ids[i]));
+    return n;
 }
 
 /* Best next tokens that each beam must tell. */
@@ -644,6 +659,10 @@ static void end_beams(struct scheduler *s, struct ticket *t)
         end_sequence(s, &t->sequences[i]);
     for (int32_t i = 0; i < t->request->n; i++) {
         const struct beam_finished *f = &t->beams->finished[i];
+        if (!f->is_complete) {
+            add_event(s, &t->sequences[i], NULL, 0, FINISH_ERROR);
+            return;
+        }
         s->n_generated_tokens += (uint64_t)f->n_ids;
         add_event(s, &t->sequences[i], NULL, f->ends_by_token,
                   f->ends_by_token ? FINISH_STOP : FINISH_LENGTH);

@@ -66,7 +66,8 @@ struct token_event {
     const struct sample_result *sample; // NULL: a prompt pass without generation has ended, or a
                                         // beam search, of which this is a result (ticket->beams)
     int is_end;                         // the token ends the candidate
-    enum finish_reason finish;          // FINISH_NONE: it goes on. FINISH_ERROR: not finite
+    enum finish_reason finish; // FINISH_NONE: it goes on. FINISH_ERROR: not finite, or, without a
+                               // sample, a search that finished fewer sequences than asked for
 };
 
 struct scheduler {

@@ -6,6 +6,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -15,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -307,18 +309,44 @@ void listener_stop(struct listener *l)
     l->unix_path[0] = '\0';
 }
 
-void listener_end_reading(struct listener *l)
+/* Calls `look` with each open connection, as a copy that cannot be closed and reused meanwhile; the
+ * sum of what it says. */
+static int visit_open(struct listener *l, int (*look)(int fd))
 {
+    int sum = 0;
+
     for (int i = 0; i < l->n_connections; i++) {
-        /* The copy cannot be closed and reused between the look and the shutdown. */
         struct connection copy = {dup(l->connections[i].fd), l->connections[i].inode};
 
         if (copy.fd < 0)
             continue;
         if (is_open(&copy))
-            shutdown(copy.fd, SHUT_RD);
+            sum += look(copy.fd);
         close(copy.fd);
     }
+    return sum;
+}
+
+static int has_unsent(int fd)
+{
+    int n_bytes = 0;
+
+    return ioctl(fd, SIOCOUTQ, &n_bytes) == 0 && n_bytes > 0;
+}
+
+int listener_n_unsent(struct listener *l)
+{
+    return visit_open(l, has_unsent);
+}
+
+static int end_reading(int fd)
+{
+    return shutdown(fd, SHUT_RD);
+}
+
+void listener_end_reading(struct listener *l)
+{
+    visit_open(l, end_reading);
 }
 
 int listener_n_connections(struct listener *l)

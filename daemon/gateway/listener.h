@@ -21,6 +21,10 @@ const char *listener_address(const struct listener *l); // as bound, with the re
 /* Starts the thread; `accepted` runs on it and owns fd (non-blocking) from then on. */
 void listener_start(struct listener *l, void (*accepted)(void *arg, int fd), void *arg);
 void listener_stop(struct listener *l); // accepts no more: joins the thread, closes the socket
+/* After listener_stop(): connections whose peer has not acknowledged all that was written to them.
+ * Such a one must not be closed yet: with bytes that nobody has read in its own buffer the close
+ * would be a reset, which drops what is under way. */
+int listener_n_unsent(struct listener *l);
 /* After listener_stop(): nothing more is read from the accepted connections than what has arrived;
  * their owners see the end of the stream, and can still write. */
 void listener_end_reading(struct listener *l);

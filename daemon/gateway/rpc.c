@@ -707,6 +707,10 @@ static void hang_up(struct rpc_server *s)
 {
     uint64_t until = now_ns() + (uint64_t)HANG_UP_MS * 1000000u;
 
+    /* Let the answers arrive; a client that takes none of its bytes is not waited for longer. */
+    while (listener_n_unsent(s->listener) > 0 && now_ns() < until)
+        poll(NULL, 0, 1);
+    until = now_ns() + (uint64_t)HANG_UP_MS * 1000000u;
     listener_end_reading(s->listener);
     while (listener_n_connections(s->listener) > 0 && now_ns() < until)
         poll(NULL, 0, 1);

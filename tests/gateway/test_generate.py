@@ -223,10 +223,11 @@ class Generate(DaemonTest):
                                  ("stop", {"num_beams": 2, "stop": ["x"]}), ("beams", {"num_beams": 2, "n": 3}),
                                  ("length_penalty", {"length_penalty": 2.0}),
                                  ("length_penalty", {"num_beams": 2, "length_penalty": float("nan")}),
+                                 ("length_penalty", {"num_beams": 2, "length_penalty": -100.0, "max_tokens": 12}),
                                  ("early_stopping", {"num_beams": 2, "early_stopping": 3}),
                                  ("at most 6", {"num_beams": 7, "stop_token_ids": [5]})):
             with self.subTest(fields=fields), self.assertRaises(grpc.RpcError) as raised:
-                self.client.generate(chat("Hello"), max_tokens=4, **fields)
+                self.client.generate(chat("Hello"), **{"max_tokens": 4, **fields})
             self.assertEqual(raised.exception.code(), Code.INVALID_ARGUMENT)
             self.assertIn(sentence, raised.exception.details())
 

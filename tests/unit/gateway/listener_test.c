@@ -188,12 +188,43 @@ static void test_end_reading(void **state)
     listener_close(l);
 }
 
+/* What the peer's buffer does not take counts as unsent until the peer reads. */
+static void test_unsent(void **state)
+{
+    (void)state;
+    struct error err = {0};
+    struct listener *l = listener_open("127.0.0.1:0", 8, &err);
+    static char bytes[1 << 16];
+    ssize_t n;
+
+    atomic_store(&n_accepted, 0);
+    listener_start(l, accepted, NULL);
+    int client = connect_to(l);
+    wait_accepted(1);
+    int served = atomic_load(&last_fd);
+    listener_stop(l);
+    assert_int_equal(listener_n_unsent(l), 0);
+    while (write(served, bytes, sizeof(bytes)) > 0) // non-blocking
+        ;
+    assert_int_equal(listener_n_unsent(l), 1);
+    for (int i = 0; i < 5000 && listener_n_unsent(l) > 0; i++) {
+        while ((n = recv(client, bytes, sizeof(bytes), MSG_DONTWAIT)) > 0)
+            ;
+        poll(NULL, 0, 1);
+    }
+    assert_int_equal(listener_n_unsent(l), 0);
+    close(served);
+    close(client);
+    listener_close(l);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_addresses),      cmocka_unit_test(test_taken_port),
         cmocka_unit_test(test_unix),           cmocka_unit_test(test_cap),
         cmocka_unit_test(test_no_descriptors), cmocka_unit_test(test_end_reading),
+        cmocka_unit_test(test_unsent),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
