@@ -26,6 +26,23 @@ static void copy_logprob(struct answer_logprob *dst, const struct internvl_token
     dst->n_token_bytes = src->n_token_bytes;
 }
 
+/* `list` with n more behind its *n_list. */
+static struct answer_logprob *add_positions(struct answer_logprob *list, size_t *n_list,
+                                            const struct internvl_position_logprobs *positions,
+                                            size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        list = command_grow(list, *n_list, sizeof(*list));
+        struct answer_logprob *l = &list[(*n_list)++];
+        copy_logprob(l, &positions[i].chosen);
+        l->n_top = positions[i].n_top;
+        l->top = command_alloc(l->n_top ? l->n_top : 1, sizeof(*l->top));
+        for (size_t k = 0; k < l->n_top; k++)
+            copy_logprob(&l->top[k], &positions[i].top[k]);
+    }
+    return list;
+}
+
 static void add_text(struct answer_candidate *c, const char *text)
 {
     size_t n = strlen(text);
@@ -57,15 +74,7 @@ static void add_delta(struct answer *a, const struct internvl_delta *d)
         c->ids = command_grow(c->ids, c->n_ids, sizeof(*c->ids));
         c->ids[c->n_ids++] = d->token_ids[i];
     }
-    for (size_t i = 0; i < d->n_logprobs; i++) {
-        c->logprobs = command_grow(c->logprobs, c->n_logprobs, sizeof(*c->logprobs));
-        struct answer_logprob *l = &c->logprobs[c->n_logprobs++];
-        copy_logprob(l, &d->logprobs[i].chosen);
-        l->n_top = d->logprobs[i].n_top;
-        l->top = command_alloc(l->n_top ? l->n_top : 1, sizeof(*l->top));
-        for (size_t k = 0; k < l->n_top; k++)
-            copy_logprob(&l->top[k], &d->logprobs[i].top[k]);
-    }
+    c->logprobs = add_positions(c->logprobs, &c->n_logprobs, d->logprobs, d->n_logprobs);
     if (d->has_score) {
         c->has_score = 1;
         c->score = d->score;
@@ -99,6 +108,10 @@ void answer_add(struct answer *a, const struct internvl_event *e)
         a->usage = e->done.usage;
         a->timing = e->done.timing;
         break;
+    case INTERNVL_PROMPT:
+        a->prompt_logprobs = add_positions(a->prompt_logprobs, &a->n_prompt_logprobs,
+                                           e->prompt.positions, e->prompt.n_positions);
+        break;
     }
 }
 
@@ -123,6 +136,17 @@ static void write_logprob(const struct answer_logprob *l, struct json_out *j)
     json_object_end(j);
 }
 
+static void write_logprobs(const struct answer_logprob *l, size_t n, const char *name,
+                           struct json_out *j)
+{
+    if (!n)
+        return;
+    json_array_begin(j, name);
+    for (size_t i = 0; i < n; i++)
+        write_logprob(&l[i], j);
+    json_array_end(j);
+}
+
 static void write_candidate(const struct answer_candidate *c, struct json_out *j)
 {
     json_object_begin(j, NULL);
@@ -138,12 +162,7 @@ static void write_candidate(const struct answer_candidate *c, struct json_out *j
         json_string(j, "stop_string", c->stop_string);
     if (c->stop_token_id >= 0)
         json_int(j, "stop_token_id", c->stop_token_id);
-    if (c->n_logprobs) {
-        json_array_begin(j, "logprobs");
-        for (size_t i = 0; i < c->n_logprobs; i++)
-            write_logprob(&c->logprobs[i], j);
-        json_array_end(j);
-    }
+    write_logprobs(c->logprobs, c->n_logprobs, "logprobs", j);
     json_object_end(j);
 }
 
@@ -169,6 +188,7 @@ void answer_write_json(const struct answer *a, struct json_out *j)
     json_object_begin(j, NULL);
     json_string(j, "request_id", a->request_id ? a->request_id : "");
     json_uint(j, "seed", a->seed);
+    write_logprobs(a->prompt_logprobs, a->n_prompt_logprobs, "prompt_logprobs", j);
     json_array_begin(j, "candidates");
     for (size_t i = 0; i < a->n_candidates; i++)
         write_candidate(&a->candidates[i], j);
@@ -202,24 +222,29 @@ static void print_token(const struct answer_logprob *l, FILE *f)
     json_bytes(&j, NULL, l->token, l->n_token_bytes);
 }
 
+static void print_logprobs(const struct answer_logprob *l, size_t n, const char *what, FILE *f)
+{
+    if (!n)
+        return;
+    fprintf(f, "%8s %10s %5s  %s%s\n", "id", "logprob", "rank", what,
+            l[0].n_top ? "  (best: token logprob)" : "");
+    for (size_t k = 0; k < n; k++, l++) {
+        fprintf(f, "%8u %10.4f %5u  ", l->token_id, (double)l->logprob, l->rank);
+        print_token(l, f);
+        for (size_t t = 0; t < l->n_top; t++) {
+            fputs(t ? ", " : "  (", f);
+            print_token(&l->top[t], f);
+            fprintf(f, " %.4f", (double)l->top[t].logprob);
+        }
+        fputs(l->n_top ? ")\n" : "\n", f);
+    }
+}
+
 void answer_write_logprobs(const struct answer *a, FILE *f)
 {
-    for (size_t i = 0; i < a->n_candidates; i++) {
-        const struct answer_candidate *c = &a->candidates[i];
-        fprintf(f, "%8s %10s %5s  token%s\n", "id", "logprob", "rank",
-                c->n_logprobs && c->logprobs[0].n_top ? "  (best: token logprob)" : "");
-        for (size_t k = 0; k < c->n_logprobs; k++) {
-            const struct answer_logprob *l = &c->logprobs[k];
-            fprintf(f, "%8u %10.4f %5u  ", l->token_id, (double)l->logprob, l->rank);
-            print_token(l, f);
-            for (size_t t = 0; t < l->n_top; t++) {
-                fputs(t ? ", " : "  (", f);
-                print_token(&l->top[t], f);
-                fprintf(f, " %.4f", (double)l->top[t].logprob);
-            }
-            fputs(l->n_top ? ")\n" : "\n", f);
-        }
-    }
+    print_logprobs(a->prompt_logprobs, a->n_prompt_logprobs, "token of the prompt", f);
+    for (size_t i = 0; i < a->n_candidates; i++)
+        print_logprobs(a->candidates[i].logprobs, a->candidates[i].n_logprobs, "token", f);
 }
 
 static void release_logprobs(struct answer_logprob *l, size_t n)
@@ -241,6 +266,7 @@ void answer_release(struct answer *a)
         free(a->candidates[i].ids);
         free(a->candidates[i].stop_string);
     }
+    release_logprobs(a->prompt_logprobs, a->n_prompt_logprobs);
     free(a->candidates);
     free(a->media);
     free(a->request_id);

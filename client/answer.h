@@ -35,6 +35,8 @@ struct answer { // {0} is empty
     uint32_t prompt_tokens, image_tokens;
     struct internvl_media_plan *media; // [n_media]
     size_t n_media;
+    struct answer_logprob *prompt_logprobs; // [n_prompt_logprobs] from the second token on
+    size_t n_prompt_logprobs;
     struct answer_candidate *candidates; // [n_candidates]
     size_t n_candidates;
     struct internvl_usage usage;
@@ -46,7 +48,8 @@ void answer_add(struct answer *a, const struct internvl_event *e);
 /* The first candidate's text, "" when there is none. Borrowed. */
 const char *answer_text(const struct answer *a);
 void answer_write_json(const struct answer *a, struct json_out *j);
-void answer_write_logprobs(const struct answer *a, FILE *f); // a table for people
+/* Tables for people: the prompt's, if asked for, then the candidates'. */
+void answer_write_logprobs(const struct answer *a, FILE *f);
 void answer_release(struct answer *a);
 
 #endif

@@ -36,7 +36,7 @@ static void print_answer(const struct ask_state *s, const struct command_options
         putchar('\n');
     for (size_t i = 0; !s->streaming && i < s->answer.n_candidates; i++)
         printf("[%zu] %s\n", i, s->answer.candidates[i].text);
-    if (o->sampling.set & INTERNVL_LOGPROBS)
+    if (o->sampling.set & (INTERNVL_LOGPROBS | INTERNVL_PROMPT_LOGPROBS))
         answer_write_logprobs(&s->answer, stdout);
 }
 

@@ -279,6 +279,7 @@ void internvl_score_result_release(struct internvl_score_result *r)
     for (size_t i = 0; i < r->n_scores; i++) {
         free(r->scores[i].token_ids);
         free(r->scores[i].token_logprobs);
+        free(r->scores[i].token_ranks);
     }
     free(r->scores);
     memset(r, 0, sizeof(*r));

@@ -160,6 +160,7 @@ enum internvl_sampling_field {
     INTERNVL_LOGPROBS = 1 << 12,
     INTERNVL_NUM_BEAMS = 1 << 13,
     INTERNVL_LENGTH_PENALTY = 1 << 14,
+    INTERNVL_PROMPT_LOGPROBS = 1 << 15,
 };
 enum internvl_early_stopping {
     INTERNVL_EARLY_STOPPING_FALSE = 0,
@@ -178,7 +179,7 @@ struct internvl_sampling {
     uint64_t seed;
     uint32_t n, max_tokens, min_tokens;
     int skip_special_tokens;
-    uint32_t logprobs;
+    uint32_t logprobs, prompt_logprobs;
     uint32_t num_beams; // above 1: beam search, see the .proto
     float length_penalty;
     uint32_t early_stopping; // of enum internvl_early_stopping
@@ -233,7 +234,8 @@ enum internvl_finish_reason {
 /* "stop", "length"; "" while running. Borrowed, for ever. */
 const char *internvl_finish_name(enum internvl_finish_reason r);
 
-enum internvl_event_kind { INTERNVL_STARTED, INTERNVL_DELTA, INTERNVL_DONE };
+/* INTERNVL_PROMPT are the prompt's log-probabilities, before the first delta. */
+enum internvl_event_kind { INTERNVL_STARTED, INTERNVL_DELTA, INTERNVL_DONE, INTERNVL_PROMPT };
 struct internvl_started {
     const char *request_id;
     uint32_t prompt_tokens, image_tokens;
@@ -254,6 +256,11 @@ struct internvl_delta {
     float score;             // of a sequence of beam search, where has_score
     int has_score;
 };
+struct internvl_prompt_logprobs { // of the prompt's tokens [first_position, + n_positions)
+    uint32_t first_position;
+    const struct internvl_position_logprobs *positions; // [n_positions]
+    size_t n_positions;
+};
 struct internvl_done {
     struct internvl_usage usage;
     struct internvl_timing timing;
@@ -264,6 +271,7 @@ struct internvl_event {
         struct internvl_started started;
         struct internvl_delta delta;
         struct internvl_done done;
+        struct internvl_prompt_logprobs prompt;
     };
 };
 
@@ -356,8 +364,10 @@ struct internvl_score_request {
 struct internvl_score {
     uint32_t *token_ids;   // [n_tokens]
     float *token_logprobs; // [n_tokens]
+    uint32_t *token_ranks; // [n_tokens] 1: the likeliest token there
     size_t n_tokens;
     double sum_logprob, mean_logprob;
+    int is_greedy; // every rank is 1
 };
 struct internvl_score_result {
     struct internvl_score *scores; // [n_scores] in the order asked for

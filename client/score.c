@@ -26,6 +26,11 @@ static void print_json(const struct internvl_score_result *r, const char **answe
         for (size_t k = 0; k < s->n_tokens; k++)
             json_float(&j, NULL, s->token_logprobs[k]);
         json_array_end(&j);
+        json_array_begin(&j, "token_ranks");
+        for (size_t k = 0; k < s->n_tokens; k++)
+            json_uint(&j, NULL, s->token_ranks[k]);
+        json_array_end(&j);
+        json_bool(&j, "is_greedy", s->is_greedy);
         json_object_end(&j);
     }
     json_array_end(&j);
@@ -35,10 +40,10 @@ static void print_json(const struct internvl_score_result *r, const char **answe
 
 static void print_table(const struct internvl_score_result *r, const char **answers)
 {
-    printf("%12s %12s %7s  %s\n", "sum", "mean", "tokens", "answer");
+    printf("%12s %12s %7s %6s  %s\n", "sum", "mean", "tokens", "greedy", "answer");
     for (size_t i = 0; i < r->n_scores; i++)
-        printf("%12.6f %12.6f %7zu  %s\n", r->scores[i].sum_logprob, r->scores[i].mean_logprob,
-               r->scores[i].n_tokens, answers[i]);
+        printf("%12.6f %12.6f %7zu %6s  %s\n", r->scores[i].sum_logprob, r->scores[i].mean_logprob,
+               r->scores[i].n_tokens, r->scores[i].is_greedy ? "yes" : "no", answers[i]);
 }
 
 int command_score(struct internvl_client *c, const struct command_options *o)

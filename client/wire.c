@@ -281,6 +281,10 @@ static void wire_sampling_counts(Internvl__V1__SamplingParams *m, const struct i
         m->_logprobs_case = INTERNVL__V1__SAMPLING_PARAMS___LOGPROBS_LOGPROBS;
         m->logprobs = s->logprobs;
     }
+    if (s->set & INTERNVL_PROMPT_LOGPROBS) {
+        m->_prompt_logprobs_case = INTERNVL__V1__SAMPLING_PARAMS___PROMPT_LOGPROBS_PROMPT_LOGPROBS;
+        m->prompt_logprobs = s->prompt_logprobs;
+    }
 }
 
 static Internvl__V1__SamplingParams *wire_sampling(struct wire_pool *p,
@@ -462,6 +466,21 @@ static void read_logprob(const Internvl__V1__TokenLogprob *m, struct internvl_to
     l->n_token_bytes = m->token.len;
 }
 
+static const struct internvl_position_logprobs *
+read_positions(struct wire_pool *p, Internvl__V1__PositionLogprobs *const *m, size_t n)
+{
+    struct internvl_position_logprobs *positions = wire_alloc(p, n, sizeof(*positions));
+    for (size_t i = 0; i < n; i++) {
+        struct internvl_token_logprob *top = wire_alloc(p, m[i]->n_top, sizeof(*top));
+        for (size_t k = 0; k < m[i]->n_top; k++)
+            read_logprob(m[i]->top[k], &top[k]);
+        read_logprob(m[i]->chosen, &positions[i].chosen);
+        positions[i].top = top;
+        positions[i].n_top = m[i]->n_top;
+    }
+    return positions;
+}
+
 static void read_started(struct wire_pool *p, const Internvl__V1__GenerateStarted *m,
                          struct internvl_started *s)
 {
@@ -490,17 +509,7 @@ static void read_delta(struct wire_pool *p, const Internvl__V1__GenerateDelta *m
             : -1;
     d->has_score = m->_score_case == INTERNVL__V1__GENERATE_DELTA___SCORE_SCORE;
     d->score = d->has_score ? m->score : 0;
-    struct internvl_position_logprobs *positions = wire_alloc(p, m->n_logprobs, sizeof(*positions));
-    for (size_t i = 0; i < m->n_logprobs; i++) {
-        const Internvl__V1__PositionLogprobs *src = m->logprobs[i];
-        struct internvl_token_logprob *top = wire_alloc(p, src->n_top, sizeof(*top));
-        for (size_t k = 0; k < src->n_top; k++)
-            read_logprob(src->top[k], &top[k]);
-        read_logprob(src->chosen, &positions[i].chosen);
-        positions[i].top = top;
-        positions[i].n_top = src->n_top;
-    }
-    d->logprobs = positions;
+    d->logprobs = read_positions(p, m->logprobs, m->n_logprobs);
     d->n_logprobs = m->n_logprobs;
 }
 
@@ -522,6 +531,13 @@ int wire_read_event(struct wire_pool *p, const Internvl__V1__GenerateResponse *m
         read_usage(m->done->usage, &e->done.usage);
         read_timing(m->done->timing, &e->done.timing);
         return 0;
+    case INTERNVL__V1__GENERATE_RESPONSE__EVENT_PROMPT_LOGPROBS:
+        e->kind = INTERNVL_PROMPT;
+        e->prompt.first_position = m->prompt_logprobs->first_position;
+        e->prompt.n_positions = m->prompt_logprobs->n_positions;
+        e->prompt.positions =
+            read_positions(p, m->prompt_logprobs->positions, m->prompt_logprobs->n_positions);
+        return 0;
     default:
         return rpc_error(err, INTERNVL_INTERNAL, "the server sent an event of an unknown kind");
     }
@@ -534,8 +550,13 @@ void wire_read_score(const Internvl__V1__ScoreResponse *m, struct internvl_score
     for (size_t i = 0; i < m->n_scores; i++) {
         const Internvl__V1__ContinuationScore *src = m->scores[i];
         struct internvl_score *s = &out->scores[i];
-        s->n_tokens =
-            src->n_token_ids < src->n_token_logprobs ? src->n_token_ids : src->n_token_logprobs;
+        s->n_tokens = src->n_token_ids;
+        if (src->n_token_logprobs < s->n_tokens)
+            s->n_tokens = src->n_token_logprobs;
+        if (src->n_token_ranks < s->n_tokens)
+            s->n_tokens = src->n_token_ranks;
+        s->token_ranks = own_copy(src->token_ranks, s->n_tokens, sizeof(*s->token_ranks));
+        s->is_greedy = src->is_greedy;
         s->token_ids = own_copy(src->token_ids, s->n_tokens, sizeof(*s->token_ids));
         s->token_logprobs = own_copy(src->token_logprobs, s->n_tokens, sizeof(float));
         s->sum_logprob = src->sum_logprob;

@@ -26,7 +26,7 @@ struct batch_head {
     int32_t has_features, reserved;
 };
 
-#define N_BATCH_SECTIONS 18
+#define N_BATCH_SECTIONS 19
 static int batch_sections(struct batch *b, int with_features, struct section *s)
 {
     int64_t n = b->n_sequences, t = b->n_tokens;
@@ -35,6 +35,7 @@ static int batch_sections(struct batch *b, int with_features, struct section *s)
         {&b->positions, t, sizeof(float)},
         {&b->feature_rows, t, sizeof(int32_t)},
         {&b->targets, t, sizeof(int32_t)},
+        {&b->target_tops, t, sizeof(uint8_t)},
         {&b->want_logits, t, sizeof(uint8_t)},
         {&b->query_start, n + 1, sizeof(int32_t)},
         {&b->context_len, n, sizeof(int32_t)},
@@ -103,8 +104,9 @@ static const char *wrong_tokens(const struct batch *b)
     if (!all_in(b->targets, b->n_tokens, -1, INT32_MAX))
         return "a target below -1";
     for (int32_t i = 0; i < b->n_tokens; i++)
-        if (b->want_logits[i] > 1 || !isfinite(b->positions[i]))
-            return "a position that is no number, or want_logits that is no flag";
+        if (b->want_logits[i] > 1 || !isfinite(b->positions[i]) ||
+            b->target_tops[i] > TOP_LOGPROBS_MAX)
+            return "a position that is no number, want_logits that is no flag, or too many tops";
     return NULL;
 }
 

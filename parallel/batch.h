@@ -66,6 +66,7 @@ struct batch {
     const float *positions;      // [n_tokens] rope positions (floats: V2PE)
     const int32_t *feature_rows; // [n_tokens] row of `features` that replaces the embedding, or -1
     const int32_t *targets; // [n_tokens] id whose log-probability after this row is wanted, or -1
+    const uint8_t *target_tops; // [n_tokens] of a row with a target: and of so many of the best
     const uint8_t *want_logits; // [n_tokens] 1: the row's logits are captured (with CAPTURE_LOGITS)
     const int32_t *query_start; // [n_sequences + 1]
     const int32_t *context_len; // [n_sequences] tokens in the cache once this step's are written
@@ -122,7 +123,9 @@ struct step_result {
     int32_t n_samples, n_targets, n_captured;
     uint64_t compute_ns, wait_ns;        // of this worker's step; wait_ns inside collectives
     const struct sample_result *samples; // [n_samples]
-    const float *target_logprobs; // [n_targets = batch n_tokens, or 0 when no target was set]
+    /* [n_targets] of each row with a target, in their order: the target, then its target_tops best;
+     * NaN where a logit is not finite */
+    const struct token_logprob *targets;
     const struct captured
         *captured; // [n_captured] after unpack: allocated, freed by step_result_release()
 };

@@ -106,7 +106,7 @@ struct step_result_head {
 static int step_result_sections(struct step_result *r, struct section s[2])
 {
     s[0] = (struct section){&r->samples, r->n_samples, sizeof(struct sample_result)};
-    s[1] = (struct section){&r->target_logprobs, r->n_targets, sizeof(float)};
+    s[1] = (struct section){&r->targets, r->n_targets, sizeof(struct token_logprob)};
     return 2;
 }
 

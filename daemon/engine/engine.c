@@ -10,6 +10,7 @@
 #include "daemon/engine/engine.h"
 
 #include <errno.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -421,16 +422,38 @@ static void push_language_tensors(const struct step *p, const struct step_result
     }
 }
 
-static void push_target_logprobs(const struct step *p, const struct step_result *result)
+/* Values that the targets of the prompt's rows before `row` have. */
+static int32_t n_targets_before(const struct request *r, int32_t row)
 {
-    int32_t row = 0;
+    int32_t n = 0;
+    for (int32_t i = 0; i < row; i++)
+        n += r->targets[i] >= 0;
+    return n * (1 + r->n_target_top);
+}
+
+static int are_finite(const struct token_logprob *values, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++)
+        if (!isfinite(values[i].logprob))
+            return 0;
+    return 1;
+}
+
+static void push_targets(struct engine *e, const struct step *p, const struct step_result *result)
+{
+    const struct token_logprob *next = result->targets;
     for (int32_t i = 0; i < p->n_items; i++) {
         const struct step_item *item = &p->items[i];
-        const struct request *r = item->sequence->ticket->request;
-        if (r && r->targets && item->start < r->n_ids)
-            stream_push_target_logprobs(r->stream, item->start, item->n_new,
-                                        result->target_logprobs + row);
-        row += item->n_new;
+        struct ticket *t = item->sequence->ticket;
+        const struct request *r = t->request;
+        if (r && item->n_targets > 0) {
+            if (are_finite(next, item->n_targets))
+                stream_push_targets(r->stream, n_targets_before(r, item->start), item->n_targets,
+                                    next);
+            else
+                fail_not_finite(e, t);
+        }
+        next += item->n_targets;
     }
 }
 
@@ -531,11 +554,11 @@ static void take_result(struct engine *e, struct message *m)
             (unsigned long long)result.step_id);
     struct flight *f = &e->flights[p - e->scheduler.steps];
     push_language_tensors(p, &result);
-    if (p->has_targets && result.n_targets > 0) {
-        if (result.n_targets != p->n_tokens)
+    if (is_last) {
+        if (result.n_targets != p->n_targets)
             die("step %llu came back with %d target log-probabilities of %d",
-                (unsigned long long)p->step_id, result.n_targets, p->n_tokens);
-        push_target_logprobs(p, &result);
+                (unsigned long long)p->step_id, result.n_targets, p->n_targets);
+        push_targets(e, p, &result);
     }
     if (is_last) {
         f->result = result;

@@ -68,8 +68,11 @@ struct request {
     uint32_t captures, vision_captures;
     int want_image_features; // the engine pushes "image_features" [n_tiles * tokens a tile, dim],
                              // n_tiles tiles, to the stream
-    const int32_t *targets;  // [n_ids] as batch.targets, or NULL
     const uint8_t *want_logits; // [n_ids], or NULL
+
+    /* log-probabilities of given ids: of labels, of a continuation, of the prompt's own */
+    const int32_t *targets; // [n_ids] as batch.targets, or NULL
+    int32_t n_target_top;   // and of so many of the best at each of them
 
     int32_t priority;              // smaller first, then arrival
     uint64_t deadline_ns;          // CLOCK_MONOTONIC, 0: none

@@ -35,6 +35,7 @@ void batch_builder_init(struct batch_builder *b, int32_t max_tokens, int32_t max
     b->token_ids = xcalloc(n_tokens, sizeof(*b->token_ids));
     b->feature_rows = xcalloc(n_tokens, sizeof(*b->feature_rows));
     b->targets = xcalloc(n_tokens, sizeof(*b->targets));
+    b->target_tops = xcalloc(n_tokens, sizeof(*b->target_tops));
     b->positions = xcalloc(n_tokens, sizeof(*b->positions));
     b->want_logits = xcalloc(n_tokens, sizeof(*b->want_logits));
     b->query_start = xcalloc(n_sequences + 1, sizeof(*b->query_start));
@@ -50,6 +51,7 @@ void batch_builder_release(struct batch_builder *b)
     free(b->token_ids);
     free(b->feature_rows);
     free(b->targets);
+    free(b->target_tops);
     free(b->positions);
     free(b->want_logits);
     free(b->query_start);
@@ -177,7 +179,7 @@ static void add_tokens(struct batch_builder *b, struct step_item *item)
     const struct ticket *t = q->ticket;
     const struct request *r = t->request;
     size_t dim = (size_t)b->feature_dim;
-    item->n_images = 0;
+    item->n_images = item->n_targets = 0;
     for (int32_t i = item->start; i < item->start + item->n_new; i++) {
         int32_t row = b->batch.n_tokens++;
         int in_prompt = i < t->n_prompt;
@@ -190,6 +192,8 @@ static void add_tokens(struct batch_builder *b, struct step_item *item)
             b->feature_rows[row] = add_feature(
                 b, t->features + (size_t)(q->n_image_computed + item->n_images++) * dim);
         b->targets[row] = in_prompt && r->targets ? r->targets[i] : -1;
+        b->target_tops[row] = b->targets[row] >= 0 ? (uint8_t)r->n_target_top : 0;
+        item->n_targets += b->targets[row] >= 0 ? 1 + r->n_target_top : 0;
         b->want_logits[row] = in_prompt && r->want_logits ? r->want_logits[i] : 0;
     }
 }
@@ -204,12 +208,12 @@ static void add_item(struct batch_builder *b, struct step *p, int32_t index)
     if (b->batch.n_tokens + item->n_new > b->max_tokens)
         BUG("more than %d tokens in one batch", b->max_tokens);
     add_tokens(b, item);
+    p->n_targets += item->n_targets;
     b->query_start[index + 1] = b->batch.n_tokens;
     b->context_len[index] = end;
     b->rope_len[index] = end > n_prompt ? end : n_prompt;
     b->captures[index] = item->start < n_prompt ? r->captures : 0;
     p->has_captures |= b->captures[index] != 0;
-    p->has_targets |= item->start < n_prompt && r->targets != NULL;
     b->pages = grow(b->pages, (size_t)b->batch.n_pages + (size_t)q->n_pages, sizeof(*b->pages),
                     &b->pages_capacity);
     memcpy(b->pages + b->batch.n_pages, q->pages, (size_t)q->n_pages * sizeof(*b->pages));
@@ -226,7 +230,7 @@ const struct batch *step_batch(struct step *p, struct batch_builder *b)
                               .n_sequences = p->n_items,
                               .n_copies = p->n_copies,
                               .feature_dim = b->feature_dim};
-    p->has_captures = p->has_targets = 0;
+    p->has_captures = p->n_targets = 0;
     for (int32_t i = 0; i < p->n_items; i++)
         add_item(b, p, i);
     p->n_tokens = b->batch.n_tokens;
@@ -236,6 +240,7 @@ const struct batch *step_batch(struct step *p, struct batch_builder *b)
     b->batch.positions = b->positions;
     b->batch.feature_rows = b->feature_rows;
     b->batch.targets = b->targets;
+    b->batch.target_tops = b->target_tops;
     b->batch.want_logits = b->want_logits;
     b->batch.query_start = b->query_start;
     b->batch.context_len = b->context_len;

@@ -17,8 +17,9 @@
 
 struct step_item {
     struct sequence *sequence;
-    int32_t start, n_new;            // tokens [start, start + n_new) of the sequence
-    int32_t n_images;                // image tokens among them that take a feature row
+    int32_t start, n_new; // tokens [start, start + n_new) of the sequence
+    int32_t n_images;     // image tokens among them that take a feature row
+    int32_t n_targets;    // log-probabilities of its targets and the best there, in the result
     int32_t first_sample, n_samples; // in the batch; more than one where candidates will fork
 };
 
@@ -27,7 +28,8 @@ struct step {
     struct step_item *items; // [n_items] index = sequence of the batch
     int32_t n_items, n_tokens, n_samples, n_copies;
     int32_t *copy_src, *copy_dst; // [n_copies] pages; each source is held until the step is back
-    int has_captures, has_targets;
+    int has_captures;
+    int32_t n_targets; // the sum of the items'
 };
 
 void step_init(struct step *p, int32_t max_items);
@@ -40,7 +42,7 @@ struct batch_builder {
     int32_t n_eos;
     int32_t *token_ids, *feature_rows, *targets;
     float *positions;
-    uint8_t *want_logits;
+    uint8_t *want_logits, *target_tops;
     int32_t *query_start, *context_len, *rope_len, *page_start;
     uint32_t *captures;
     struct sample_row *samples;

@@ -41,7 +41,7 @@ struct stream {
 
     const struct tokenizer *tokenizer;
     struct stop_string *stops; // [n_stops] bytes owned
-    int32_t n_stops, n_prompt, min_tokens;
+    int32_t n_stops, min_tokens;
     int include_stop_str, want_logprobs;
 
     struct candidate *candidates; // [n_candidates]
@@ -54,7 +54,8 @@ struct stream {
     int n_tensors;
     size_t tensor_bytes;
     int tensors_too_large;
-    float *target_logprobs; // [n_prompt] or NULL
+    struct token_logprob *targets; // [n_targets] since the last drain
+    int32_t n_targets, targets_capacity, n_targets_so_far;
 };
 
 static void buffer_reserve(struct buffer *b, size_t n_more)
@@ -97,7 +98,6 @@ struct stream *stream_new(const struct request *r, const struct tokenizer *t, st
     s->cancelled = (atomic_int *)&r->cancelled; // the one field of a request that may change
     s->tokenizer = t;
     copy_stops(s, r);
-    s->n_prompt = r->n_ids;
     s->min_tokens = r->min_tokens;
     s->include_stop_str = r->include_stop_str;
     s->want_logprobs = r->sampling.n_logprobs >= 0;
@@ -139,7 +139,7 @@ void stream_unref(struct stream *s)
         free((char *)s->stops[i].bytes);
     free(s->stops);
     free_tensors(s->tensors, s->n_tensors);
-    free(s->target_logprobs);
+    free(s->targets);
     pthread_mutex_destroy(&s->mutex);
     pthread_mutex_destroy(&s->notify_mutex);
     free(s);
@@ -366,17 +366,25 @@ void stream_push_rows(struct stream *s, const char *name, int32_t n_tiles, int32
     pthread_mutex_unlock(&s->mutex);
 }
 
-void stream_push_target_logprobs(struct stream *s, int32_t first, int32_t n, const float *logprobs)
+void stream_push_targets(struct stream *s, int32_t first, int32_t n,
+                         const struct token_logprob *values)
 {
-    if (first < 0 || n < 0 || first > s->n_prompt - n)
-        BUG("target log-probabilities %d … %d of %d", first, first + n, s->n_prompt);
     pthread_mutex_lock(&s->mutex);
-    if (!s->done) {
-        if (!s->target_logprobs)
-            s->target_logprobs = xcalloc((size_t)s->n_prompt, sizeof(float));
-        memcpy(s->target_logprobs + first, logprobs, (size_t)n * sizeof(float));
+    int32_t known = s->n_targets_so_far - first, n_new = n - known;
+    if (first < 0 || n < 0 || known < 0)
+        BUG("target log-probabilities %d … %d after %d", first, first + n, s->n_targets_so_far);
+    if (s->done || n_new <= 0) {
+        pthread_mutex_unlock(&s->mutex);
+        return;
     }
-    pthread_mutex_unlock(&s->mutex);
+    if (s->targets_capacity - s->n_targets < n_new) {
+        s->targets_capacity = s->n_targets + s->n_targets / 2 + n_new;
+        s->targets = xrealloc(s->targets, (size_t)s->targets_capacity, sizeof(*s->targets));
+    }
+    memcpy(s->targets + s->n_targets, values + known, (size_t)n_new * sizeof(*values));
+    s->n_targets += n_new;
+    s->n_targets_so_far += n_new;
+    unlock_with_news(s);
 }
 
 void stream_finish(struct stream *s, const struct error *error, const struct usage *u,
@@ -436,6 +444,10 @@ int stream_drain(struct stream *s, struct stream_delta *out)
     for (int32_t i = 0; i < s->n_candidates; i++)
         if (s->candidates[i].has_news)
             take_candidate(&s->candidates[i], i, &out->candidates[out->n_candidates++]);
+    out->targets = s->targets;
+    out->n_targets = s->n_targets;
+    s->targets = NULL;
+    s->n_targets = s->targets_capacity = 0;
     out->started = s->started;
     s->started = 0;
     out->done = s->done;
@@ -445,11 +457,8 @@ int stream_drain(struct stream *s, struct stream_delta *out)
         out->timing = s->timing;
         out->tensors = s->tensors;
         out->n_tensors = s->n_tensors;
-        out->target_logprobs = s->target_logprobs;
-        out->n_target_logprobs = s->target_logprobs ? s->n_prompt : 0;
         s->tensors = NULL;
         s->n_tensors = 0;
-        s->target_logprobs = NULL;
     }
     pthread_mutex_unlock(&s->mutex);
     return 1;
@@ -464,6 +473,6 @@ void stream_delta_release(struct stream_delta *d)
     }
     free(d->candidates);
     free_tensors(d->tensors, d->n_tensors);
-    free(d->target_logprobs);
+    free(d->targets);
     memset(d, 0, sizeof(*d));
 }

@@ -1,7 +1,7 @@
 /*
  * The way back: from the engine (pushes tokens) to one RPC (drains). Its mutex owns its state; two
  * references, one a side. The engine never blocks here; a slow reader makes deltas gather (they are
- * coalesced), bounded by max_tokens.
+ * coalesced), bounded by max_tokens and the prompt's targets.
  *
  * Text is made here at push time, so that a stop string ends a candidate within the step that
  * completed it: each candidate has its detokenizer, and text that may be the beginning of a stop
@@ -65,8 +65,8 @@ struct stream_delta {
     struct timing timing;
     struct stream_tensor *tensors; // with done, Forward
     int n_tensors;
-    float *target_logprobs; // [n_ids of the prompt], with done, when targets were given
-    int32_t n_target_logprobs;
+    struct token_logprob *targets; // [n_targets] of each target in its order: itself, then the
+    int32_t n_targets;             // request's n_target_top best; those since the last drain
 };
 
 /* Of a filled-in request (stop strings and flags are copied). One reference, meant for r->stream;
@@ -104,7 +104,10 @@ void stream_finish_candidate(struct stream *s, int32_t candidate, enum finish_re
  * dropped and the request ends RESOURCE_EXHAUSTED. Rows out of range or of another width: BUG(). */
 void stream_push_rows(struct stream *s, const char *name, int32_t n_tiles, int32_t first_row,
                       int32_t n_rows_total, int32_t n_rows, int32_t n_cols, const float *data);
-void stream_push_target_logprobs(struct stream *s, int32_t first, int32_t n, const float *logprobs);
+/* Values [first, first + n) of the request's targets, counted from its first one's; ones that came
+ * before (a prompt computed again) are left out, a gap is a BUG(). */
+void stream_push_targets(struct stream *s, int32_t first, int32_t n,
+                         const struct token_logprob *values);
 /* The last call: error code ERROR_OK (or NULL) for success. Later pushes are ignored. */
 void stream_finish(struct stream *s, const struct error *error, const struct usage *u,
                    const struct timing *t);

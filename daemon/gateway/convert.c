@@ -450,6 +450,30 @@ static int convert_distribution(const struct convert *c, const Internvl__V1__Sam
     return 0;
 }
 
+/* targets[i] = ids[i + 1]: what Forward with the prompt as labels would score. */
+static int convert_prompt_logprobs(const struct convert *c, const Internvl__V1__SamplingParams *w,
+                                   struct request *r, struct error *err)
+{
+    int32_t k = (int32_t)w->prompt_logprobs, vocab = c->model->text.vocab_size, *targets;
+
+    if (!w->_prompt_logprobs_case)
+        return 0;
+    if (w->prompt_logprobs > TOP_LOGPROBS_MAX)
+        return refuse(err, "prompt_logprobs", w->prompt_logprobs, "at most 20");
+    if (r->inputs_embeds)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "sampling.prompt_logprobs cannot be used with inputs_embeds: there are no "
+                         "tokens to score");
+    targets = arena_alloc(&r->arena, (size_t)r->n_ids, sizeof(*targets));
+    if (!targets)
+        return out_of_memory(err);
+    for (int32_t i = 0; i < r->n_ids; i++)
+        targets[i] = i + 1 < r->n_ids ? r->ids[i + 1] : -1;
+    r->targets = targets;
+    r->n_target_top = k < vocab ? k : vocab;
+    return 0;
+}
+
 /* What draws at random, and what is told token by token, has no meaning for beams. */
 static int refuse_with_beams(const Internvl__V1__SamplingParams *w, const struct sampling *s,
                              struct error *err)
@@ -617,7 +641,8 @@ int convert_sampling(const struct convert *c, const Internvl__V1__SamplingParams
     const Internvl__V1__SamplingParams *w = wire ? wire : &unset;
 
     if (convert_distribution(c, w, &r->sampling, err) || convert_beams(w, r, err) ||
-        convert_counts(c, w, r, err) || convert_stops(c, w, r, err) || convert_bias(c, w, r, err))
+        convert_counts(c, w, r, err) || convert_stops(c, w, r, err) || convert_bias(c, w, r, err) ||
+        convert_prompt_logprobs(c, w, r, err))
         return -1;
     r->ignore_eos = w->ignore_eos;
     r->include_stop_str = w->include_stop_str_in_output;

@@ -18,6 +18,7 @@
 
 #define TRACE_FROM_NS 1000 // most looks at a stream find nothing new: no spans of the timeline
 #define CHUNK_BYTES ((size_t)1 << 20) // of a tensor, in one message
+#define CHUNK_LOGPROBS 2048           // of a prompt, the best included, in one message
 
 struct outgoing { // a tensor on its way
     const struct stream_tensor *tensor;
@@ -41,12 +42,15 @@ struct reply {
     char **stops;           // [n_stops]
     uint32_t outputs;       // enum output
     int32_t *ids, *targets; // [n_ids]; targets NULL without labels
-    int32_t n_ids, n_image_tokens;
-    size_t request_bytes; // counted in the gateway's
+    int32_t n_ids, n_image_tokens, n_target_top;
+    float *token_logprobs; // [n_ids] with targets, for Forward: of targets[i]; 0 where none
+    size_t request_bytes;  // counted in the gateway's
 
     /* the completion thread's */
     int is_closed, is_started_sent, is_done; // is_done: the stream has nothing more
     int has_delta, next, is_header_sent;     // `next` candidate or tensor of the delta
+    int32_t next_value;                      // of the delta's targets
+    int32_t next_position;                   // of the prompt, whose target comes next
     size_t offset;                           // bytes of that tensor already sent
     struct stream_delta delta;
     struct outgoing *tensors; // [n_tensors]
@@ -148,7 +152,18 @@ static void keep_request(struct reply *r, const struct request *q, const struct 
     if (q->targets) {
         r->targets = arena_alloc(a, n_ids, sizeof(*r->targets));
         memcpy(r->targets, q->targets, n_ids * sizeof(*r->targets));
+        r->token_logprobs = arena_alloc(a, n_ids, sizeof(*r->token_logprobs));
+        memset(r->token_logprobs, 0, n_ids * sizeof(*r->token_logprobs));
+        r->n_target_top = q->n_target_top;
     }
+}
+
+/* What a reader that does not read can make gather in the stream, before the first token. */
+static size_t targets_bytes(const struct request *q)
+{
+    size_t n_each = 1 + (size_t)q->n_target_top;
+
+    return q->targets ? (size_t)q->n_ids * n_each * sizeof(struct token_logprob) : 0;
 }
 
 /* Room for the request among all others; given back by reply_free(). */
@@ -178,7 +193,8 @@ void reply_submit(struct reply *r, struct request *request, const struct media_p
     request->deadline_ns = rpc_call_deadline_ns(r->call);
     request->stream = stream_new(request, processor_tokenizer(g->processor), rpc_wake, r->call);
     r->stream = stream_ref(request->stream);
-    if (take_room(r, request->arena.used_bytes, &err) || engine_submit(g->engine, request, &err)) {
+    if (take_room(r, request->arena.used_bytes + targets_bytes(request), &err) ||
+        engine_submit(g->engine, request, &err)) {
         request_free(request);
         stream_mute(r->stream);
         stream_unref(r->stream);
@@ -242,6 +258,26 @@ static void wire_logprob(const struct reply *r, Internvl__V1__TokenLogprob *out,
     out->token.len = n;
 }
 
+static Internvl__V1__PositionLogprobs *wire_position(const struct reply *r,
+                                                     const struct token_logprob *token,
+                                                     const struct token_logprob *top, size_t n_top,
+                                                     struct arena *a)
+{
+    Internvl__V1__PositionLogprobs *p = arena_alloc(a, 1, sizeof(*p));
+    Internvl__V1__TokenLogprob *tokens = arena_alloc(a, n_top + 1, sizeof(*tokens));
+
+    internvl__v1__position_logprobs__init(p);
+    wire_logprob(r, &tokens[n_top], token);
+    p->chosen = &tokens[n_top];
+    p->n_top = n_top;
+    p->top = arena_alloc(a, n_top, sizeof(*p->top));
+    for (size_t k = 0; k < n_top; k++) {
+        wire_logprob(r, &tokens[k], &top[k]);
+        p->top[k] = &tokens[k];
+    }
+    return p;
+}
+
 static Internvl__V1__PositionLogprobs **
 wire_logprobs(const struct reply *r, const struct candidate_delta *c, struct arena *a)
 {
@@ -250,22 +286,39 @@ wire_logprobs(const struct reply *r, const struct candidate_delta *c, struct are
 
     for (int32_t i = 0; i < c->n_ids; i++) {
         const struct sample_result *s = &c->logprobs[i];
-        size_t n_top = (size_t)s->n_top;
-        Internvl__V1__PositionLogprobs *p = arena_alloc(a, 1, sizeof(*p));
-        Internvl__V1__TokenLogprob *tokens = arena_alloc(a, n_top + 1, sizeof(*tokens));
 
-        internvl__v1__position_logprobs__init(p);
-        wire_logprob(r, &tokens[n_top], &s->token);
-        p->chosen = &tokens[n_top];
-        p->n_top = n_top;
-        p->top = arena_alloc(a, n_top, sizeof(*p->top));
-        for (size_t k = 0; k < n_top; k++) {
-            wire_logprob(r, &tokens[k], &s->top[k]);
-            p->top[k] = &tokens[k];
-        }
-        positions[i] = p;
+        positions[i] = wire_position(r, &s->token, s->top, (size_t)s->n_top, a);
     }
     return positions;
+}
+
+/* Writes the next of the prompt's log-probabilities in the delta; 0 when none is left. */
+static int write_next_targets(struct reply *r)
+{
+    Internvl__V1__GenerateResponse response = INTERNVL__V1__GENERATE_RESPONSE__INIT;
+    Internvl__V1__PromptLogprobs message = INTERNVL__V1__PROMPT_LOGPROBS__INIT;
+    int32_t n_each = 1 + r->n_target_top, n = (r->delta.n_targets - r->next_value) / n_each;
+    struct arena a;
+
+    if (n == 0)
+        return 0;
+    n = n < CHUNK_LOGPROBS / n_each ? n : CHUNK_LOGPROBS / n_each;
+    arena_init(&a, SIZE_MAX / 4);
+    message.first_position = (uint32_t)r->next_position + 1;
+    message.n_positions = (size_t)n;
+    message.positions = arena_alloc(&a, (size_t)n, sizeof(*message.positions));
+    for (int32_t i = 0; i < n; i++) {
+        const struct token_logprob *t = r->delta.targets + r->next_value;
+
+        message.positions[i] = wire_position(r, t, t + 1, (size_t)r->n_target_top, &a);
+        r->next_value += n_each;
+    }
+    r->next_position += n;
+    response.event_case = INTERNVL__V1__GENERATE_RESPONSE__EVENT_PROMPT_LOGPROBS;
+    response.prompt_logprobs = &message;
+    rpc_write(r->call, &response.base);
+    arena_release(&a);
+    return 1;
 }
 
 static void write_candidate(struct reply *r, const struct candidate_delta *c)
@@ -554,18 +607,13 @@ static void wire_loss(const struct reply *r, Internvl__V1__ForwardDone *done)
     double sum = 0;
     int64_t n = 0;
 
-    if (!r->targets || !r->delta.target_logprobs)
-        return;
-    for (int32_t i = 0; i < r->delta.n_target_logprobs && i < r->n_ids; i++) {
+    for (int32_t i = 0; r->targets && i < r->n_ids; i++)
         if (r->targets[i] >= 0) {
-            sum += r->delta.target_logprobs[i];
+            sum += r->token_logprobs[i];
             n++;
-        } else {
-            r->delta.target_logprobs[i] = 0;
         }
-    }
-    done->n_token_logprobs = (size_t)r->delta.n_target_logprobs;
-    done->token_logprobs = r->delta.target_logprobs;
+    done->n_token_logprobs = r->targets ? (size_t)r->n_ids : 0;
+    done->token_logprobs = r->token_logprobs;
     if (n) {
         done->_loss_case = INTERNVL__V1__FORWARD_DONE___LOSS_LOSS;
         done->loss = -sum / (double)n;
@@ -603,14 +651,24 @@ static void reply_finish(struct reply *r)
         finish_forward(r);
 }
 
+/* A Forward's log-probabilities wait for its end. */
+static void keep_targets(struct reply *r)
+{
+    for (int32_t i = 0; i < r->delta.n_targets; r->next_position++)
+        if (r->targets[r->next_position] >= 0)
+            r->token_logprobs[r->next_position] = r->delta.targets[i++].logprob;
+}
+
 /* The next delta of the stream; 0 when there is none now. */
 static int take_delta(struct reply *r)
 {
     if (r->is_done || !stream_drain(r->stream, &r->delta))
         return 0;
     r->has_delta = 1;
-    r->next = 0;
+    r->next = r->next_value = 0;
     r->is_done = r->delta.done;
+    if (r->kind == REPLY_FORWARD)
+        keep_targets(r);
     if (r->kind == REPLY_FORWARD && r->is_done && r->delta.error.code == ERROR_OK)
         choose_tensors(r);
     return 1;
@@ -635,7 +693,8 @@ static void reply_write_next(struct reply *r)
         if (r->kind == REPLY_GENERATE && !r->is_started_sent) {
             r->is_started_sent = 1;
             write_started(r);
-        } else if (r->kind == REPLY_GENERATE ? !write_next_candidate(r) : !write_next_chunk(r)) {
+        } else if (r->kind == REPLY_GENERATE ? !write_next_targets(r) && !write_next_candidate(r)
+                                             : !write_next_chunk(r)) {
             if (r->is_done) {
                 reply_finish(r);
                 return;

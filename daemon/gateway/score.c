@@ -6,7 +6,6 @@
  * PASSES_AT_ONCE together, so that one call neither fills the queue nor waits for each. Made on the
  * completion thread, filled in by a processor thread, then the completion thread's; frees itself.
  */
-#include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +23,8 @@ struct pass {
     int is_done;
     uint32_t *scored_ids; // [n_scored] in the prompt's arena
     float *logprobs;      // [n_scored]
+    uint32_t *ranks;      // [n_scored]
+    int32_t n_taken;
 };
 
 struct score {
@@ -105,7 +106,8 @@ static int pass_alloc(struct pass *p, int32_t n_ids, int32_t n_scored, struct ar
     p->targets = arena_alloc(a, (size_t)n_ids, sizeof(*p->targets));
     p->scored_ids = arena_alloc(a, (size_t)n_scored, sizeof(*p->scored_ids));
     p->logprobs = arena_alloc(a, (size_t)n_scored, sizeof(*p->logprobs));
-    if (!p->ids || !p->targets || !p->scored_ids || !p->logprobs)
+    p->ranks = arena_alloc(a, (size_t)n_scored, sizeof(*p->ranks));
+    if (!p->ids || !p->targets || !p->scored_ids || !p->logprobs || !p->ranks)
         return out_of_memory(err);
     return 0;
 }
@@ -298,21 +300,17 @@ static int begin_pass(struct score *s, struct pass *p, struct error *err)
 
 static int take_logprobs(struct pass *p, const struct stream_delta *d, struct error *err)
 {
-    int32_t k = 0;
-
     if (d->error.code) {
         *err = d->error;
         return -1;
     }
-    for (int32_t i = 0; i < d->n_target_logprobs; i++)
-        if (p->targets[i] >= 0) {
-            p->logprobs[k] = d->target_logprobs[i];
-            if (!isfinite(p->logprobs[k++]))
-                return error_set(err, ERROR_INTERNAL,
-                                 "the model produced a value that is not finite");
-        }
-    if (k != p->n_scored)
-        return error_set(err, ERROR_INTERNAL, "%d of %d tokens were scored", k, p->n_scored);
+    for (int32_t i = 0; i < d->n_targets && p->n_taken < p->n_scored; i++) {
+        p->logprobs[p->n_taken] = d->targets[i].logprob;
+        p->ranks[p->n_taken++] = (uint32_t)d->targets[i].rank;
+    }
+    if (d->done && p->n_taken != p->n_scored)
+        return error_set(err, ERROR_INTERNAL, "%d of %d tokens were scored", p->n_taken,
+                         p->n_scored);
     return 0;
 }
 
@@ -331,9 +329,9 @@ static int drain_passes(struct score *s, struct error *err)
                 s->n_done++;
                 s->usage = d.usage;
                 s->timing = d.timing;
-                if (rc == 0)
-                    rc = take_logprobs(p, &d, err);
             }
+            if (rc == 0)
+                rc = take_logprobs(p, &d, err);
             stream_delta_release(&d);
         }
     }
@@ -343,11 +341,15 @@ static int drain_passes(struct score *s, struct error *err)
 static void wire_pass(const struct pass *p, Internvl__V1__ContinuationScore *out)
 {
     internvl__v1__continuation_score__init(out);
-    out->n_token_ids = out->n_token_logprobs = (size_t)p->n_scored;
+    out->n_token_ids = out->n_token_logprobs = out->n_token_ranks = (size_t)p->n_scored;
     out->token_ids = p->scored_ids;
     out->token_logprobs = p->logprobs;
-    for (int32_t i = 0; i < p->n_scored; i++)
+    out->token_ranks = p->ranks;
+    out->is_greedy = 1;
+    for (int32_t i = 0; i < p->n_scored; i++) {
         out->sum_logprob += p->logprobs[i];
+        out->is_greedy &= p->ranks[i] == 1;
+    }
     out->mean_logprob = out->sum_logprob / p->n_scored;
 }
 

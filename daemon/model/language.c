@@ -384,11 +384,25 @@ static int32_t find_needed(struct step *s)
         m->needed[b->samples[i].row] = 1;
     for (int32_t r = 0; r < b->n_tokens; r++) {
         int captured = b->want_logits[r] && (b->captures[m->sequence_of[r]] & CAPTURE_LOGITS);
-        s->out->n_targets = b->targets[r] >= 0 ? b->n_tokens : s->out->n_targets;
         if (m->needed[r] || captured || b->targets[r] >= 0)
             m->needed[n++] = r; // n <= r: only marks already read are overwritten
     }
     return n;
+}
+
+/* The target of a row, and the best there, behind those of the rows before it. */
+static void finish_target(struct step *s, int32_t row)
+{
+    struct language_model *m = s->m;
+    int32_t k = s->batch->target_tops[row], n = s->out->n_targets;
+    if (k > m->config->vocab_size)
+        die("%d best of %d tokens are asked for", k, m->config->vocab_size);
+    if (n + 1 + k > m->targets_capacity) {
+        m->targets_capacity = 2 * (n + 1 + k);
+        m->targets = xrealloc(m->targets, (size_t)m->targets_capacity, sizeof(*m->targets));
+    }
+    sampler_score(m->targets + n, k, m->row, m->config->vocab_size, s->batch->targets[row]);
+    s->out->n_targets += 1 + k;
 }
 
 /* One row of logits, whole: its target, its samples. */
@@ -396,11 +410,8 @@ static void finish_row(struct step *s, int32_t row)
 {
     struct language_model *m = s->m;
     const struct batch *b = s->batch;
-    int32_t target = b->targets[row], finite = 1;
-    if (target >= 0 && target < m->config->vocab_size) {
-        double log_sum = sampler_log_sum_exp(m->row, m->config->vocab_size, &finite);
-        m->target_logprobs[row] = (float)(m->row[target] - log_sum);
-    }
+    if (b->targets[row] >= 0)
+        finish_target(s, row);
     for (int32_t i = 0; i < b->n_samples; i++)
         if (b->samples[i].row == row)
             sampler_draw(&m->sampler, &m->samples[i], m->row, &b->samples[i], b);
@@ -451,7 +462,6 @@ static void finish(struct step *s)
         m->samples_capacity = batch->n_samples;
         m->samples = xrealloc(m->samples, (size_t)m->samples_capacity, sizeof(*m->samples));
     }
-    memset(m->target_logprobs, 0, (size_t)s->out->n_targets * sizeof(float));
     for (int32_t first = 0; first < n_needed; first += LANGUAGE_LOGIT_ROWS) {
         int32_t n = n_needed - first;
         n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
@@ -473,7 +483,7 @@ static void finish(struct step *s)
         return;
     s->out->n_samples = batch->n_samples;
     s->out->samples = m->samples;
-    s->out->target_logprobs = m->target_logprobs;
+    s->out->targets = m->targets;
 }
 
 void language_forward(struct language_model *m, const struct batch *batch,

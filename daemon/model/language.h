@@ -81,12 +81,13 @@ struct language_model {
     size_t scratch_bytes, weight_bytes;
 
     /* Host memory of a step. */
-    float *host_cos, *host_sin;   // [max_tokens, head_dim / 2]
-    float *inv_freq, *grown_freq; // [head_dim / 2] of short sequences; of one long one
-    float rope_scale;             // of cos and sin
-    float *host_logits;           // [T, n_logit_rows, vocab.n]
-    float *row;                   // [vocab_size]
-    float *target_logprobs;       // [max_tokens]
+    float *host_cos, *host_sin;    // [max_tokens, head_dim / 2]
+    float *inv_freq, *grown_freq;  // [head_dim / 2] of short sequences; of one long one
+    float rope_scale;              // of cos and sin
+    float *host_logits;            // [T, n_logit_rows, vocab.n]
+    float *row;                    // [vocab_size]
+    struct token_logprob *targets; // [targets_capacity]
+    int32_t targets_capacity;
     int32_t *needed, *feature_tokens, *feature_from; // [max_tokens]
     int32_t *sequence_of;                            // [max_tokens]
     struct sample_result *samples;                   // [samples_capacity]
@@ -98,7 +99,7 @@ struct language_model {
 struct language_output {
     int32_t n_samples, n_targets;
     const struct sample_result *samples; // [n_samples] in the order of the batch's
-    const float *target_logprobs;        // [n_targets = n_tokens, or 0]; 0 where no target
+    const struct token_logprob *targets; // [n_targets] as in step_result
 };
 
 /* Rows that lm_head takes at once. */

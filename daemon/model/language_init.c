@@ -112,7 +112,6 @@ static void allocate_host(struct language_model *m)
     m->feature_from = xcalloc(n, sizeof(int32_t));
     m->sequence_of = xcalloc(n, sizeof(int32_t));
     m->needed = xcalloc(n, sizeof(int32_t));
-    m->target_logprobs = xcalloc(n, sizeof(float));
     if (m->stage != m->n_stages - 1 || m->shard != 0)
         return;
     m->host_logits = xcalloc(rows * (size_t)m->cut.vocab.n, (size_t)m->n_shards * sizeof(float));
@@ -171,10 +170,9 @@ void language_release(struct language_model *m)
     if (!b)
         return;
     sampler_release(&m->sampler);
-    void *host[] = {m->samples,   m->row,         m->host_logits,  m->target_logprobs,
-                    m->needed,    m->sequence_of, m->feature_from, m->feature_tokens,
-                    m->inv_freq,  m->grown_freq,  m->host_sin,     m->host_cos,
-                    m->kv_of_head};
+    void *host[] = {m->samples,     m->row,          m->host_logits,    m->targets,  m->needed,
+                    m->sequence_of, m->feature_from, m->feature_tokens, m->inv_freq, m->grown_freq,
+                    m->host_sin,    m->host_cos,     m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
     expert_scratch_free_host(&m->scratch.experts);

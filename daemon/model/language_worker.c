@@ -37,7 +37,7 @@ static void step(struct language_model *m, struct control *c, const struct messa
                             .compute_ns = worker_now_ns() - start,
                             .wait_ns = waited_ns(m->comm) - waited,
                             .samples = out.samples,
-                            .target_logprobs = out.target_logprobs,
+                            .targets = out.targets,
                             .captured = captures->items};
     log_debug("language", "step %llu: %d tokens, %d sequences in %.2f ms, %.2f waiting",
               (unsigned long long)b.step_id, b.n_tokens, b.n_sequences, (double)r.compute_ns / 1e6,

@@ -110,6 +110,19 @@ static int32_t rank_of(int32_t id, const float *logits, int32_t n)
     return rank;
 }
 
+void sampler_score(struct token_logprob *out, int32_t k, const float *logits, int32_t n, int32_t id)
+{
+    int finite;
+    double log_sum = sampler_log_sum_exp(logits, n, &finite);
+    if (!finite || id < 0 || id >= n) {
+        for (int32_t i = 0; i <= k; i++)
+            out[i] = (struct token_logprob){.id = id, .logprob = NAN};
+        return;
+    }
+    out[0] = (struct token_logprob){id, (float)(logits[id] - log_sum), rank_of(id, logits, n)};
+    top_logprobs(out + 1, k, logits, n, log_sum);
+}
+
 /* vllm/model_executor/layers/utils.py apply_penalties(): repetition over prompt and output ids
  * (divide what is positive, multiply what is not), then frequency and presence over output ids. */
 static void apply_penalties(struct sampler *s, const struct sample_row *row, const struct batch *b)

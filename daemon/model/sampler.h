@@ -39,6 +39,11 @@ void sampler_release(struct sampler *s); // accepts a zeroed struct
 void sampler_draw(struct sampler *s, struct sample_result *out, const float *logits,
                   const struct sample_row *row, const struct batch *b);
 
+/* out[0] is `id`, out[1 … k] are the k best of logits [n], k <= n; of the model's own distribution.
+ * NaN, all of them, when a logit is NaN or infinite or `id` is outside the vocabulary. */
+void sampler_score(struct token_logprob *out, int32_t k, const float *logits, int32_t n,
+                   int32_t id);
+
 /* log(sum(exp(logits))) in double; *finite 0 when a logit is NaN or infinite. */
 double sampler_log_sum_exp(const float *logits, int32_t n, int *finite);
 

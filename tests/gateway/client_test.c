@@ -26,7 +26,7 @@ static struct internvl_client *client;
 struct sheet {
     char text[16384];
     size_t n_text;
-    int n_started, n_deltas, n_done, n_ids, n_positions;
+    int n_prompt, n_started, n_deltas, n_done, n_ids, n_positions;
     int stop_after; // deltas; 0: never
     struct internvl_cancel *cancel_at_first;
     enum internvl_finish_reason finish;
@@ -42,6 +42,10 @@ static int take(void *arg, const struct internvl_event *e)
     case INTERNVL_STARTED:
         s->n_started++;
         assert_true(e->started.request_id[0] != '\0');
+        break;
+    case INTERNVL_PROMPT:
+        assert_int_equal(e->prompt.first_position, s->n_prompt + 1);
+        s->n_prompt += (int)e->prompt.n_positions;
         break;
     case INTERNVL_DELTA:
         s->n_deltas++;
@@ -111,7 +115,7 @@ static void test_generate(void **state)
     struct sheet s = {0};
     struct internvl_error err = {0};
     ask(&q, 0);
-    q.request.sampling.set |= INTERNVL_LOGPROBS;
+    q.request.sampling.set |= INTERNVL_LOGPROBS | INTERNVL_PROMPT_LOGPROBS;
     assert_int_equal(internvl_generate(client, &q.request, NULL, take, &s, &err), 0);
     assert_int_equal(err.code, INTERNVL_OK);
     assert_string_equal(s.text, WHOLE);
@@ -119,6 +123,7 @@ static void test_generate(void **state)
     assert_int_equal(s.n_done, 1);
     assert_int_equal(s.finish, INTERNVL_FINISH_STOP);
     assert_int_equal(s.n_positions, s.n_ids);
+    assert_int_equal(s.n_prompt, s.usage.prompt_tokens - 1);
     assert_int_equal(s.usage.completion_tokens, s.n_ids);
     assert_true(s.usage.image_tokens > 0);
 }

@@ -87,10 +87,17 @@ class Candidate:
     score: float | None = None
 
 
+def position_bits(positions):
+    return tuple((x.token_id, x.rank, struct.pack("<f", x.logprob).hex())
+                 for p in positions for x in [p.chosen, *p.top])
+
+
 @dataclasses.dataclass
 class Answer:
     candidates: dict = dataclasses.field(default_factory=dict)
     n_deltas: int = 0
+    prompt_logprobs: list = dataclasses.field(default_factory=list)  # from the prompt's second token on
+    n_prompt_messages: int = 0
     started: object = None
     done: object = None
 
@@ -99,6 +106,11 @@ class Answer:
         if kind == "started":
             assert self.started is None and self.n_deltas == 0, "Started is not first"
             self.started = event.started
+        elif kind == "prompt_logprobs":
+            assert self.started is not None and self.n_deltas == 0, "prompt_logprobs outside Started … deltas"
+            assert event.prompt_logprobs.first_position == len(self.prompt_logprobs) + 1, "a gap in the prompt"
+            self.prompt_logprobs += event.prompt_logprobs.positions
+            self.n_prompt_messages += 1
         elif kind == "done":
             assert self.done is None, "two Dones"
             self.done = event.done
@@ -136,11 +148,9 @@ class Answer:
         """Ids and the bits of every log-probability, of all candidates: what must not change."""
         out = []
         for index, c in sorted(self.candidates.items()):
-            floats = []
-            for position in c.logprobs:
-                for x in [position.chosen, *position.top]:
-                    floats.append((x.token_id, x.rank, struct.pack("<f", x.logprob).hex()))
-            out.append((index, tuple(c.ids), c.text, c.finish, tuple(floats)))
+            out.append((index, tuple(c.ids), c.text, c.finish, position_bits(c.logprobs)))
+        if self.prompt_logprobs:
+            out.append(("prompt", position_bits(self.prompt_logprobs)))
         return out
 
 
@@ -243,4 +253,4 @@ def main():
 
 
 __all__ = ["Answer", "Client", "Code", "DaemonTest", "Picture", "ROOT", "SANITIZED", "SERVICE", "Video", "at_once",
-           "chat", "example", "examples", "main", "part", "pb", "pb_grpc", "unittest", "user"]
+           "chat", "example", "examples", "main", "part", "pb", "pb_grpc", "position_bits", "unittest", "user"]

@@ -61,6 +61,11 @@ class Command(DaemonTest):
         several = json.loads(self.internvl(*draw, "--json"))
         self.assertEqual(len(several["candidates"]), 3)
         self.assertIn("logprob", self.internvl("ask", "--logprobs", 1, "Write rat in capital letters."))
+        said = ["ask", "--prompt-logprobs", 2, "Write rat in capital letters."]
+        a = json.loads(self.internvl(*said, "--json"))
+        self.assertEqual(len(a["prompt_logprobs"]), a["usage"]["prompt_tokens"] - 1)
+        self.assertEqual([x["rank"] for x in a["prompt_logprobs"][0]["top"]], [1, 2])
+        self.assertIn("token of the prompt  (best: token logprob)", self.internvl(*said))
 
     def test_failures(self):
         with tempfile.NamedTemporaryFile(suffix=".png") as f:

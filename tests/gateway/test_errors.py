@@ -50,6 +50,8 @@ def cases():
                                                        data=bytes(4 * 3 * 112 * 112)))), {}
     yield "tensor whose bytes do not fit its shape", INVALID, pb.Prompt(tokens=pb.TokenPrompt(
         token_ids=[1016] * 16, pixel_values=pb.Tensor(shape=[1, 3, 112, 112], dtype="float32", data=b"1234"))), {}
+    yield "prompt_logprobs of inputs_embeds", INVALID, pb.Prompt(tokens=pb.TokenPrompt(inputs_embeds=pb.Tensor(
+        shape=[1, WIDTH], dtype="float32", data=bytes(4 * WIDTH)))), {"prompt_logprobs": 1}
     for what, ids, shape, values in (("of another width", [], [2, 3], [0.0] * 6), ("beside ids", [1], [1, 1], [0.0]),
                                      ("without rows", [], [0, WIDTH], []), ("cut short", [], [2, WIDTH], [0.0]),
                                      ("not finite", [], [1, WIDTH], [math.nan] * WIDTH),
@@ -64,7 +66,7 @@ def cases():
                         ("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan),
                         ("presence_penalty", 3.0), ("frequency_penalty", -math.inf), ("max_tokens", 0),
                         ("max_tokens", 100000), ("max_tokens", 2**32 - 1), ("min_tokens", 100000),
-                        ("logprobs", 1000), ("stop", [""]), ("stop", ["x"] * 1000),
+                        ("logprobs", 1000), ("prompt_logprobs", 21), ("stop", [""]), ("stop", ["x"] * 1000),
                         ("stop_token_ids", [99999]), ("stop_token_ids", list(range(1000)))):
         shown = value if not isinstance(value, list) or len(value) < 3 else f"{len(value)} of them"
         sampling = {name: value, **({"temperature": 1.0} if name == "n" else {})}

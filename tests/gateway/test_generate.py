@@ -5,7 +5,8 @@ import math
 
 import grpc
 
-from support import Answer, Code, DaemonTest, Picture, ROOT, at_once, chat, example, examples, main, pb, user
+from support import (Answer, Code, DaemonTest, Picture, ROOT, at_once, chat, example, examples, main, pb,
+                     position_bits, user)
 
 STOP, LENGTH = pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH
 END = 994  # <|im_end|> of the demo model
@@ -126,6 +127,44 @@ class Generate(DaemonTest):
         logits -= numpy.log(numpy.exp(logits).sum(1, keepdims=True))
         for i, (token_id, position) in enumerate(zip(a.ids, a.logprobs)):
             self.assertAlmostEqual(position.chosen.logprob, logits[len(prompt) - 1 + i, token_id], delta=1e-3)
+
+    def test_prompt_logprobs(self):
+        """Of every token of the prompt but the first; what one pass over it gives; whatever is cached, and for all n."""
+        import numpy
+        prompt = chat(example("scene-three.png"), "Describe the image.")
+        ids = list(self.client.tokenize(chat=prompt.chat).token_ids)
+        _, done = self.client.forward(prompt, [], labels=ids)
+        self.client.generate(prompt, max_tokens=1)  # its pages are cached
+        expected = None
+        for fields in (dict(prompt_logprobs=0), dict(prompt_logprobs=3), dict(prompt_logprobs=20),
+                       dict(prompt_logprobs=3, n=3, temperature=1.0, seed=2), dict(prompt_logprobs=3, num_beams=3)):
+            a = self.client.generate(prompt, max_tokens=5, **fields)
+            k = fields["prompt_logprobs"]
+            self.assertEqual([p.chosen.token_id for p in a.prompt_logprobs], ids[1:])
+            self.assertEqual([p.chosen.logprob for p in a.prompt_logprobs], list(done.token_logprobs[:-1]))
+            self.assertEqual(a.done.usage.cached_tokens, 0)
+            for p in a.prompt_logprobs:
+                self.assertEqual([x.rank for x in p.top], list(range(1, k + 1)))
+                self.assertTrue(p.chosen in p.top if p.chosen.rank <= k else p.chosen not in p.top)
+            if k == 3:
+                expected = expected or position_bits(a.prompt_logprobs)
+                self.assertEqual(position_bits(a.prompt_logprobs), expected, fields)
+        self.assertGreater(self.client.generate(prompt, max_tokens=1).done.usage.cached_tokens, 0)
+        self.assertEqual(self.client.generate(prompt, max_tokens=5).prompt_logprobs, [])
+        one = pb.Prompt(tokens=pb.TokenPrompt(token_ids=[5]))
+        self.assertEqual(self.client.generate(one, prompt_logprobs=2, max_tokens=1).prompt_logprobs, [])
+
+    def test_prompt_logprobs_come_in_messages(self):
+        """As long a prompt as there can be, with the most at each position: several messages, none over 1 MiB."""
+        n = self.client.model().limits.max_model_len - 2
+        prompt = pb.Prompt(tokens=pb.TokenPrompt(token_ids=[5 + i % 900 for i in range(n)]))
+        sizes = []
+        for event in self.client.start(prompt, 120, prompt_logprobs=20, max_tokens=2):
+            if event.WhichOneof("event") == "prompt_logprobs":
+                sizes.append((len(event.prompt_logprobs.positions), event.ByteSize()))
+        self.assertEqual(sum(x for x, _ in sizes), n - 1)
+        self.assertGreater(len(sizes), (n - 1) // 98)
+        self.assertLess(max(x for _, x in sizes), 1 << 20)
 
     def test_n_and_seed(self):
         draw = dict(temperature=1.5, n=4, seed=7, logprobs=2)

@@ -46,6 +46,8 @@ class Score(DaemonTest):
             self.assertEqual(list(answer.scores[0].token_ids), drawn.ids)
             self.assertEqual(bits(answer.scores[0].token_logprobs), expected)
             self.assertEqual(bits(answer.scores[1].token_logprobs), expected[:1])
+            self.assertTrue(answer.scores[0].is_greedy and answer.scores[1].is_greedy)
+            self.assertEqual(list(answer.scores[0].token_ranks), [1] * len(drawn.ids))
             self.assertAlmostEqual(answer.scores[0].sum_logprob, sum(x.chosen.logprob for x in drawn.logprobs))
             self.assertAlmostEqual(answer.scores[0].mean_logprob, answer.scores[0].sum_logprob / len(drawn.ids))
             self.assertEqual(answer.usage.completion_tokens, len(drawn.ids) + 1)
@@ -61,6 +63,19 @@ class Score(DaemonTest):
             self.assertEqual(bits(score.token_logprobs), bits(alone.scores[i % 6 if i >= 6 else 0].token_logprobs))
         best = max(range(6), key=lambda i: together.scores[i].sum_logprob)
         self.assertEqual(words[best], "yellow")
+
+    def test_ranks(self):
+        """Ranks are those of the whole row of logits; one token that greedy would not say is enough."""
+        prompt = chat("Write rat in capital letters.")
+        drawn = self.client.generate(prompt, temperature=0, ignore_eos=True, max_tokens=4)
+        ids = list(self.client.tokenize(chat=prompt.chat).token_ids)
+        for continuation in (drawn.ids, drawn.ids[:2] + [7, 8], [9, *drawn.ids]):
+            tensors, _ = self.client.forward(pb.Prompt(tokens=pb.TokenPrompt(token_ids=ids + continuation)), ["logits"])
+            rows = tensors["logits"].reshape(len(ids) + len(continuation), -1)[len(ids) - 1:-1]
+            expected = [int((row > row[i]).sum() + (row[:i] == row[i]).sum()) + 1 for row, i in zip(rows, continuation)]
+            score, = self.score(prompt, [continuation]).scores
+            self.assertEqual(list(score.token_ranks), expected)
+            self.assertEqual(score.is_greedy, continuation == drawn.ids)
 
     def test_labels(self):
         prompt = chat(example("scene-two.png"), "Describe the image.")
@@ -134,7 +149,10 @@ class Score(DaemonTest):
         for word, a, b in zip(words, got["scores"], expected.scores, strict=True):
             self.assertEqual((a["text"], a["token_ids"]), (word, list(b.token_ids)))
             self.assertEqual(bits(a["token_logprobs"]), bits(b.token_logprobs))
-        self.assertIn("a blue star", self.internvl("score", "--image", scene, QUESTION, *words))
+            self.assertEqual((a["token_ranks"], a["is_greedy"]), (list(b.token_ranks), b.is_greedy))
+        table = self.internvl("score", "--image", scene, QUESTION, *words)
+        for word, greedy in (("yellow", "yes|no"), ("a blue star", "no")):
+            self.assertRegex(table, rf"(?m) (?:{greedy})  {word}$")
         table = self.internvl("embed", "--image", scene, "--tensor", "mean", "--tensor", "tile_mean", "x")
         for name in ("mean", "tile_mean"):
             self.assertRegex(table, rf"(?m)^{name} ")

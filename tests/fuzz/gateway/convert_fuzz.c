@@ -76,6 +76,7 @@ static void check_request(const struct request *r)
         require(r->stop_strings[i].n_bytes > 0 && r->stop_strings[i].n_bytes <= LIMIT_STOP_BYTES);
     for (int32_t i = 0; r->targets && i < r->n_ids; i++)
         require(r->targets[i] >= -1 && r->targets[i] < model.text.vocab_size);
+    require(r->n_target_top >= 0 && r->n_target_top <= TOP_LOGPROBS_MAX);
 }
 
 /* 1 when r has a prompt. A chat stands for ten tokens here: the processor has its own fuzz target.
@@ -89,7 +90,8 @@ static int read_prompt(const struct convert *c, const Internvl__V1__Prompt *p, s
         if (convert_conversation(p->chat, a, &conversation, err))
             return 0;
         r->n_ids = 10;
-        return 1;
+        r->ids = arena_alloc(&r->arena, 10, sizeof(*r->ids));
+        return r->ids != NULL;
     }
     return p && p->input_case == INTERNVL__V1__PROMPT__INPUT_TOKENS &&
            convert_token_prompt(c, p->tokens, r, err) == 0;

@@ -193,6 +193,21 @@ def features_of(config, size):
     return (side // merged) ** 2 if side * side == n and side % merged == 0 else 0
 
 
+def check_prompt_logprobs(client, layout, prompt, ids, logits, report):
+    """log_softmax of the golden logits: of the prompt's next token, and of the best five by their ids."""
+    rows = logits.reshape(-1, logits.shape[-1]).astype(numpy.float64)
+    rows = rows - rows.max(1, keepdims=True)
+    rows = (rows - numpy.log(numpy.exp(rows).sum(1, keepdims=True)))[:-1]
+    next_ids = ids[len(ids) - len(rows):]
+    got = client.generate(prompt, prompt_logprobs=5, max_tokens=1).prompt_logprobs[-len(rows):]
+    own = [p.chosen.logprob if p.chosen.token_id == i else numpy.nan for p, i in zip(got, next_ids)]
+    report.compare(layout, "prompt_logprobs", numpy.array(own), rows[numpy.arange(len(rows)), next_ids], "logits")
+    best = numpy.array([[x.logprob for x in p.top] for p in got])
+    named = numpy.array([row[[x.token_id for x in p.top]] for p, row in zip(got, rows)])
+    report.compare(layout, "prompt_logprobs.top", best, named, "logits")
+    report.compare(layout, "prompt_logprobs.order", best, -numpy.sort(-rows, 1)[:, :5], "logits")
+
+
 def check_language(client, layout, goldens, report, config):
     """Embeddings after the scatter, hidden states, cache, logits, logits_to_keep, the loss."""
     lm, scalars, pixels = goldens["lm"], goldens["scalars"], goldens["vision"]["pixel_values"]
@@ -222,6 +237,7 @@ def check_language(client, layout, goldens, report, config):
     else:
         n_tail = lm["logits_tail"].shape[1]
         report.compare(layout, "logits_tail", None if logits is None else logits[-n_tail:], lm["logits_tail"], "logits")
+    check_prompt_logprobs(client, layout, prompt, ids, lm["logits"] if "logits" in lm else lm["logits_tail"], report)
     loss = done.loss if done.HasField("loss") else None
     report.compare(layout, "loss", None if loss is None else numpy.array([loss]), numpy.array([scalars["loss"]]),
                    "logits")

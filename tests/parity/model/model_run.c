@@ -48,6 +48,7 @@ void batch_begin(struct batch_builder *b, const float *features, int32_t n_featu
                               .positions = b->positions,
                               .feature_rows = b->feature_rows,
                               .targets = b->targets,
+                              .target_tops = b->target_tops,
                               .want_logits = b->want_logits,
                               .query_start = b->query_start,
                               .context_len = b->context_len,

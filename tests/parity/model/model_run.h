@@ -30,6 +30,7 @@ struct language_limits model_run_limits(void);
 struct batch_builder {
     struct batch batch;
     int32_t token_ids[RUN_MAX_TOKENS], feature_rows[RUN_MAX_TOKENS], targets[RUN_MAX_TOKENS];
+    uint8_t target_tops[RUN_MAX_TOKENS];
     float positions[RUN_MAX_TOKENS];
     uint8_t want_logits[RUN_MAX_TOKENS];
     int32_t query_start[RUN_MAX_SEQUENCES + 1], context_len[RUN_MAX_SEQUENCES],

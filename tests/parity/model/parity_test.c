@@ -155,7 +155,8 @@ static float *check_vision(struct check *c, struct model_run *r, const char *dir
 }
 
 static void check_loss(struct check *c, const struct safetensors *golden, const char *dir,
-                       const char *goldens, const int32_t *ids, int64_t n, const float *logprobs)
+                       const char *goldens, const int32_t *ids, int64_t n,
+                       const struct token_logprob *scored)
 {
     int64_t n_labels = 0, n_nll = 0;
     int64_t *labels = golden_ints(golden, "labels", &n_labels);
@@ -163,14 +164,14 @@ static void check_loss(struct check *c, const struct safetensors *golden, const 
     double sum = 0, sum_all = 0, worst = 0;
     int n_used = 0;
     for (int64_t i = 0; i + 1 < n; i++) {
-        sum_all -= logprobs[i];
+        sum_all -= scored[i].logprob;
         if (labels[i + 1] == -100)
             continue;
         if (labels[i + 1] != ids[i + 1])
             die("%s: a label is not the next id", c->name);
-        sum -= logprobs[i];
+        sum -= scored[i].logprob;
         n_used++;
-        worst = fmax(worst, fabs(-logprobs[i] - (double)nll[i]));
+        worst = fmax(worst, fabs(-scored[i].logprob - (double)nll[i]));
     }
     record(c, KIND_LOGITS, "token_nll", worst);
     record(c, KIND_LOSS, "loss", fabs(sum / n_used - golden_scalar(dir, goldens, "loss")));
@@ -249,7 +250,7 @@ static void check_language(struct check *c, struct model_run *r, const char *dir
         record(c, KIND_LOGITS, "logits_tail",
                n_rows == n ? largest_difference(logits + n * vocab - n_tail, tail, n_tail)
                            : INFINITY);
-    check_loss(c, &golden, dir, goldens, ids, n, out.target_logprobs);
+    check_loss(c, &golden, dir, goldens, ids, n, out.targets);
     free(logits);
     free(tail);
     free(ids);

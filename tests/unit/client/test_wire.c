@@ -57,7 +57,7 @@ static void test_sampling_fields(void **state)
     struct internvl_generate_request r = {
         .request_id = "abc",
         .priority = -3,
-        .sampling = {.set = 0x1fff,
+        .sampling = {.set = 0x1fff | INTERNVL_PROMPT_LOGPROBS,
                      .temperature = 0.5f,
                      .top_p = 0.25f,
                      .top_k = 40,
@@ -71,6 +71,7 @@ static void test_sampling_fields(void **state)
                      .min_tokens = 2,
                      .skip_special_tokens = 0,
                      .logprobs = 3,
+                     .prompt_logprobs = 4,
                      .ignore_eos = 1,
                      .include_stop_str_in_output = 1,
                      .stop = stop,
@@ -92,6 +93,7 @@ static void test_sampling_fields(void **state)
     assert_int_equal(s->max_tokens, 9);
     assert_int_equal(s->min_tokens, 2);
     assert_int_equal(s->logprobs, 3);
+    assert_int_equal(s->prompt_logprobs, 4);
     assert_int_equal(s->_skip_special_tokens_case,
                      INTERNVL__V1__SAMPLING_PARAMS___SKIP_SPECIAL_TOKENS_SKIP_SPECIAL_TOKENS);
     assert_false(s->skip_special_tokens);
@@ -197,6 +199,18 @@ static void test_events(void **state)
     assert_int_equal(e.delta.n_logprobs, 1);
     assert_true(e.delta.logprobs[0].top[0].logprob == -0.75f);
     assert_int_equal(e.delta.logprobs[0].chosen.n_token_bytes, 2);
+
+    Internvl__V1__PromptLogprobs prompt = INTERNVL__V1__PROMPT_LOGPROBS__INIT;
+    prompt.first_position = 7;
+    prompt.positions = positions;
+    prompt.n_positions = 1;
+    m.event_case = INTERNVL__V1__GENERATE_RESPONSE__EVENT_PROMPT_LOGPROBS;
+    m.prompt_logprobs = &prompt;
+    assert_int_equal(wire_read_event(&pool, &m, &e, &err), 0);
+    assert_int_equal(e.kind, INTERNVL_PROMPT);
+    assert_int_equal(e.prompt.first_position, 7);
+    assert_int_equal(e.prompt.positions[0].chosen.rank, 2);
+    assert_int_equal(e.prompt.positions[0].n_top, 1);
 
     Internvl__V1__GenerateDone done = INTERNVL__V1__GENERATE_DONE__INIT; // no usage, no timing
     m.event_case = INTERNVL__V1__GENERATE_RESPONSE__EVENT_DONE;

@@ -74,6 +74,8 @@ struct call {
     char stop[8];          // "": none
     struct answer answers[MAX_N];
     int may_be_cancelled, may_be_late, started, done;
+    struct token_logprob targets[3 * MAX_MODEL_LEN];
+    int32_t n_targets;
     struct stream_delta last; // with the end
 };
 
@@ -130,6 +132,9 @@ static void drain_call(struct call *c)
     struct stream_delta d;
     while (!c->done && stream_drain(c->stream, &d)) {
         c->started |= d.started;
+        check(c->n_targets + d.n_targets <= 3 * MAX_MODEL_LEN);
+        for (int32_t i = 0; i < d.n_targets; i++)
+            c->targets[c->n_targets++] = d.targets[i];
         for (int i = 0; i < d.n_candidates; i++) {
             const struct candidate_delta *x = &d.candidates[i];
             struct answer *a = &c->answers[x->candidate];
@@ -386,6 +391,7 @@ static void test_forward(void)
         want[i] = i % 7 == 0 || i > 90;
     }
     r->targets = targets;
+    r->n_target_top = 2;
     r->want_logits = want;
     r->want_image_features = 1;
     r->captures = CAPTURE_EMBEDS | CAPTURE_HIDDEN_STATES | CAPTURE_LOGITS;
@@ -412,9 +418,11 @@ static void test_forward(void)
     check(t->n_rows == 2 * MAX_TILES && t->n_cols == 1 && t->n_tiles == MAX_TILES);
     for (int32_t i = 0; i < MAX_TILES; i++)
         check(t->data[2 * i] == (float)(i + 1) && t->data[2 * i + 1] == (float)-(i + 1));
-    check(c.last.n_target_logprobs == 100);
-    for (int32_t i = 0; i < 100; i++)
-        check(c.last.target_logprobs[i] == (i % 5 == 0 ? 0 : (float)-i));
+    check(c.n_targets == 3 * 80); // of four in five rows: the target and two more
+    for (int32_t i = 0, k = 0; i < 100; i++)
+        for (int32_t j = 0; i % 5 != 0 && j < 3; j++, k++)
+            check(c.targets[k].id == i && c.targets[k].logprob == (float)-i &&
+                  c.targets[k].rank == j);
     stream_delta_release(&c.last);
 }
 

@@ -225,10 +225,11 @@ static int answer_batch(struct fake_language *f, struct control *c, const struct
     struct batch b;
     batch_unpack(&b, m);
     float *x = xcalloc((size_t)b.n_tokens, sizeof(*x));
-    float *targets = xcalloc((size_t)b.n_tokens, sizeof(*targets));
+    struct token_logprob *targets =
+        xcalloc((size_t)b.n_tokens * (1 + TOP_LOGPROBS_MAX), sizeof(*targets));
     struct sample_result *samples = xcalloc((size_t)b.n_samples + 1, sizeof(*samples));
     struct step_result r = {.step_id = b.step_id, .stage = f->topology->stage};
-    int alive = 1, has_targets = 0;
+    int alive = 1, n_targets = 0;
     if (f->topology->shard == 0) {
         pass_features(f, &b, x);
         write_cache(f, &b, x);
@@ -242,15 +243,16 @@ static int answer_batch(struct fake_language *f, struct control *c, const struct
         alive &= !(is_last(f) && has_token(&b, i, TOKEN_DIE));
     }
     for (int32_t i = 0; i < b.n_tokens; i++) {
-        targets[i] = b.targets[i] < 0 ? 0 : -(float)b.targets[i];
-        has_targets |= b.targets[i] >= 0;
+        for (int32_t k = 0; b.targets[i] >= 0 && k <= b.target_tops[i]; k++)
+            targets[n_targets++] = (struct token_logprob){
+                .id = b.targets[i], .logprob = -(float)b.targets[i], .rank = k};
     }
     if (is_last(f) && f->topology->shard == 0) {
         draw(f, &b, samples);
         r.n_samples = b.n_samples;
         r.samples = samples;
-        r.n_targets = has_targets ? b.n_tokens : 0;
-        r.target_logprobs = targets;
+        r.n_targets = n_targets;
+        r.targets = targets;
     }
     if (f->topology->shard == 0 && alive)
         control_reply(c, step_result_pack(&r));

@@ -290,6 +290,37 @@ static void test_cancel(void **state)
     stream_unref(s);
 }
 
+/* Rows computed again come once; what has gathered is handed over and not kept. */
+static void test_targets(void **state)
+{
+    (void)state;
+    struct request *r = new_request(NULL, 0);
+    struct stream *s = stream_new(r, NULL, NULL, NULL);
+    struct stream_delta d;
+    struct token_logprob values[6];
+    for (int32_t i = 0; i < 6; i++)
+        values[i] = (struct token_logprob){.id = i, .logprob = (float)-i, .rank = 1};
+    stream_push_targets(s, 0, 2, values);
+    stream_push_targets(s, 2, 1, values + 2);
+    assert_true(stream_drain(s, &d));
+    assert_int_equal(d.n_targets, 3);
+    assert_int_equal(d.targets[2].id, 2);
+    stream_delta_release(&d);
+    stream_push_targets(s, 0, 2, values);
+    assert_false(stream_drain(s, &d));
+    stream_push_targets(s, 1, 5, values + 1);
+    stream_finish(s, NULL, &no_usage, &no_timing);
+    stream_push_targets(s, 6, 1, values);
+    assert_true(stream_drain(s, &d));
+    assert_true(d.done);
+    assert_int_equal(d.n_targets, 3);
+    for (int32_t i = 0; i < 3; i++)
+        assert_int_equal(d.targets[i].id, 3 + i);
+    stream_delta_release(&d);
+    stream_unref(s);
+    request_free(r);
+}
+
 static void test_tensors(void **state)
 {
     (void)state;
@@ -301,7 +332,6 @@ static void test_tensors(void **state)
     stream_push_rows(s, "logits", 0, 0, 3, 1, 2, rows);
     stream_push_rows(s, "logits", 0, 0, 3, 1, 2, rows);
     stream_push_rows(s, "features", 2, 0, 1, 1, 1, rows);
-    stream_push_target_logprobs(s, 2, 2, rows);
     push_id(s, 0, 5, 0);
     assert_drained(s, "", 1); // tensors come with the end
     stream_finish(s, NULL, &no_usage, &no_timing);
@@ -313,8 +343,6 @@ static void test_tensors(void **state)
     const float expected[] = {1, 2, 1, 2, 3, 4};
     assert_memory_equal(d.tensors[0].data, expected, sizeof(expected));
     assert_int_equal(d.tensors[1].n_tiles, 2);
-    assert_int_equal(d.n_target_logprobs, 4);
-    assert_true(d.target_logprobs[0] == 0 && d.target_logprobs[3] == 2);
     stream_delta_release(&d);
     stream_unref(s);
 
@@ -405,6 +433,7 @@ int main(void)
         cmocka_unit_test(test_random_stops),
         cmocka_unit_test(test_coalescing_and_notify),
         cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_targets),
         cmocka_unit_test(test_tensors),
         cmocka_unit_test(test_threads),
     };

@@ -67,6 +67,8 @@ static enum error_code sample(const sampling_params *w, int do_sample, struct re
 
     m.do_sample = do_sample;
     r->n_ids = PROMPT;
+    r->ids = arena_alloc(&r->arena, PROMPT, sizeof(*r->ids));
+    memset(r->ids, 0, PROMPT * sizeof(*r->ids));
     int result = convert_sampling(&c, w, r, &err);
     assert_true(result == (err.code ? -1 : 0));
     if (out)
@@ -131,6 +133,8 @@ static void test_ranges(void **state)
     assert_int_equal(TRY(n, N, UINT32_MAX), ERROR_INVALID_ARGUMENT);
     assert_int_equal(TRY(logprobs, LOGPROBS, 20), ERROR_OK);
     assert_int_equal(TRY(logprobs, LOGPROBS, 21), ERROR_INVALID_ARGUMENT);
+    assert_int_equal(TRY(prompt_logprobs, PROMPT_LOGPROBS, 20), ERROR_OK);
+    assert_int_equal(TRY(prompt_logprobs, PROMPT_LOGPROBS, 21), ERROR_INVALID_ARGUMENT);
     assert_int_equal(TRY(max_tokens, MAX_TOKENS, 0), ERROR_INVALID_ARGUMENT);
     assert_int_equal(TRY(max_tokens, MAX_TOKENS, CONTEXT - PROMPT), ERROR_OK);
     assert_int_equal(TRY(max_tokens, MAX_TOKENS, CONTEXT - PROMPT + 1), ERROR_INVALID_ARGUMENT);

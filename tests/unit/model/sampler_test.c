@@ -95,6 +95,27 @@ static void logprobs_of_the_raw_distribution(void **state)
     assert_int_equal(draw(logits, &row, &b).n_top, VOCAB);
 }
 
+static void scores_of_a_given_token(void **state)
+{
+    (void)state;
+    float logits[VOCAB] = {0, 2, 1, 2, -1, 0};
+    double sum = 2 * exp(2) + exp(1) + 2 + exp(-1);
+    struct token_logprob out[3];
+    const int32_t rank[VOCAB] = {4, 1, 3, 2, 6, 5}; // of equals the lower id is first
+    for (int32_t id = 0; id < VOCAB; id++) {
+        sampler_score(out, 2, logits, VOCAB, id);
+        assert_int_equal(out[0].id, id);
+        assert_int_equal(out[0].rank, rank[id]);
+        assert_true(fabs(out[0].logprob - (logits[id] - log(sum))) < 1e-6);
+        assert_true(out[1].id == 1 && out[2].id == 3 && out[2].rank == 2);
+    }
+    sampler_score(out, 0, logits, VOCAB, VOCAB);
+    assert_true(isnan(out[0].logprob));
+    logits[4] = NAN;
+    sampler_score(out, 2, logits, VOCAB, 1);
+    assert_true(isnan(out[0].logprob) && isnan(out[1].logprob) && isnan(out[2].logprob));
+}
+
 static void penalties(void **state)
 {
     (void)state;
@@ -279,6 +300,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(greedy_takes_the_lowest_of_equals),
         cmocka_unit_test(logprobs_of_the_raw_distribution),
+        cmocka_unit_test(scores_of_a_given_token),
         cmocka_unit_test(penalties),
         cmocka_unit_test(bans_and_bias),
         cmocka_unit_test(temperature_shapes_the_distribution),

@@ -28,7 +28,7 @@ static struct batch example(void)
     static const int32_t token_ids[] = {5, 151667, 7, 9};
     static const float positions[] = {0, 1, 1.5f, 40};
     static const int32_t feature_rows[] = {-1, 1, -1, -1}, targets[] = {-1, -1, 7, -1};
-    static const uint8_t want_logits[] = {0, 0, 1, 1};
+    static const uint8_t want_logits[] = {0, 0, 1, 1}, target_tops[] = {0, 0, 2, 0};
     static const int32_t query_start[] = {0, 3, 4}, context_len[] = {3, 41}, rope_len[] = {3, 41};
     static const uint32_t captures[] = {CAPTURE_LOGITS | CAPTURE_EMBEDS, 0};
     static const int32_t page_start[] = {0, 1, 4}, pages[] = {8, 2, 3, 11};
@@ -64,6 +64,7 @@ static struct batch example(void)
         .positions = positions,
         .feature_rows = feature_rows,
         .targets = targets,
+        .target_tops = target_tops,
         .want_logits = want_logits,
         .query_start = query_start,
         .context_len = context_len,
@@ -97,6 +98,7 @@ static void check_equal(const struct batch *a, const struct batch *b)
     assert_same_array(*a, *b, positions, a->n_tokens);
     assert_same_array(*a, *b, feature_rows, a->n_tokens);
     assert_same_array(*a, *b, targets, a->n_tokens);
+    assert_same_array(*a, *b, target_tops, a->n_tokens);
     assert_same_array(*a, *b, want_logits, a->n_tokens);
     assert_same_array(*a, *b, query_start, a->n_sequences + 1);
     assert_same_array(*a, *b, context_len, a->n_sequences);
@@ -178,16 +180,17 @@ static struct message *example_result(void)
                                                     .token = {11, -0.25f, 2},
                                                     .n_top = 2,
                                                     .top = {{12, -0.125f, 1}, {11, -0.25f, 2}}}};
+    static const struct token_logprob targets[] = {{11, -0.5f, 3}, {12, -0.25f, 1}};
     const struct step_result r = {
         .step_id = 77,
         .stage = 1,
         .n_samples = 1,
-        .n_targets = 4,
+        .n_targets = 2,
         .n_captured = 3,
         .compute_ns = 5,
         .wait_ns = 3,
         .samples = samples,
-        .target_logprobs = rows,
+        .targets = targets,
         .captured = captured,
     };
     return step_result_pack(&r);
@@ -207,8 +210,9 @@ static void test_step_result_round_trip(void **state)
     assert_int_equal(r.samples[0].token.id, 11);
     assert_int_equal(r.samples[0].n_top, 2);
     assert_int_equal(r.samples[0].top[0].id, 12);
-    assert_int_equal(r.n_targets, 4);
-    assert_memory_equal(r.target_logprobs, rows, 4 * sizeof(float));
+    assert_int_equal(r.n_targets, 2);
+    assert_int_equal(r.targets[0].rank, 3);
+    assert_true(r.targets[1].id == 12 && r.targets[1].logprob == -0.25f);
     check_captured(r.captured, r.n_captured);
     step_result_release(&r);
     step_result_release(&r);
@@ -399,8 +403,8 @@ static unsigned use_result(const struct message *m)
 {
     struct step_result r;
     step_result_unpack(&r, m);
-    unsigned sum =
-        use_captured(r.captured, r.n_captured) + sum_of(r.target_logprobs, r.n_targets * 4);
+    unsigned sum = use_captured(r.captured, r.n_captured) +
+                   sum_of(r.targets, r.n_targets * (int64_t)sizeof(*r.targets));
     step_result_release(&r);
     return sum;
 }
