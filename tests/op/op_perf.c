@@ -154,6 +154,43 @@ static void perf_matmul(const struct limits *limits, const char *what, enum dtyp
     free(w.data);
 }
 
+/* The same weight in each format of --quantization, in turn, for one row: bytes are those packed.
+ */
+static void perf_formats(const struct limits *limits, int n, int k)
+{
+    static const enum weight_format formats[] = {WEIGHT_INT8, WEIGHT_INT4, WEIGHT_NF4, WEIGHT_FP4};
+    struct matmul_case c = {.b = limits->b, .x = op_case_matrix(1, k), .y = op_case_matrix(1, n)};
+    struct tensor w = op_case_matrix(n, k);
+    for (int f = 0; f < 4; f++) {
+        struct quantized q = {.format = formats[f], .out_dim = n, .in_dim = k};
+        q.group_size = f == 0 ? k : f == 1 ? 128 : BITSANDBYTES_GROUP;
+        q.n_groups = k / q.group_size;
+        q.codes = xcalloc((size_t)n * (size_t)k, 1);
+        q.scales = xcalloc((size_t)n * (size_t)q.n_groups, sizeof(float));
+        for (int64_t g = 0; g < n * q.n_groups; g++)
+            q.scales[g] = quantize_group(q.format, (float *)w.data + g * q.group_size, q.group_size,
+                                         0, q.codes + g * q.group_size);
+        c.n_copies = (int)(256e6 * 8 / weight_format_bits(q.format) / n / k) + 1;
+        c.n_copies = c.n_copies > N_COPIES_MAX ? N_COPIES_MAX : c.n_copies;
+        for (int i = 0; i < c.n_copies; i++) {
+            c.l[i] = (struct linear){.out_dim = n, .in_dim = k, .dtype = DTYPE_BF16, .n_lanes = 1};
+            c.l[i].lane_start[1] = k;
+            op_linear_pack_quantized(c.b, &c.l[i], &q, NULL);
+        }
+        double s = time_of(run_matmul, &c), rate = (double)c.l[0].packed_bytes / s;
+        printf("  %-22s %-8s M %4d N %6d K %5d: %9.1f us %6.1f GB/s (%3.0f %%)\n", "quantised",
+               weight_format_name(q.format), 1, n, k, s * 1e6, rate * 1e-9,
+               100 * rate / limits->bytes_per_s);
+        for (int i = 0; i < c.n_copies; i++)
+            op_linear_free(c.b, &c.l[i]);
+        free(q.codes);
+        free(q.scales);
+    }
+    free(c.x.data);
+    free(c.y.data);
+    free(w.data);
+}
+
 struct attention_case {
     struct backend *b;
     struct tensor q, k, v, out;
@@ -279,6 +316,8 @@ int op_perf(int n_threads)
             perf_paged(&l, t, 512, 512);
             perf_paged(&l, t, 512, 4096);
         }
+        perf_formats(&l, 9728, 896);
+        perf_formats(&l, 2048, 8192);
         perf_full(&l);
         perf_rows(&l);
         backend_close(l.b);
