@@ -155,7 +155,7 @@ int internvl_generate_start(struct internvl_queue *q, const struct internvl_gene
     state->on_event = on_event;
     state->on_end = on_end;
     state->arg = arg;
-    struct rpc_handlers h = {generate_message, generate_end, state};
+    struct rpc_handlers h = {generate_message, generate_end, NULL, state};
     int rc = rpc_start(q->channel, q->rpc, SERVICE "Generate", &wire_generate(&pool, r)->base, o,
                        &h, err);
     wire_pool_release(&pool);
@@ -229,7 +229,9 @@ void internvl_forward_result_release(struct internvl_forward_result *r)
 
 struct unary_state {
     const ProtobufCMessageDescriptor *type;
-    void *answer; // unpacked, or NULL
+    void *answer;        // unpacked, or NULL
+    rpc_on_next on_next; // of a request that is a stream, with its `arg`
+    void *arg;
 };
 
 static int unary_message(void *arg, const uint8_t *bytes, size_t n_bytes,
@@ -242,13 +244,22 @@ static int unary_message(void *arg, const uint8_t *bytes, size_t n_bytes,
     return s->answer ? 0 : -1;
 }
 
-/* The unpacked answer (caller discards), or NULL and `err`. */
-static void *run_unary(struct internvl_client *c, const char *method,
-                       const ProtobufCMessage *request, const ProtobufCMessageDescriptor *type,
-                       const struct internvl_call_options *o, struct internvl_error *err)
+static const ProtobufCMessage *unary_next(void *arg)
 {
-    struct unary_state s = {.type = type};
-    int rc = rpc_run(c->channel, method, request, o, unary_message, &s, err);
+    struct unary_state *s = arg;
+    return s->on_next(s->arg);
+}
+
+/* A request of several messages, or of one (on_next NULL), that has one answer: the unpacked answer
+ * (caller discards), or NULL and `err`. */
+static void *run_stream(struct internvl_client *c, const char *method,
+                        const ProtobufCMessage *first, rpc_on_next on_next, void *arg,
+                        const ProtobufCMessageDescriptor *type,
+                        const struct internvl_call_options *o, struct internvl_error *err)
+{
+    struct unary_state s = {.type = type, .on_next = on_next, .arg = arg};
+    int rc = rpc_run_stream(c->channel, method, first, on_next ? unary_next : NULL, o,
+                            unary_message, &s, err);
     if (rc == 0 && !s.answer)
         rc = rpc_error(err, INTERNVL_INTERNAL, "the server sent no answer");
     if (rc && s.answer) {
@@ -256,6 +267,13 @@ static void *run_unary(struct internvl_client *c, const char *method,
         s.answer = NULL;
     }
     return s.answer;
+}
+
+static void *run_unary(struct internvl_client *c, const char *method,
+                       const ProtobufCMessage *request, const ProtobufCMessageDescriptor *type,
+                       const struct internvl_call_options *o, struct internvl_error *err)
+{
+    return run_stream(c, method, request, NULL, NULL, type, o, err);
 }
 
 int internvl_score(struct internvl_client *c, const struct internvl_score_request *r,
@@ -311,6 +329,24 @@ void internvl_tokenize_result_release(struct internvl_tokenize_result *r)
     free(r->text);
     free(r->media);
     memset(r, 0, sizeof(*r));
+}
+
+int internvl_upload_media(struct internvl_client *c, const struct internvl_upload *r,
+                          const struct internvl_call_options *o, struct internvl_upload_result *out,
+                          struct internvl_error *err)
+{
+    memset(out, 0, sizeof(*out));
+    if (r->kind != INTERNVL_IMAGE && r->kind != INTERNVL_VIDEO)
+        return rpc_error(err, INTERNVL_INVALID_ARGUMENT, "only a picture or video is uploaded");
+    struct wire_upload u;
+    Internvl__V1__UploadMediaResponse *m =
+        run_stream(c, SERVICE "UploadMedia", wire_upload_first(&u, r), wire_upload_next, &u,
+                   &internvl__v1__upload_media_response__descriptor, o, err);
+    if (!m)
+        return -1;
+    int rc = wire_read_upload(m, out, err);
+    discard(m);
+    return rc;
 }
 
 int internvl_get_model(struct internvl_client *c, const struct internvl_call_options *o,

@@ -27,7 +27,8 @@ enum { // bits of a subcommand
     BENCH = 1024,
     SCORE = 64,
     EMBED = 128,
-    ANY = 2047,
+    UPLOAD = 2048,
+    ANY = 4095,
     GENERATE = ASK | CHAT | EVALUATE | BENCH,
     PROMPT = ASK | FORWARD | TOKENIZE | SCORE | EMBED,
     MEDIA = PROMPT | CHAT | EVALUATE | BENCH,
@@ -42,8 +43,10 @@ static const struct subcommand {
     {"ask", ASK, command_ask, "\"QUESTION\"", "ask one question, print the answer as it comes",
      "Pictures and videos come first, in the order given, then the question."},
     {"chat", CHAT, command_chat, "", "talk: several turns, the daemon sees all of them",
-     "Reads one message a line from standard input. /image FILE and /video FILE add to the next\n"
-     "message, /reset forgets everything, /quit (or the end of the input) leaves."},
+     "Reads one message a line from standard input. /image FILE and /video FILE (or media:ID of "
+     "an\n"
+     "upload) add to the next message, /reset forgets everything, /quit (or the end of the input) "
+     "leaves."},
     {"forward", FORWARD, command_forward, "[\"QUESTION\"]",
      "one pass without generating: tensors and loss of a prompt",
      "Prints a line a tensor. --output writes them all as one safetensors file."},
@@ -55,6 +58,14 @@ static const struct subcommand {
      "Prints a line a tensor. --output writes them all as one safetensors file."},
     {"tokenize", TOKENIZE, command_tokenize, "[\"TEXT\"]", "text to token ids, or ids to text",
      "Plain text goes past the chat template, unless --chat or a picture asks for it."},
+    {"upload", UPLOAD, command_upload, "FILE...", "leave pictures and videos with the daemon",
+     "Prints a line a file: media:ID, which --image or --video of the other commands takes in "
+     "place "
+     "of\n"
+     "a file. PNG, JPEG and WebP files are pictures, all others videos. The daemon forgets what "
+     "has "
+     "not\n"
+     "been used for a while (--media-ttl)."},
     {"info", INFO, command_info, "", "model, limits, ranks and memory of the daemon", NULL},
     {"evaluate", EVALUATE, command_evaluate, "FILE.jsonl",
      "questions with known answers: accuracy per category",
@@ -112,10 +123,10 @@ static const struct option {
     size_t set_offset; // of the `set` mask, where mask is not 0
     uint32_t mask;
 } options[] = {
-    {"image", "FILE", MEDIA & ~EVALUATE, KIND_IMAGE, "a PNG, JPEG or WebP file; may be repeated", 0,
-     0, 0},
+    {"image", "FILE", MEDIA & ~EVALUATE, KIND_IMAGE,
+     "a PNG, JPEG or WebP file, or media:ID of an upload; may be repeated", 0, 0, 0},
     {"video", "FILE", MEDIA & ~EVALUATE, KIND_VIDEO,
-     "an mp4, webm, mkv or gif file; may be repeated", 0, 0, 0},
+     "an mp4, webm, mkv or gif file, or media:ID of an upload; may be repeated", 0, 0, 0},
     {"system", "TEXT", MEDIA & ~EVALUATE, KIND_STRING, "a system message before the first turn",
      AT(system), 0, 0},
     {"min-patches", "N", MEDIA, KIND_U32, "smallest number of tiles of a picture",

@@ -87,6 +87,7 @@ int command_forward(struct internvl_client *c, const struct command_options *o);
 int command_score(struct internvl_client *c, const struct command_options *o);
 int command_embed(struct internvl_client *c, const struct command_options *o);
 int command_tokenize(struct internvl_client *c, const struct command_options *o);
+int command_upload(struct internvl_client *c, const struct command_options *o);
 int command_info(struct internvl_client *c, const struct command_options *o);
 int command_evaluate(struct internvl_client *c, const struct command_options *o);
 int command_bench(struct internvl_client *c, const struct command_options *o);

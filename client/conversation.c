@@ -10,6 +10,7 @@
 #include "client/rpc.h"
 
 #define MAX_FILE_BYTES ((size_t)1 << 30)
+#define MEDIA_PREFIX "media:"
 
 char *read_file(const char *path, size_t *n_bytes, struct internvl_error *err)
 {
@@ -84,14 +85,16 @@ void conversation_add_text(struct conversation *c, const char *text)
 int conversation_add_file(struct conversation *c, const char *path, int is_video,
                           const struct command_options *o, struct internvl_error *err)
 {
-    size_t n_bytes;
-    char *bytes = read_file(path, &n_bytes, err);
-    if (!bytes)
+    size_t n_bytes = 0, n_prefix = strlen(MEDIA_PREFIX);
+    const char *media_id = strncmp(path, MEDIA_PREFIX, n_prefix) == 0 ? path + n_prefix : NULL;
+    char *bytes = media_id ? NULL : read_file(path, &n_bytes, err);
+    if (!bytes && !media_id)
         return -1;
     struct internvl_part *part = add_part(c);
     part->kind = is_video ? INTERNVL_VIDEO : INTERNVL_IMAGE;
     part->data = bytes;
     part->n_bytes = n_bytes;
+    part->media_id = media_id ? copy_string(media_id) : NULL;
     part->tiling = o->tiling;
     part->video = o->video;
     return 0;
@@ -112,6 +115,7 @@ static void release_message(struct internvl_message *m)
     for (size_t i = 0; i < m->n_parts; i++) {
         free((void *)m->parts[i].text);
         free((void *)m->parts[i].data);
+        free((void *)m->parts[i].media_id);
     }
     free((void *)m->parts);
     free((void *)m->role);

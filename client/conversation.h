@@ -16,7 +16,7 @@ struct conversation { // {0} is empty
 };
 
 void conversation_add_message(struct conversation *c, const char *role);
-/* To the last message. */
+/* To the last message. A path "media:ID" is what was uploaded under ID. */
 void conversation_add_text(struct conversation *c, const char *text);
 int conversation_add_file(struct conversation *c, const char *path, int is_video,
                           const struct command_options *o, struct internvl_error *err);

@@ -76,6 +76,8 @@ static void print_limits(const struct internvl_limits *l)
     print_count("logit biases", l->max_logit_bias);
     print_count("continuations", l->max_continuations);
     print_count("beams", l->max_num_beams);
+    print_bytes("upload", l->max_media_bytes);
+    print_count("uploads at once", l->max_uploads);
 }
 
 enum { N_COLUMNS = 9 };
@@ -128,6 +130,8 @@ static void write_limits(struct json_out *j, const struct internvl_limits *l)
     json_uint(j, "max_message_bytes", l->max_message_bytes);
     json_uint(j, "max_image_pixels", l->max_image_pixels);
     json_uint(j, "max_media", l->max_media);
+    json_uint(j, "max_media_bytes", l->max_media_bytes);
+    json_uint(j, "max_uploads", l->max_uploads);
     json_uint(j, "max_tiles", l->max_tiles);
     json_uint(j, "max_frames", l->max_frames);
     json_uint(j, "max_model_len", l->max_model_len);

@@ -116,6 +116,7 @@ struct internvl_part {
     const char *text; // INTERNVL_TEXT: UTF-8, NUL-terminated
     const void *data; // INTERNVL_IMAGE, INTERNVL_VIDEO: the file's bytes [n_bytes]
     size_t n_bytes;
+    const char *media_id;         // instead of data: of internvl_upload_media(); NULL: none
     const struct internvl_frame { // INTERNVL_VIDEO instead of data: picture files [n_frames]
         const void *data;
         size_t n_bytes;
@@ -421,6 +422,27 @@ int internvl_tokenize(struct internvl_client *c, const struct internvl_tokenize_
                       struct internvl_error *err);
 void internvl_tokenize_result_release(struct internvl_tokenize_result *r);
 
+/* ---- media that several requests use ---- */
+
+struct internvl_upload {
+    enum internvl_part_kind kind; // INTERNVL_IMAGE or INTERNVL_VIDEO
+    const void *data;             // the file's bytes [n_bytes]
+    size_t n_bytes;
+    const char *sha256; // what the content must have, 64 hexadecimal digits; NULL: not compared
+};
+#define INTERNVL_MEDIA_ID_BYTES 128
+struct internvl_upload_result {
+    char media_id[INTERNVL_MEDIA_ID_BYTES]; // for internvl_part.media_id
+    uint64_t n_bytes, ttl_seconds;          // since the last use
+};
+/* Leaves a picture or video with the server, in pieces. 0, or -1 and `err`: RESOURCE_EXHAUSTED when
+ * it is larger than max_media_bytes or there is no room, FAILED_PRECONDITION when the server keeps
+ * none, INVALID_ARGUMENT for another content. A later request with an id that is no longer known
+ * ends NOT_FOUND. */
+int internvl_upload_media(struct internvl_client *c, const struct internvl_upload *r,
+                          const struct internvl_call_options *o, struct internvl_upload_result *out,
+                          struct internvl_error *err);
+
 /* ---- model and health ---- */
 
 struct internvl_rank {
@@ -429,10 +451,11 @@ struct internvl_rank {
     uint64_t weight_bytes, kv_bytes, scratch_bytes, rss_bytes, load_ms;
 };
 struct internvl_limits {
-    uint64_t max_message_bytes, max_image_pixels, max_forward_bytes, max_text_bytes;
+    uint64_t max_message_bytes, max_image_pixels, max_forward_bytes, max_text_bytes,
+        max_media_bytes;
     uint32_t max_media, max_tiles, max_frames, max_model_len, max_num_seqs, max_num_batched_tokens,
         max_queued_requests, max_n, max_logprobs, max_stop_strings, max_stop_token_ids,
-        max_logit_bias, max_stop_string_bytes, max_continuations, max_num_beams;
+        max_logit_bias, max_stop_string_bytes, max_continuations, max_num_beams, max_uploads;
 };
 struct internvl_load {
     uint32_t running, waiting, kv_pages_used, kv_pages;

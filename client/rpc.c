@@ -1,7 +1,8 @@
 /*
- * Calls over gRPC's C core (libgrpc 1.51). A call is three batches: the request with everything
- * that goes out, one RECV_MESSAGE after the other, and RECV_STATUS_ON_CLIENT; it is over when all
- * three have completed. Owns channels, completion queues and calls; must not know the messages.
+ * Calls over gRPC's C core (libgrpc 1.51). A call is three batches: what goes out (of a stream, one
+ * message after the other), one RECV_MESSAGE after the other, and RECV_STATUS_ON_CLIENT; it is over
+ * when all three have completed. Owns channels, completion queues and calls; must not know the
+ * messages.
  */
 #include "client/rpc.h"
 
@@ -275,23 +276,36 @@ static void start_batches(struct rpc_call *call, const char *authorization)
         header.key = grpc_slice_from_static_string("authorization");
         header.value = grpc_slice_from_copied_string(authorization);
     }
-    grpc_op out[4] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
+    grpc_op out[3] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
                       {.op = GRPC_OP_SEND_MESSAGE},
-                      {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT},
-                      {.op = GRPC_OP_RECV_INITIAL_METADATA}};
+                      {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}};
     out[0].data.send_initial_metadata.count = authorization ? 1 : 0;
     out[0].data.send_initial_metadata.metadata = &header;
     out[1].data.send_message.send_message = call->request;
-    out[3].data.recv_initial_metadata.recv_initial_metadata = &call->initial;
-    start_batch(call, out, 4, RPC_SENT);
+    start_batch(call, out, call->handlers.on_next ? 2 : 3, RPC_SENT);
     receive_next(call);
-    grpc_op end = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT};
-    end.data.recv_status_on_client.trailing_metadata = &call->trailing;
-    end.data.recv_status_on_client.status = &call->status;
-    end.data.recv_status_on_client.status_details = &call->details;
-    start_batch(call, &end, 1, RPC_STATUS);
+    grpc_op end[2] = {{.op = GRPC_OP_RECV_INITIAL_METADATA}, {.op = GRPC_OP_RECV_STATUS_ON_CLIENT}};
+    end[0].data.recv_initial_metadata.recv_initial_metadata = &call->initial;
+    end[1].data.recv_status_on_client.trailing_metadata = &call->trailing;
+    end[1].data.recv_status_on_client.status = &call->status;
+    end[1].data.recv_status_on_client.status_details = &call->details;
+    start_batch(call, end, 2, RPC_STATUS);
     if (authorization)
         grpc_slice_unref(header.value);
+}
+
+/* The next message of a stream, or its end. */
+static void send_next(struct rpc_call *call)
+{
+    const ProtobufCMessage *m =
+        call->queue->closing ? NULL : call->handlers.on_next(call->handlers.arg);
+    grpc_op op = {.op = m ? GRPC_OP_SEND_MESSAGE : GRPC_OP_SEND_CLOSE_FROM_CLIENT};
+    grpc_byte_buffer_destroy(call->request);
+    call->request = m ? pack(m) : NULL;
+    op.data.send_message.send_message = call->request;
+    if (!m)
+        call->handlers.on_next = NULL;
+    start_batch(call, &op, 1, RPC_SENT);
 }
 
 int rpc_start(struct rpc_channel *c, struct rpc_queue *q, const char *method,
@@ -343,7 +357,8 @@ static void finish_call(struct rpc_call *call)
     if (call->next)
         call->next->at = call->at;
     q->n_calls--;
-    grpc_byte_buffer_destroy(call->request);
+    if (call->request)
+        grpc_byte_buffer_destroy(call->request);
     grpc_metadata_array_destroy(&call->initial);
     grpc_metadata_array_destroy(&call->trailing);
     grpc_slice_unref(call->details);
@@ -395,6 +410,8 @@ int rpc_queue_poll(struct rpc_queue *q, int timeout_ms)
         call->n_pending--;
         if (tag->what == RPC_RECEIVED && call->message)
             show_message(call);
+        if (tag->what == RPC_SENT && e.success && call->handlers.on_next)
+            send_next(call);
         if (call->n_pending == 0)
             finish_call(call);
         until = gpr_inf_past(GPR_CLOCK_MONOTONIC); // the rest of what has already happened
@@ -424,6 +441,7 @@ void rpc_queue_close(struct rpc_queue *q)
 
 struct rpc_run_state {
     rpc_on_message on_message;
+    rpc_on_next on_next;
     void *arg;
     struct internvl_error status;
 };
@@ -434,20 +452,26 @@ static int run_message(void *arg, const uint8_t *bytes, size_t n_bytes, struct i
     return s->on_message(s->arg, bytes, n_bytes, err);
 }
 
+static const ProtobufCMessage *run_next(void *arg)
+{
+    struct rpc_run_state *s = arg;
+    return s->on_next(s->arg);
+}
+
 static void run_end(void *arg, const struct internvl_error *status)
 {
     struct rpc_run_state *s = arg;
     s->status = *status;
 }
 
-int rpc_run(struct rpc_channel *c, const char *method, const ProtobufCMessage *request,
-            const struct internvl_call_options *o, rpc_on_message on_message, void *arg,
-            struct internvl_error *err)
+int rpc_run_stream(struct rpc_channel *c, const char *method, const ProtobufCMessage *first,
+                   rpc_on_next on_next, const struct internvl_call_options *o,
+                   rpc_on_message on_message, void *arg, struct internvl_error *err)
 {
-    struct rpc_run_state state = {.on_message = on_message, .arg = arg};
-    struct rpc_handlers handlers = {run_message, run_end, &state};
+    struct rpc_run_state state = {.on_message = on_message, .on_next = on_next, .arg = arg};
+    struct rpc_handlers handlers = {run_message, run_end, on_next ? run_next : NULL, &state};
     struct rpc_queue *q = rpc_queue_open();
-    int rc = rpc_start(c, q, method, request, o, &handlers, err);
+    int rc = rpc_start(c, q, method, first, o, &handlers, err);
     if (rc == 0) {
         while (rpc_queue_poll(q, -1) > 0)
             ;
@@ -457,4 +481,11 @@ int rpc_run(struct rpc_channel *c, const char *method, const ProtobufCMessage *r
     }
     rpc_queue_close(q);
     return rc;
+}
+
+int rpc_run(struct rpc_channel *c, const char *method, const ProtobufCMessage *request,
+            const struct internvl_call_options *o, rpc_on_message on_message, void *arg,
+            struct internvl_error *err)
+{
+    return rpc_run_stream(c, method, request, NULL, o, on_message, arg, err);
 }

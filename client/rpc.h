@@ -32,9 +32,13 @@ typedef int (*rpc_on_message)(void *arg, const uint8_t *bytes, size_t n_bytes,
 /* Once, after the last message; then `arg` is the caller's again. */
 typedef void (*rpc_on_end)(void *arg, const struct internvl_error *status);
 
+/* The next message of a request that is a stream, borrowed until the next call; NULL: no more. */
+typedef const ProtobufCMessage *(*rpc_on_next)(void *arg);
+
 struct rpc_handlers {
     rpc_on_message on_message;
     rpc_on_end on_end;
+    rpc_on_next on_next; // NULL: the request is one message
     void *arg;
 };
 
@@ -52,5 +56,10 @@ int rpc_start(struct rpc_channel *c, struct rpc_queue *q, const char *method,
 int rpc_run(struct rpc_channel *c, const char *method, const ProtobufCMessage *request,
             const struct internvl_call_options *o, rpc_on_message on_message, void *arg,
             struct internvl_error *err);
+/* The same with a request of several messages, `first` and what on_next gives. It is asked for as
+ * fast as the server takes them, and no more once the server has ended the call. */
+int rpc_run_stream(struct rpc_channel *c, const char *method, const ProtobufCMessage *first,
+                   rpc_on_next on_next, const struct internvl_call_options *o,
+                   rpc_on_message on_message, void *arg, struct internvl_error *err);
 
 #endif

@@ -10,6 +10,8 @@
 
 #include "client/rpc.h"
 
+#define CHUNK_BYTES ((size_t)256 << 10) // of an upload, in one message
+
 struct wire_block {
     struct wire_block *next;
     _Alignas(16) unsigned char bytes[];
@@ -108,6 +110,10 @@ static Internvl__V1__VideoPart *wire_video(struct wire_pool *p, const struct int
     Internvl__V1__VideoPart *m = wire_alloc(p, 1, sizeof(*m));
     internvl__v1__video_part__init(m);
     m->data = borrow_bytes(part->data, part->n_bytes);
+    if (part->media_id) {
+        m->_media_id_case = INTERNVL__V1__VIDEO_PART___MEDIA_ID_MEDIA_ID;
+        m->media_id = borrow_string(part->media_id);
+    }
     m->n_frames = part->n_frames;
     m->frames = wire_alloc(p, part->n_frames, sizeof(*m->frames));
     for (size_t i = 0; i < part->n_frames; i++)
@@ -146,6 +152,10 @@ static Internvl__V1__ContentPart *wire_part(struct wire_pool *p, const struct in
         internvl__v1__image_part__init(m->image);
         m->image->data = borrow_bytes(part->data, part->n_bytes);
         m->image->tiling = wire_tiling(p, &part->tiling);
+        if (part->media_id) {
+            m->image->_media_id_case = INTERNVL__V1__IMAGE_PART___MEDIA_ID_MEDIA_ID;
+            m->image->media_id = borrow_string(part->media_id);
+        }
         break;
     case INTERNVL_VIDEO:
         m->part_case = INTERNVL__V1__CONTENT_PART__PART_VIDEO;
@@ -416,7 +426,51 @@ Internvl__V1__TokenizeRequest *wire_tokenize(struct wire_pool *p,
     return m;
 }
 
+const ProtobufCMessage *wire_upload_first(struct wire_upload *u, const struct internvl_upload *r)
+{
+    memset(u, 0, sizeof(*u));
+    u->request = r;
+    internvl__v1__upload_media_start__init(&u->start);
+    u->start.kind = r->kind == INTERNVL_VIDEO ? INTERNVL__V1__MEDIA_KIND__MEDIA_KIND_VIDEO
+                                              : INTERNVL__V1__MEDIA_KIND__MEDIA_KIND_IMAGE;
+    u->start._n_bytes_case = INTERNVL__V1__UPLOAD_MEDIA_START___N_BYTES_N_BYTES;
+    u->start.n_bytes = r->n_bytes;
+    if (r->sha256) {
+        u->start._sha256_case = INTERNVL__V1__UPLOAD_MEDIA_START___SHA256_SHA256;
+        u->start.sha256 = borrow_string(r->sha256);
+    }
+    internvl__v1__upload_media_request__init(&u->message);
+    u->message.part_case = INTERNVL__V1__UPLOAD_MEDIA_REQUEST__PART_START;
+    u->message.start = &u->start;
+    return &u->message.base;
+}
+
+const ProtobufCMessage *wire_upload_next(void *upload)
+{
+    struct wire_upload *u = upload;
+    size_t n = u->request->n_bytes - u->n_sent;
+    if (n == 0)
+        return NULL;
+    n = n < CHUNK_BYTES ? n : CHUNK_BYTES;
+    u->message.part_case = INTERNVL__V1__UPLOAD_MEDIA_REQUEST__PART_CHUNK;
+    u->message.chunk = borrow_bytes((const uint8_t *)u->request->data + u->n_sent, n);
+    u->n_sent += n;
+    return &u->message.base;
+}
+
 /* ---- answers ---- */
+
+int wire_read_upload(const Internvl__V1__UploadMediaResponse *m, struct internvl_upload_result *out,
+                     struct internvl_error *err)
+{
+    size_t n = strlen(m->media_id);
+    if (n == 0 || n >= sizeof(out->media_id))
+        return rpc_error(err, INTERNVL_INTERNAL, "the server sent a media_id of %zu bytes", n);
+    memcpy(out->media_id, m->media_id, n + 1);
+    out->n_bytes = m->n_bytes;
+    out->ttl_seconds = m->ttl_seconds;
+    return 0;
+}
 
 static void read_usage(const Internvl__V1__Usage *m, struct internvl_usage *u)
 {
@@ -608,6 +662,8 @@ static void read_limits(const Internvl__V1__Limits *m, struct internvl_limits *l
     l->max_text_bytes = m->max_text_bytes;
     l->max_continuations = m->max_continuations;
     l->max_num_beams = m->max_num_beams;
+    l->max_media_bytes = m->max_media_bytes;
+    l->max_uploads = m->max_uploads;
 }
 
 static void read_rank(const Internvl__V1__RankInfo *m, struct internvl_rank *r)

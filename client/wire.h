@@ -28,6 +28,18 @@ Internvl__V1__EmbedRequest *wire_embed(struct wire_pool *p, const struct internv
 Internvl__V1__TokenizeRequest *wire_tokenize(struct wire_pool *p,
                                              const struct internvl_tokenize_request *r);
 
+/* UploadMedia's stream: the start, then the bytes in chunks, then NULL. */
+struct wire_upload {
+    const struct internvl_upload *request;
+    size_t n_sent;
+    Internvl__V1__UploadMediaStart start;
+    Internvl__V1__UploadMediaRequest message;
+};
+const ProtobufCMessage *wire_upload_first(struct wire_upload *u, const struct internvl_upload *r);
+const ProtobufCMessage *wire_upload_next(void *upload); // a struct wire_upload
+int wire_read_upload(const Internvl__V1__UploadMediaResponse *m, struct internvl_upload_result *out,
+                     struct internvl_error *err);
+
 /* Answers. An event points into `m` and `p`; results own their memory. */
 int wire_read_event(struct wire_pool *p, const Internvl__V1__GenerateResponse *m,
                     struct internvl_event *e, struct internvl_error *err);

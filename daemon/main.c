@@ -132,6 +132,11 @@ static int run_gateway(const struct settings *s, const struct topology *t,
         .port_file = o->port_file,
         .auth = o->auth_token_file ? &s->auth : NULL,
         .max_message_bytes = o->max_message_bytes,
+        .media_ttl_s = o->media_ttl,
+        .media_store_bytes = (uint64_t)o->media_store_bytes,
+        .max_media_bytes =
+            (uint64_t)(o->max_media_bytes < o->media_store_bytes ? o->max_media_bytes
+                                                                 : o->media_store_bytes),
         .max_connections = (int)o->max_connections,
         .n_processor_threads = (int)o->processor_threads,
         .drain_timeout_s = (int)o->drain_timeout,

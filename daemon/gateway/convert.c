@@ -143,9 +143,6 @@ static int convert_frames(const Internvl__V1__VideoPart *w, struct arena *a,
 
     if (!frames)
         return out_of_memory(err);
-    if (w->data.len)
-        return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "a video has both data and frames; give one of them");
     for (size_t i = 0; i < w->n_frames; i++) {
         if (w->frames[i].len == 0)
             return error_set(err, ERROR_INVALID_ARGUMENT, "frames[%zu] is empty", i);
@@ -157,8 +154,28 @@ static int convert_frames(const Internvl__V1__VideoPart *w, struct arena *a,
     return 0;
 }
 
-static int convert_part(const Internvl__V1__ContentPart *w, size_t message, size_t part,
-                        struct arena *a, struct content_part *out, struct error *err)
+/* The bytes of a picture or video, which come with the request or were uploaded before. media_id
+ * NULL: not given. */
+static int convert_bytes(const ProtobufCBinaryData *data, const char *media_id, size_t n_frames,
+                         const struct media_source *media, struct content_part *out,
+                         struct error *err)
+{
+    struct media_bytes bytes = {data->data, data->len};
+
+    if ((data->len > 0) + (media_id != NULL) + (n_frames > 0) > 1)
+        return error_set(err, ERROR_INVALID_ARGUMENT, "a %s; give one of them",
+                         out->kind == PART_IMAGE ? "picture has both data and media_id"
+                                                 : "video has two of data, frames and media_id");
+    if (media_id && media->find(media->state, media_id, out->kind, &bytes, err))
+        return -1;
+    out->bytes = bytes.bytes;
+    out->n_bytes = bytes.n_bytes;
+    return 0;
+}
+
+static int convert_part(const Internvl__V1__ContentPart *w, const struct media_source *media,
+                        size_t message, size_t part, struct arena *a, struct content_part *out,
+                        struct error *err)
 {
     out->tiling = (struct tiling_options){-1, -1, -1, -1};
     out->video = (struct video_options){.sample = -1, .initial_shift = NAN};
@@ -170,14 +187,15 @@ static int convert_part(const Internvl__V1__ContentPart *w, size_t message, size
         return 0;
     case INTERNVL__V1__CONTENT_PART__PART_IMAGE:
         out->kind = PART_IMAGE;
-        out->bytes = w->image->data.data;
-        out->n_bytes = w->image->data.len;
+        if (convert_bytes(&w->image->data, w->image->_media_id_case ? w->image->media_id : NULL, 0,
+                          media, out, err))
+            return -1;
         break;
     case INTERNVL__V1__CONTENT_PART__PART_VIDEO:
         out->kind = PART_VIDEO;
-        out->bytes = w->video->data.data;
-        out->n_bytes = w->video->data.len;
-        if (w->video->n_frames && convert_frames(w->video, a, out, err))
+        if (convert_bytes(&w->video->data, w->video->_media_id_case ? w->video->media_id : NULL,
+                          w->video->n_frames, media, out, err) ||
+            (w->video->n_frames && convert_frames(w->video, a, out, err)))
             return -1;
         break;
     default:
@@ -193,8 +211,8 @@ static int convert_part(const Internvl__V1__ContentPart *w, size_t message, size
                                    : convert_video(w->video, &out->video, err);
 }
 
-int convert_conversation(const Internvl__V1__ChatPrompt *wire, struct arena *a,
-                         struct conversation *out, struct error *err)
+int convert_conversation(const Internvl__V1__ChatPrompt *wire, const struct media_source *media,
+                         struct arena *a, struct conversation *out, struct error *err)
 {
     struct chat_message *messages = arena_alloc(a, wire->n_messages, sizeof(*messages));
 
@@ -209,7 +227,7 @@ int convert_conversation(const Internvl__V1__ChatPrompt *wire, struct arena *a,
         if (!parts)
             return out_of_memory(err);
         for (size_t k = 0; k < w->n_parts; k++)
-            if (convert_part(w->parts[k], i, k, a, &parts[k], err))
+            if (convert_part(w->parts[k], media, i, k, a, &parts[k], err))
                 return -1;
         messages[i] = (struct chat_message){w->role, parts, (int)w->n_parts};
     }

@@ -36,6 +36,13 @@ struct convert {
     int64_t max_message_bytes;
 };
 
+/* Where the bytes of a media_id are; find() is as media_store_pin(). */
+struct media_source {
+    int (*find)(void *state, const char *id, enum part_kind kind, struct media_bytes *out,
+                struct error *err);
+    void *state;
+};
+
 /* Names of ForwardRequest.outputs. */
 enum output {
     OUTPUT_LOGITS = 1,
@@ -65,9 +72,9 @@ size_t convert_request_budget(const struct convert *c);
 int convert_request_id(const char *wire, char id[65], struct error *err);
 /* GenerateRequest.cache_salt, copied into r's arena. */
 int convert_cache_salt(const char *wire, struct request *r, struct error *err);
-/* Arrays in `a`; texts and bytes are borrowed from `wire`. */
-int convert_conversation(const Internvl__V1__ChatPrompt *wire, struct arena *a,
-                         struct conversation *out, struct error *err);
+/* Arrays in `a`; texts and bytes are borrowed from `wire` and from `media`. */
+int convert_conversation(const Internvl__V1__ChatPrompt *wire, const struct media_source *media,
+                         struct arena *a, struct conversation *out, struct error *err);
 /* A prompt of ids, with pixels or without: ids, pixels and their counts of `r`, in its arena. */
 int convert_token_prompt(const struct convert *c, const Internvl__V1__TokenPrompt *wire,
                          struct request *r, struct error *err);

@@ -26,7 +26,7 @@
 #define LOST_MS 300       // after a rank is lost: for errors to leave
 #define LAST_WRITES_MS 50 // of those: for sockets to take what the library has
 #define STALL_CHECK_S 5
-#define STALL_MS 120000            // a client that has not read for so long is let go
+#define STALL_MS 120000            // a client that has not read or sent for so long is let go
 #define SAME_SIGNAL_NS 2000000000u // one signal to a whole process group arrives more than once
 #define WATCH_CALLS 256            // room for health checks beside requests
 
@@ -40,7 +40,7 @@ struct watch {
     int lost_rank;          // or -1
 };
 
-static uint64_t now_ns(void)
+uint64_t gateway_now_ns(void)
 {
     struct timespec t;
 
@@ -69,9 +69,9 @@ static void *signal_loop(void *arg)
         pthread_mutex_lock(&w->mutex);
         if (!w->is_stopping) {
             w->is_stopping = 1;
-            w->first_stop_ns = now_ns();
+            w->first_stop_ns = gateway_now_ns();
             pthread_cond_broadcast(&w->changed);
-        } else if (now_ns() - w->first_stop_ns > SAME_SIGNAL_NS) {
+        } else if (gateway_now_ns() - w->first_stop_ns > SAME_SIGNAL_NS) {
             log_warn("gateway", "second signal: ending the job at once");
             launch_abort(1);
         }
@@ -127,8 +127,9 @@ static int watch_lost_rank(struct watch *w)
     return result;
 }
 
-/* Until a signal or a lost rank; clients that do not read are looked for now and then. */
-static void watch_wait(struct watch *w, struct rpc_server *server)
+/* Until a signal or a lost rank; clients that do not read or write, and media that nobody uses, are
+ * looked for now and then. */
+static void watch_wait(struct watch *w, struct gateway *g)
 {
     struct timespec until;
 
@@ -138,7 +139,8 @@ static void watch_wait(struct watch *w, struct rpc_server *server)
         until.tv_sec += STALL_CHECK_S;
         if (pthread_cond_timedwait(&w->changed, &w->mutex, &until) == ETIMEDOUT) {
             pthread_mutex_unlock(&w->mutex);
-            rpc_server_end_stalled(server, STALL_MS);
+            rpc_server_end_stalled(g->server, STALL_MS);
+            media_store_sweep(g->media, gateway_now_ns());
             pthread_mutex_lock(&w->mutex);
         }
     }
@@ -174,16 +176,18 @@ static void reflection_method(void *arg, struct rpc_call *c)
 }
 
 static const struct rpc_method methods[] = {
-    {"/internvl.v1.InferenceService/Generate", 0, 0, generate_message},
-    {"/internvl.v1.InferenceService/Forward", 0, 0, forward_message},
-    {"/internvl.v1.InferenceService/Score", 0, 0, score_message},
-    {"/internvl.v1.InferenceService/Embed", 0, 0, embed_message},
-    {"/internvl.v1.InferenceService/Tokenize", 0, 0, tokenize_message},
-    {"/internvl.v1.InferenceService/GetModel", 0, 0, model_info_message},
-    {"/grpc.health.v1.Health/Check", 1, 0, health_check_method},
-    {"/grpc.health.v1.Health/Watch", 1, 0, health_watch_method},
-    {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 0, 1, reflection_method},
-    {"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", 0, 1, reflection_method},
+    {"/internvl.v1.InferenceService/Generate", 0, 0, generate_message, NULL},
+    {"/internvl.v1.InferenceService/Forward", 0, 0, forward_message, NULL},
+    {"/internvl.v1.InferenceService/Score", 0, 0, score_message, NULL},
+    {"/internvl.v1.InferenceService/Embed", 0, 0, embed_message, NULL},
+    {"/internvl.v1.InferenceService/Tokenize", 0, 0, tokenize_message, NULL},
+    {"/internvl.v1.InferenceService/GetModel", 0, 0, model_info_message, NULL},
+    {"/internvl.v1.InferenceService/UploadMedia", 0, 1, upload_message, upload_ended},
+    {"/grpc.health.v1.Health/Check", 1, 0, health_check_method, NULL},
+    {"/grpc.health.v1.Health/Watch", 1, 0, health_watch_method, NULL},
+    {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 0, 1, reflection_method, NULL},
+    {"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", 0, 1, reflection_method,
+     NULL},
 };
 
 static int open_server(struct gateway *g, struct error *err)
@@ -279,7 +283,7 @@ static void say_ready(const struct gateway *g)
                      "ready: serving %s on %s (T=%d P=%d V=%d, %s, %d ranks, load %llu ms)\n",
                      g->model->name, rpc_server_address(g->server), l->tensor_parallel,
                      l->pipeline_parallel, l->n_vision, g->options->dtype_name, g->topology->world,
-                     (unsigned long long)((now_ns() - g->start_ns) / 1000000u));
+                     (unsigned long long)((gateway_now_ns() - g->start_ns) / 1000000u));
 
     if (write(STDERR_FILENO, line, (size_t)n) < 0)
         log_warn("gateway", "cannot write to standard error: %s", strerror(errno));
@@ -289,7 +293,7 @@ static void say_ready(const struct gateway *g)
 
 static int left_ms(uint64_t until_ns)
 {
-    uint64_t now = now_ns();
+    uint64_t now = gateway_now_ns();
 
     return now >= until_ns ? 0 : (int)((until_ns - now) / 1000000u);
 }
@@ -297,11 +301,12 @@ static int left_ms(uint64_t until_ns)
 /* Running requests finish; then the workers are told to stop. */
 static void drain(struct gateway *g)
 {
-    uint64_t until = now_ns() + (uint64_t)g->options->drain_timeout_s * 1000000000u;
+    uint64_t until = gateway_now_ns() + (uint64_t)g->options->drain_timeout_s * 1000000000u;
     int is_done;
 
     log_info("gateway", "draining: %d open calls", rpc_server_open_calls(g->server));
     health_set_serving(g->health, 0);
+    rpc_server_end_streams(g->server);
     is_done = work_queue_drain(g->work, left_ms(until));
     is_done &= engine_drain(g->engine, left_ms(until));
     if (!is_done)
@@ -313,13 +318,14 @@ static void drain(struct gateway *g)
 /* Every stream has ended UNAVAILABLE: let the answers leave, then end the job. */
 static _Noreturn void leave_lost(struct gateway *g, int rank)
 {
-    uint64_t until = now_ns() + (uint64_t)LOST_MS * 1000000u;
+    uint64_t until = gateway_now_ns() + (uint64_t)LOST_MS * 1000000u;
     char role[64];
 
     log_error("gateway", "rank %d (%s) is lost: all calls end, and the job with them", rank,
               topology_describe(g->topology, rank, role, sizeof(role)));
     health_set_serving(g->health, 0);
     health_end_watches(g->health);
+    rpc_server_end_streams(g->server);
     while (rpc_server_open_calls(g->server) > 0 && left_ms(until) > LAST_WRITES_MS)
         poll(NULL, 0, 5);
     poll(NULL, 0, LAST_WRITES_MS);
@@ -333,7 +339,8 @@ static struct metrics *open_metrics(struct gateway *g)
                                 .auth = g->options->auth,
                                 .model_name = g->model->name,
                                 .engine = g->engine,
-                                .work = g->work};
+                                .work = g->work,
+                                .media = g->media};
     struct error err = {0};
     struct metrics *m;
 
@@ -355,13 +362,23 @@ static void serve(struct gateway *g, struct watch *w)
     rpc_server_serve(g->server);
     health_set_serving(g->health, 1);
     say_ready(g);
-    watch_wait(w, g->server);
+    watch_wait(w, g);
     if (watch_lost_rank(w) < 0)
         drain(g);
     if (watch_lost_rank(w) >= 0) // perhaps while draining
         leave_lost(g, watch_lost_rank(w));
     if (g->options->port_file)
         unlink(g->options->port_file);
+}
+
+static struct media_store *open_media(const struct gateway_options *o)
+{
+    struct media_store_options m = {.max_bytes = o->media_store_bytes,
+                                    .max_media_bytes = o->max_media_bytes,
+                                    .ttl_ns = (uint64_t)o->media_ttl_s * 1000000000u,
+                                    .max_uploads = MAX_UPLOADS};
+
+    return media_store_open(&m);
 }
 
 static void stop_workers(const struct gateway *g, struct control *control)
@@ -380,7 +397,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     struct metrics *metrics = NULL;
 
     g.convert = (struct convert){m, o->limits, o->engine.max_model_len, o->max_message_bytes};
-    g.start_ns = now_ns();
+    g.start_ns = gateway_now_ns();
     raise_descriptor_limit();
     watch_open(&w);
     g.ranks = xcalloc((size_t)t->world, sizeof(*g.ranks));
@@ -388,6 +405,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     g.reflection = reflection_new();
     g.work = work_queue_open(o->n_processor_threads, o->engine.max_queued_requests,
                              8 * (size_t)o->max_message_bytes);
+    g.media = open_media(o);
     if (open_server(&g, &err)) { // do not wait for the workers to load
         log_error("gateway", "%s", err.msg);
         end_job();
@@ -401,7 +419,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     gethostname(g.ranks[0].host, sizeof(g.ranks[0].host) - 1);
     g.ranks[0].rss_bytes = own_rss_bytes();
     g.ranks[0].scratch_bytes = o->engine.vision_cache_bytes;
-    g.ranks[0].load_ms = (now_ns() - g.start_ns) / 1000000u;
+    g.ranks[0].load_ms = (gateway_now_ns() - g.start_ns) / 1000000u;
     g.engine = engine_open(&o->engine, t, control, on_lost, &w);
     metrics = open_metrics(&g);
     serve(&g, &w);
@@ -409,6 +427,7 @@ out:
     metrics_close(metrics);
     rpc_server_close(g.server, CLOSE_MS);
     work_queue_close(g.work);
+    media_store_close(g.media);
     if (g.engine)
         engine_close(g.engine);
     reflection_free(g.reflection);

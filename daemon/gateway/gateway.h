@@ -18,7 +18,8 @@ struct gateway_options {
     const char *metrics_listen; // as `listen`, of GET /metrics; NULL: none
     const char *port_file;      // the bound address is written there; NULL: nowhere
     const struct auth *auth;    // NULL: no token is asked
-    int64_t max_message_bytes;
+    int64_t max_message_bytes, media_ttl_s;
+    uint64_t media_store_bytes, max_media_bytes; // of all uploaded media, 0: none; of one
     int max_connections, n_processor_threads, drain_timeout_s;
     const char *dtype_name; // "float32", "bfloat16": what the workers compute with
     struct processor_limits limits;

@@ -11,6 +11,7 @@
 #include "daemon/gateway/convert.h"
 #include "daemon/gateway/gateway.h"
 #include "daemon/gateway/health.h"
+#include "daemon/gateway/media_store.h"
 #include "daemon/gateway/reflection.h"
 #include "daemon/gateway/rpc.h"
 #include "daemon/gateway/work_queue.h"
@@ -20,6 +21,7 @@
 
 /* Prompts and tiles of all requests together; past it new ones are refused. */
 #define MAX_REQUEST_BYTES ((size_t)4 << 30)
+#define MAX_UPLOADS 32 // at once
 
 struct gateway {
     const struct gateway_options *options;
@@ -29,6 +31,7 @@ struct gateway {
     struct convert convert;
     struct engine *engine;
     struct work_queue *work;
+    struct media_store *media;
     struct rpc_server *server;
     struct health *health;
     struct reflection *reflection;
@@ -44,6 +47,22 @@ void score_message(void *arg, struct rpc_call *c);
 void embed_message(void *arg, struct rpc_call *c);
 void tokenize_message(void *arg, struct rpc_call *c);
 void model_info_message(void *arg, struct rpc_call *c);
+void upload_message(void *arg, struct rpc_call *c);
+void upload_ended(void *arg, struct rpc_call *c); // rpc_method.ended
+
+uint64_t gateway_now_ns(void); // CLOCK_MONOTONIC
+
+/* Uploaded media that a conversation names; they stay until media_pins_release(). */
+struct media_pins {
+    struct media_store *store;
+    struct arena *arena;
+    struct media_pin *first;
+};
+/* convert_conversation() with what the media_ids stand for. `pins` is to be released whether it
+ * fails or not, when the conversation's bytes are no longer read, before `a` is. */
+int conversation_read(struct gateway *g, const Internvl__V1__ChatPrompt *wire, struct arena *a,
+                      struct media_pins *pins, struct conversation *out, struct error *err);
+void media_pins_release(struct media_pins *pins);
 
 /* Processor thread: the prompt of a Generate or Forward into `r`. For a chat, *media [*n_media]
  * points into r's arena. */

@@ -103,6 +103,23 @@ static void write_state(FILE *f, const struct metrics *m, const struct engine_st
     single(f, m, "internvld:vision_tiles_total", "counter", "Tiles encoded.", (double)s->n_tiles);
 }
 
+static void write_media(FILE *f, const struct metrics *m)
+{
+    struct media_store_stats s;
+
+    media_store_stats(m->options.media, &s);
+    single(f, m, "internvld:media_store_bytes", "gauge",
+           "Bytes of uploaded media, of uploads under way too.", (double)s.n_bytes);
+    single(f, m, "internvld:media_store_entries", "gauge", "Uploaded media that are kept.",
+           s.n_entries);
+    single(f, m, "internvld:media_uploads_running", "gauge", "Uploads under way.", s.n_uploads);
+    single(f, m, "internvld:media_store_queries_total", "counter",
+           "Media looked up by their id for a request.", (double)s.n_queries);
+    single(f, m, "internvld:media_store_hits_total", "counter",
+           "Of those, media that were there; the others have expired or were never uploaded.",
+           (double)s.n_hits);
+}
+
 static void write_ends(FILE *f, const struct metrics *m, const struct observations *o)
 {
     static const struct {
@@ -221,6 +238,7 @@ static char *write_all(const struct metrics *m, size_t *n_bytes)
         die("out of memory");
     engine_observe(m->options.engine, &stats, &o);
     write_state(f, m, &stats);
+    write_media(f, m);
     write_ends(f, m, &o);
     write_times(f, m, &o);
     write_stages(f, m, &o, "internvld:stage_busy_seconds_total",

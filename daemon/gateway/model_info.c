@@ -59,6 +59,8 @@ static void fill_limits(const struct gateway *g, Internvl__V1__Limits *out)
     out->max_stop_string_bytes = LIMIT_STOP_BYTES;
     out->max_forward_bytes = (uint64_t)LIMIT_FORWARD_BYTES;
     out->max_text_bytes = o->limits.max_text_bytes;
+    out->max_media_bytes = o->max_media_bytes;
+    out->max_uploads = o->media_store_bytes ? MAX_UPLOADS : 0;
 }
 
 static void fill_load(const struct gateway *g, Internvl__V1__Load *out)

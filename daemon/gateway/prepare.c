@@ -5,16 +5,58 @@
 
 #include "daemon/gateway/gateway_state.h"
 
+struct media_pin {
+    struct media *media;
+    struct media_pin *next;
+};
+
+/* media_source.find: the bytes stay until media_pins_release(). */
+static int pin_media(void *state, const char *id, enum part_kind kind, struct media_bytes *out,
+                     struct error *err)
+{
+    struct media_pins *p = state;
+    struct media_pin *pin = arena_alloc(p->arena, 1, sizeof(*pin));
+
+    if (!pin)
+        return error_set(err, ERROR_RESOURCE_EXHAUSTED,
+                         "the request needs more memory than the limit");
+    pin->media = media_store_pin(p->store, id, kind, gateway_now_ns(), out, err);
+    if (!pin->media)
+        return -1;
+    pin->next = p->first;
+    p->first = pin;
+    return 0;
+}
+
+int conversation_read(struct gateway *g, const Internvl__V1__ChatPrompt *wire, struct arena *a,
+                      struct media_pins *pins, struct conversation *out, struct error *err)
+{
+    struct media_source source = {pin_media, pins};
+
+    *pins = (struct media_pins){.store = g->media, .arena = a};
+    return convert_conversation(wire, &source, a, out, err);
+}
+
+void media_pins_release(struct media_pins *pins)
+{
+    for (struct media_pin *p = pins->first; p; p = p->next)
+        media_store_unpin(pins->store, p->media, gateway_now_ns());
+    pins->first = NULL;
+}
+
 static int prepare_chat(struct gateway *g, const Internvl__V1__ChatPrompt *wire,
                         struct arena *scratch, struct request *r, struct media_plan **media,
                         int *n_media, struct error *err)
 {
     struct conversation conversation;
+    struct media_pins pins;
     struct prompt prompt = {0};
+    int status = conversation_read(g, wire, scratch, &pins, &conversation, err);
 
-    if (convert_conversation(wire, scratch, &conversation, err))
-        return -1;
-    if (processor_prepare(g->processor, &conversation, &r->arena, &prompt, err)) {
+    if (!status)
+        status = processor_prepare(g->processor, &conversation, &r->arena, &prompt, err);
+    media_pins_release(&pins);
+    if (status) {
         if (err->code == ERROR_OUT_OF_RANGE) // it stopped counting
             error_set(err, ERROR_INVALID_ARGUMENT,
                       "the prompt has more than %lld tokens; prompt and answer together may have "

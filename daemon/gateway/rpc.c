@@ -60,7 +60,7 @@ struct rpc_server {
     struct listener *listener;
     grpc_server_credentials *credentials;
     struct rpc_tag down_tag;
-    atomic_int is_serving, is_closing;
+    atomic_int is_serving, is_closing, is_ending_streams;
 
     pthread_mutex_t mutex; // guards what follows
     pthread_cond_t changed;
@@ -88,9 +88,9 @@ struct rpc_call {
 
     pthread_mutex_t mutex; // guards what follows
     int close_flag;        // written by the library before the close tag
-    int is_closed, is_writing, is_initial_sent, is_finished, is_status_pending;
+    int is_closed, is_reading, is_writing, is_initial_sent, is_finished, is_status_pending;
     enum error_code closed_why;
-    uint64_t write_started_ns;
+    uint64_t read_started_ns, write_started_ns;
     grpc_byte_buffer *outgoing, *last;
     struct error status;
 };
@@ -221,6 +221,11 @@ void rpc_call_listen(struct rpc_call *c, const struct rpc_events *e, void *state
     c->state = state;
 }
 
+void *rpc_call_state(const struct rpc_call *c)
+{
+    return c->state;
+}
+
 uint64_t rpc_call_arrival_ns(const struct rpc_call *c)
 {
     return c->arrival_ns;
@@ -321,8 +326,6 @@ static void send_status(struct rpc_call *c)
     grpc_slice_unref(text);
 }
 
-static void read_next(struct rpc_call *c);
-
 static void on_write(struct rpc_call *c, int ok)
 {
     int is_stream = c->method != GENERIC && c->server->methods[c->method].takes_a_stream;
@@ -339,7 +342,7 @@ static void on_write(struct rpc_call *c, int ok)
     may_go_on = ok && !c->is_closed && !c->is_finished;
     pthread_mutex_unlock(&c->mutex);
     if (may_go_on && is_stream)
-        read_next(c);
+        rpc_read_next(c);
     else if (may_go_on && c->events)
         c->events->wake(c->state);
 }
@@ -449,28 +452,49 @@ static void on_close(struct rpc_call *c, int ok)
         c->events->closed(c->state, c->closed_why);
 }
 
+/* A read that fails, or finds no message in a call that is over, says nothing: on_close() does. */
 static void on_read(struct rpc_call *c, int ok)
 {
     const struct rpc_method *m = &c->server->methods[c->method];
-    int is_closed;
+    int is_over;
 
     pthread_mutex_lock(&c->mutex);
-    is_closed = c->is_closed;
+    c->is_reading = 0;
+    is_over = c->is_closed || c->is_finished;
     pthread_mutex_unlock(&c->mutex);
-    if (ok && c->incoming && !is_closed)
+    if (ok && c->incoming && !is_over)
         m->message(c->server->arg, c);
+    else if (m->ended && ok && !is_over)
+        m->ended(c->server->arg, c);
     else if (m->takes_a_stream)
         rpc_finish(c, NULL, NULL);
     else
         refuse(c, ERROR_INVALID_ARGUMENT, "the call carries no message");
 }
 
-static void read_next(struct rpc_call *c)
+static void refuse_stream(struct rpc_call *c)
+{
+    refuse(c, ERROR_UNAVAILABLE, "the server is shutting down");
+}
+
+void rpc_read_next(struct rpc_call *c)
 {
     grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
+    int is_over;
 
     op.data.recv_message.recv_message = &c->incoming;
-    start_batch(c, &op, 1, &c->read_tag);
+    pthread_mutex_lock(&c->mutex);
+    is_over = c->is_closed || c->is_finished;
+    if (!is_over) {
+        c->is_reading = 1;
+        c->read_started_ns = now_ns();
+        start_batch(c, &op, 1, &c->read_tag);
+    }
+    pthread_mutex_unlock(&c->mutex);
+    /* Either this sees the flag, or rpc_server_end_streams() sees a call that is reading. */
+    if (!is_over && c->server->methods[c->method].takes_a_stream &&
+        atomic_load(&c->server->is_ending_streams))
+        refuse_stream(c);
 }
 
 static int has_token(const struct rpc_call *c)
@@ -512,7 +536,7 @@ static void on_new(struct rpc_call *c, int ok)
     else if (rpc_server_open_calls(s) > s->max_open_calls)
         refuse(c, ERROR_RESOURCE_EXHAUSTED, "the server has too many open calls");
     else
-        read_next(c);
+        rpc_read_next(c);
 }
 
 /* Waits for one more call of a method. */
@@ -670,10 +694,30 @@ void rpc_server_end_stalled(struct rpc_server *s, int stall_ms)
     pthread_mutex_lock(&s->mutex);
     for (struct rpc_call *c = s->open_calls; c; c = c->next) {
         pthread_mutex_lock(&c->mutex);
+        int is_silent = c->is_reading && now > c->read_started_ns + stall_ns;
+
         if (c->is_writing && !c->is_closed && now > c->write_started_ns + stall_ns)
             grpc_call_cancel_with_status(c->call, GRPC_STATUS_RESOURCE_EXHAUSTED,
                                          "the client does not read", NULL);
         pthread_mutex_unlock(&c->mutex);
+        if (is_silent)
+            refuse(c, ERROR_DEADLINE_EXCEEDED, "the client has sent nothing for too long");
+    }
+    pthread_mutex_unlock(&s->mutex);
+}
+
+void rpc_server_end_streams(struct rpc_server *s)
+{
+    atomic_store(&s->is_ending_streams, 1);
+    pthread_mutex_lock(&s->mutex);
+    for (struct rpc_call *c = s->open_calls; c; c = c->next) {
+        int is_reading;
+
+        pthread_mutex_lock(&c->mutex);
+        is_reading = c->is_reading;
+        pthread_mutex_unlock(&c->mutex);
+        if (is_reading && s->methods[c->method].takes_a_stream)
+            refuse_stream(c);
     }
     pthread_mutex_unlock(&s->mutex);
 }

@@ -27,11 +27,15 @@ struct rpc_call;
 struct rpc_method {
     const char *path;   // "/package.Service/Method"
     int is_open;        // answered without a token, and before rpc_server_serve()
-    int takes_a_stream; // client streams messages: message() is called for each, one answer each
+    int takes_a_stream; // client streams messages: message() is called for each
     /* Completion thread; the message is there to be taken. `arg` is the server's. The handler
-     * finishes the call, now or later (a method that takes a stream: rpc.c does when the client
-     * has sent all). */
+     * finishes the call, now or later (a method that takes a stream and has no ended(): rpc.c does
+     * when the client has sent all). */
     void (*message)(void *arg, struct rpc_call *c);
+    /* Of a method that takes a stream. NULL: each message has one answer, after which the next is
+     * read. Else messages are read when rpc_read_next() asks for them, and this is called once, on
+     * the completion thread, when the client has sent all. */
+    void (*ended)(void *arg, struct rpc_call *c);
 };
 
 /* What a handler hears of a call it keeps. Both run on the completion thread. */
@@ -58,8 +62,11 @@ struct rpc_server *rpc_server_open(const struct rpc_options *o, const struct rpc
 void rpc_server_serve(struct rpc_server *s);
 const char *rpc_server_address(const struct rpc_server *s); // as bound: "127.0.0.1:50051". Borrowed
 int rpc_server_open_calls(const struct rpc_server *s);
-/* Ends calls whose client has not taken a message for `stall_ms`. Call it now and then. */
+/* Ends calls whose client has not taken a message, or has not sent the one that is waited for, for
+ * `stall_ms`. Call it now and then. */
 void rpc_server_end_stalled(struct rpc_server *s, int stall_ms);
+/* Ends calls that wait for a message of their client's stream, now or later: UNAVAILABLE. */
+void rpc_server_end_streams(struct rpc_server *s);
 /* Refuses new calls, lets the open ones finish for timeout_ms, cancels the rest, frees. */
 void rpc_server_close(struct rpc_server *s, int timeout_ms);
 
@@ -67,10 +74,14 @@ struct rpc_call *rpc_call_ref(struct rpc_call *c);
 void rpc_call_unref(struct rpc_call *c);
 /* From message() only. */
 void rpc_call_listen(struct rpc_call *c, const struct rpc_events *e, void *state);
+void *rpc_call_state(const struct rpc_call *c); // what it was told to, NULL before. Likewise
 uint64_t rpc_call_arrival_ns(const struct rpc_call *c);  // CLOCK_MONOTONIC
 uint64_t rpc_call_deadline_ns(const struct rpc_call *c); // CLOCK_MONOTONIC, 0: none
 /* 0 while somebody waits for the answer; else -1 and CANCELLED or DEADLINE_EXCEEDED. Any thread. */
 int rpc_check_waiting(struct rpc_call *c, struct error *err);
+
+/* Asks for the next message of a method that has ended(), the last one being taken. Any thread. */
+void rpc_read_next(struct rpc_call *c);
 
 /* Bytes of the message that was read and not yet taken. */
 size_t rpc_message_bytes(const struct rpc_call *c);

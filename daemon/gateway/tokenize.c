@@ -43,13 +43,14 @@ static int tokenize_chat(struct gateway *g, const Internvl__V1__ChatPrompt *wire
                          struct tokens *out, struct error *err)
 {
     struct conversation conversation;
+    struct media_pins pins;
     struct prompt prompt = {0};
     size_t n_bytes;
 
-    if (convert_conversation(wire, a, &conversation, err) ||
-        processor_prepare(g->processor, &conversation, a, &prompt, err))
-        return -1;
-    out->text = processor_render(g->processor, &conversation, a, &n_bytes, err);
+    if (conversation_read(g, wire, a, &pins, &conversation, err) == 0 &&
+        processor_prepare(g->processor, &conversation, a, &prompt, err) == 0)
+        out->text = processor_render(g->processor, &conversation, a, &n_bytes, err);
+    media_pins_release(&pins);
     out->ids = prompt.ids;
     out->n_ids = prompt.n_ids;
     out->media = prompt.media;

@@ -15,9 +15,10 @@ LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"(?:,|$)'
 LINE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)$")
 COUNTERS = ["num_preemptions_total", "prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total",
             "prefix_cache_hits_total", "mm_cache_queries_total", "mm_cache_hits_total", "iterations_total",
-            "vision_tiles_total", "request_success_total", "stage_busy_seconds_total", "stage_idle_seconds_total",
+            "vision_tiles_total", "media_store_queries_total", "media_store_hits_total", "request_success_total", "stage_busy_seconds_total", "stage_idle_seconds_total",
             "collective_seconds_total"]
-GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"]
+GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "media_store_bytes", "media_store_entries",
+          "media_uploads_running"]
 HISTOGRAMS = ["time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
               "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
               "iteration_tokens_total", "vision_queue_seconds", "vision_encode_seconds"]

@@ -79,6 +79,20 @@ static void check_request(const struct request *r)
     require(r->n_target_top >= 0 && r->n_target_top <= TOP_LOGPROBS_MAX);
 }
 
+/* What an id stands for: nothing, or a byte. */
+static int find_media(void *state, const char *id, enum part_kind kind, struct media_bytes *out,
+                      struct error *err)
+{
+    (void)state;
+    (void)kind;
+    if (id[0] != 's')
+        return error_set(err, ERROR_NOT_FOUND, "%s", id);
+    *out = (struct media_bytes){(const uint8_t *)"x", 1};
+    return 0;
+}
+
+static const struct media_source media = {find_media, NULL};
+
 /* 1 when r has a prompt. A chat stands for ten tokens here: the processor has its own fuzz target.
  */
 static int read_prompt(const struct convert *c, const Internvl__V1__Prompt *p, struct arena *a,
@@ -87,7 +101,7 @@ static int read_prompt(const struct convert *c, const Internvl__V1__Prompt *p, s
     struct conversation conversation;
 
     if (p && p->input_case == INTERNVL__V1__PROMPT__INPUT_CHAT) {
-        if (convert_conversation(p->chat, a, &conversation, err))
+        if (convert_conversation(p->chat, &media, a, &conversation, err))
             return 0;
         r->n_ids = 10;
         r->ids = arena_alloc(&r->arena, 10, sizeof(*r->ids));

@@ -24,6 +24,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         &internvl__v1__get_model_request__descriptor,
         &grpc__health__v1__health_check_request__descriptor,
         &grpc__reflection__v1__server_reflection_request__descriptor,
+        &internvl__v1__upload_media_request__descriptor,
     };
     struct arena a, b;
     struct error err = {0};

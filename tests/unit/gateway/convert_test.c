@@ -508,6 +508,78 @@ static void test_mask(void **state)
 
 /* ---- conversations ---- */
 
+/* One picture is known. */
+static int find_media(void *state, const char *id, enum part_kind kind, struct media_bytes *out,
+                      struct error *err)
+{
+    (void)state;
+    if (strcmp(id, "known") != 0 || kind != PART_IMAGE)
+        return error_set(err, ERROR_NOT_FOUND, "%s", id);
+    *out = (struct media_bytes){(const uint8_t *)"picture", 7};
+    return 0;
+}
+
+static const struct media_source media = {find_media, NULL};
+
+/* A chat of one part. */
+static enum error_code read_part(Internvl__V1__ContentPart *part, struct content_part *out)
+{
+    Internvl__V1__ChatPrompt chat = INTERNVL__V1__CHAT_PROMPT__INIT;
+    Internvl__V1__Message message = INTERNVL__V1__MESSAGE__INIT;
+    Internvl__V1__Message *messages[] = {&message};
+    struct conversation c;
+    struct error err = {0};
+    struct arena a;
+
+    chat.messages = messages;
+    chat.n_messages = 1;
+    message.role = "user";
+    message.parts = &part;
+    message.n_parts = 1;
+    arena_init(&a, 1 << 16);
+    if (convert_conversation(&chat, &media, &a, &c, &err) == 0)
+        *out = c.messages[0].parts[0];
+    arena_release(&a);
+    return err.code;
+}
+
+/* data, frames, media_id: exactly one of them. */
+static void test_media_id(void **state)
+{
+    (void)state;
+    Internvl__V1__ContentPart image_part = INTERNVL__V1__CONTENT_PART__INIT;
+    Internvl__V1__ContentPart video_part = INTERNVL__V1__CONTENT_PART__INIT;
+    Internvl__V1__ImagePart image = INTERNVL__V1__IMAGE_PART__INIT;
+    Internvl__V1__VideoPart video = INTERNVL__V1__VIDEO_PART__INIT;
+    ProtobufCBinaryData data = {1, (uint8_t *)"x"};
+    struct content_part out;
+
+    image_part.part_case = INTERNVL__V1__CONTENT_PART__PART_IMAGE;
+    image_part.image = &image;
+    video_part.part_case = INTERNVL__V1__CONTENT_PART__PART_VIDEO;
+    video_part.video = &video;
+    image._media_id_case = INTERNVL__V1__IMAGE_PART___MEDIA_ID_MEDIA_ID;
+    image.media_id = "known";
+    assert_int_equal(read_part(&image_part, &out), ERROR_OK);
+    assert_int_equal(out.n_bytes, 7);
+    assert_memory_equal(out.bytes, "picture", 7);
+    image.data = data;
+    assert_int_equal(read_part(&image_part, &out), ERROR_INVALID_ARGUMENT);
+    image.data.len = 0;
+    image.media_id = "";
+    assert_int_equal(read_part(&image_part, &out), ERROR_NOT_FOUND);
+    video._media_id_case = INTERNVL__V1__VIDEO_PART___MEDIA_ID_MEDIA_ID;
+    video.media_id = "known";
+    assert_int_equal(read_part(&video_part, &out), ERROR_NOT_FOUND); // not as a video
+    video.frames = &data;
+    video.n_frames = 1;
+    assert_int_equal(read_part(&video_part, &out), ERROR_INVALID_ARGUMENT);
+    video._media_id_case = 0;
+    assert_int_equal(read_part(&video_part, &out), ERROR_OK);
+    video.data = data;
+    assert_int_equal(read_part(&video_part, &out), ERROR_INVALID_ARGUMENT);
+}
+
 static void test_conversation(void **state)
 {
     (void)state;
@@ -522,24 +594,24 @@ static void test_conversation(void **state)
     struct arena a;
 
     arena_init(&a, 1 << 16);
-    assert_int_equal(convert_conversation(&chat, &a, &c, &err), -1); // no messages
+    assert_int_equal(convert_conversation(&chat, &media, &a, &c, &err), -1); // no messages
     chat.messages = messages;
     chat.n_messages = 1;
     message.role = "user";
     message.parts = parts;
     message.n_parts = 1;
-    assert_int_equal(convert_conversation(&chat, &a, &c, &err), -1); // a part of no kind
+    assert_int_equal(convert_conversation(&chat, &media, &a, &c, &err), -1); // a part of no kind
     part.part_case = INTERNVL__V1__CONTENT_PART__PART_IMAGE;
     part.image = &image;
-    assert_int_equal(convert_conversation(&chat, &a, &c, &err), -1); // no data
+    assert_int_equal(convert_conversation(&chat, &media, &a, &c, &err), -1); // no data
     image.data.data = (uint8_t *)"x";
     image.data.len = 1;
-    assert_int_equal(convert_conversation(&chat, &a, &c, &err), 0);
+    assert_int_equal(convert_conversation(&chat, &media, &a, &c, &err), 0);
     assert_int_equal(c.messages[0].parts[0].kind, PART_IMAGE);
     assert_int_equal(c.messages[0].parts[0].tiling.max_patches, -1);
     arena_release(&a);
     arena_init(&a, 16); // no room
-    assert_int_equal(convert_conversation(&chat, &a, &c, &err), -1);
+    assert_int_equal(convert_conversation(&chat, &media, &a, &c, &err), -1);
     assert_int_equal(err.code, ERROR_RESOURCE_EXHAUSTED);
     arena_release(&a);
 }
@@ -560,6 +632,7 @@ int main(void)
         cmocka_unit_test(test_rows),
         cmocka_unit_test(test_labels),
         cmocka_unit_test(test_mask),
+        cmocka_unit_test(test_media_id),
         cmocka_unit_test(test_conversation),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
