@@ -11,7 +11,7 @@ priorities, as the first of four candidates, and under other layouts.
 import itertools
 import sys
 
-from support import SANITIZED, Answer, Client, at_once, chat, example, main, pb, unittest
+from support import SANITIZED, Answer, Client, at_once, chat, example, main, part, pb, unittest, user
 import daemon
 
 FULL = "--full" in sys.argv
@@ -139,6 +139,28 @@ class Invariance(unittest.TestCase):
             for i in (2, 4, 8):  # n = 1 is the first of n = 4
                 several = d.ask(i, n=4)
                 self.assertEqual(several.bits()[0], self.expected[i][0], f"subject {i}, the first of four")
+
+    def test_second_turn(self):
+        """It continues from the pages and tiles of the turn with the picture; answers are those without caches."""
+        def talk(d):
+            asked = user(example("scene-three.png"), "Describe the image.")
+            greedy = dict(temperature=0.0, max_tokens=48, logprobs=3)
+            one = d.client.generate(pb.Prompt(chat=pb.ChatPrompt(messages=[asked])), **greedy)
+            said = pb.Message(role="assistant", parts=[part(one.text)])
+            two = d.client.generate(pb.Prompt(chat=pb.ChatPrompt(
+                messages=[asked, said, user("How many shapes are there?")])), **greedy)
+            return one, two
+
+        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0) as d:
+            cold = talk(d)
+        with Daemon() as d:
+            warm = talk(d)
+        for turn in (0, 1):
+            self.assertEqual(warm[turn].bits(), cold[turn].bits(), f"turn {turn + 1}")
+        self.assertEqual((cold[1].done.usage.cached_tokens, cold[1].done.usage.cached_tiles), (0, 0))
+        self.assertGreaterEqual(warm[1].done.usage.cached_tokens, warm[0].done.usage.prompt_tokens // 16 * 16)
+        self.assertGreater(warm[1].done.usage.tiles, 0)
+        self.assertEqual(warm[1].done.usage.cached_tiles, warm[1].done.usage.tiles)
 
     def test_features(self):
         """What Forward gives of the vision stage: the same with known tiles, and captured ones are always encoded."""

@@ -1,0 +1,76 @@
+"""Forward's logits in bfloat16 through the daemon, teacher-forced, against the float32 record of Transformers.
+
+    bfloat16.py CHECKPOINT LAYOUT...      a layout is T x P x V: 2x2x1
+
+The tolerance is that of ../model/parity_test.c: bfloat16 keeps eight bits of each weight and product, so values of up
+to 20 differ by tenths: worst <= 0.8, mean <= 0.1, and the best token is the same wherever it leads by 0.5. The error
+of Transformers' own bfloat16 run is printed beside ours, and no more than twice its mean is accepted. Between layouts
+not a bit may differ.
+"""
+
+import json
+import sys
+
+import numpy
+
+import daemon
+from reference import SKIPPED, read_safetensors, reference_folder, token_prompt
+from support import Client
+
+WORST, MEAN, LEAD, TIMES_THEIRS = 0.8, 0.1, 0.5, 2.0
+
+
+def read_bfloat16(path, name):
+    """One BF16 tensor as float32."""
+    raw = path.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    x = json.loads(raw[8:8 + n])[name]
+    start, end = x["data_offsets"]
+    bits = numpy.frombuffer(raw[8 + n + start:8 + n + end], "<u2").astype("<u4") << 16
+    return bits.view("<f4").reshape(x["shape"])
+
+
+def wrong_best(logits, expected):
+    """Rows whose best token is another one, though the record's leads by more than LEAD."""
+    second, best = numpy.sort(expected, axis=1)[:, -2:].T
+    return int(((best - second > LEAD) & (logits.argmax(1) != expected.argmax(1))).sum())
+
+
+def main():
+    name, layouts = sys.argv[1], sys.argv[2:]
+    folder = reference_folder(name)
+    if folder is None:
+        print(f"skipped: no reference data has {name}")
+        sys.exit(SKIPPED)
+    config = json.loads((folder / "checkpoints" / name / "config.json").read_text())
+    goldens = folder / "goldens" / name
+    lm, vision = (read_safetensors(goldens / f"{x}.safetensors") for x in ("lm", "vision"))
+    ids, expected = lm["input_ids"].reshape(-1), lm["logits"][0].astype(numpy.float64)
+    theirs = numpy.abs(read_bfloat16(goldens / "lm.safetensors", "logits_bf16")[0] - expected)
+    n_tiles = int((ids == config["image_token_id"]).sum()) // config["image_seq_length"]
+    prompt = token_prompt(ids, vision["pixel_values"][:n_tiles])
+    first, n_failures = None, 0
+    for layout in layouts:
+        tensor, pipeline, n_vision = (int(x) for x in layout.split("x"))
+        reason = daemon.refusal(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline)
+        if reason:
+            print(f"  {layout}: skipped: {reason}")
+            continue
+        with daemon.Daemon(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline, vision=n_vision,
+                           dtype="bfloat16") as d:
+            client = Client(d.address)
+            logits = client.forward(prompt, ["logits"])[0]["logits"]
+            client.close()
+        error, n_wrong = numpy.abs(logits - expected), wrong_best(logits, expected)
+        first = logits if first is None else first
+        good = (error.max() <= WORST and error.mean() <= min(MEAN, TIMES_THEIRS * theirs.mean()) and n_wrong == 0 and
+                first.tobytes() == logits.tobytes())
+        n_failures += not good
+        print(f"  {layout}: worst {error.max():.3f}, mean {error.mean():.4f} (Transformers' bfloat16: "
+              f"{theirs.max():.3f}, {theirs.mean():.4f}); {n_wrong} other best tokens; bits of the first layout: "
+              f"{first.tobytes() == logits.tobytes()}{'' if good else '  FAILED'}", flush=True)
+    sys.exit(1 if n_failures or first is None else 0)
+
+
+if __name__ == "__main__":
+    main()
