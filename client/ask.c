@@ -58,7 +58,8 @@ int command_ask(struct internvl_client *c, const struct command_options *o)
     struct internvl_generate_request request = {.request_id = o->request_id,
                                                 .prompt = conversation_prompt(&conversation),
                                                 .sampling = o->sampling,
-                                                .priority = o->priority};
+                                                .priority = o->priority,
+                                                .cache_salt = o->cache_salt};
     interrupt_set_busy(1);
     int rc = internvl_generate(c, &request, &call, ask_event, &state, &err);
     interrupt_set_busy(0);

@@ -153,7 +153,8 @@ static int start_request(struct bench *b, struct internvl_error *err)
     if (rc == 0) {
         struct internvl_generate_request request = {.prompt = conversation_prompt(&conversation),
                                                     .sampling = b->sampling,
-                                                    .priority = b->options->priority};
+                                                    .priority = b->options->priority,
+                                                    .cache_salt = b->options->cache_salt};
         struct timed *t = command_alloc(1, sizeof(*t));
         *t = (struct timed){
             .bench = b, .is_measured = b->n_started >= b->options->warm_up, .start_ns = now_ns()};

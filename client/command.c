@@ -190,10 +190,14 @@ static const struct option {
      "the same of the question's tokens, as the model reads it",
      SAMPLING(prompt_logprobs, INTERNVL_PROMPT_LOGPROBS)},
     {"priority", "N", GENERATE, KIND_I32, "smaller goes first [0]", AT(priority), 0, 0},
+    {"cache-salt", "TEXT", GENERATE, KIND_STRING,
+     "share cached prompts and pictures only with requests of the same salt", AT(cache_salt), 0, 0},
     {"request-id", "ID", ASK | FORWARD | SCORE | EMBED, KIND_STRING,
      "name of the request in the daemon's log", AT(request_id), 0, 0},
     {"tensor", "NAME", FORWARD | EMBED, KIND_TENSOR,
-     "forward: logits, hidden_states, image_features, … [logits]; embed: last_hidden_state, "
+     "forward: logits, hidden_states, last_hidden_state, inputs_embeds, past_key_values, "
+     "attentions, image_features, projector, vision.hidden_states, vision.last_hidden_state, "
+     "vision.pooler_output, vision.layer0, vision.attentions [logits]; embed: last_hidden_state, "
      "last_token, mean, image_features, tile_mean, image_mean [mean]; may be repeated",
      0, 0, 0},
     {"logits-to-keep", "N", FORWARD, KIND_U32, "logits of the last N positions; 0: all",

@@ -35,6 +35,7 @@ struct command_options {
     uint32_t *stop_token_ids;
     const char *request_id;
     int32_t priority;
+    const char *cache_salt;
     const char **outputs; // forward --tensor [n_outputs]
     size_t n_outputs;
     uint32_t logits_to_keep;

@@ -215,7 +215,8 @@ static void start_question(struct evaluation *e, size_t question)
     if (rc == 0) {
         struct internvl_generate_request request = {.prompt = conversation_prompt(&conversation),
                                                     .sampling = e->sampling,
-                                                    .priority = e->options->priority};
+                                                    .priority = e->options->priority,
+                                                    .cache_salt = e->options->cache_salt};
         rc = internvl_generate_start(e->queue, &request, &call, question_event, question_end, a,
                                      &err);
     }

@@ -198,6 +198,8 @@ struct internvl_generate_request {
     struct internvl_prompt prompt;
     struct internvl_sampling sampling;
     int32_t priority;
+    const char
+        *cache_salt; // cached prompts and pictures are shared within it; NULL: the common ones
 };
 
 struct internvl_media_plan {

@@ -332,6 +332,7 @@ Internvl__V1__GenerateRequest *wire_generate(struct wire_pool *p,
     m->prompt = wire_prompt(p, &r->prompt);
     m->sampling = wire_sampling(p, &r->sampling);
     m->priority = r->priority;
+    m->cache_salt = borrow_string(r->cache_salt);
     return m;
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import tempfile
@@ -66,6 +67,30 @@ class Command(DaemonTest):
         self.assertEqual(len(a["prompt_logprobs"]), a["usage"]["prompt_tokens"] - 1)
         self.assertEqual([x["rank"] for x in a["prompt_logprobs"][0]["top"]], [1, 2])
         self.assertIn("token of the prompt  (best: token logprob)", self.internvl(*said))
+
+    def test_cache_salt(self):
+        """Cached pages and tiles are found by the same salt alone (a picture's own equal tiles aside)."""
+        def cached(*salt):
+            usage = json.loads(self.internvl("ask", "--json", "--image", SCENE, *salt,
+                                             "Describe the image that I have salted."))["usage"]
+            return usage["cached_tokens"] > 0, usage["cached_tiles"] == usage["tiles"]
+
+        self.assertEqual(cached("--cache-salt", "mine"), (False, False))
+        self.assertEqual(cached("--cache-salt", "mine"), (True, True))
+        self.assertEqual(cached("--cache-salt", "yours"), (False, False))
+        self.internvl("ask", "--cache-salt", "x" * 257, "x", status=1)
+        self.assertRegex(self.errors, r"INVALID_ARGUMENT: cache_salt has 257 bytes")
+
+    def test_every_tensor_of_help(self):
+        """forward --help names what Forward takes: each is asked for, and something of its name comes."""
+        help_text = " ".join(self.internvl("forward", "--help").split())
+        names = re.search(r"forward: ([a-z0-9_., ]+) \[logits\]", help_text)[1].split(", ")
+        self.assertEqual(len(names), 13)
+        asked = [x for name in names for x in ("--tensor", name)]
+        got = json.loads(self.internvl("forward", "--json", "--image", SCENE, *asked, "x"))["tensors"]
+        for name in names:
+            kind = "cache" if name == "past_key_values" else name
+            self.assertTrue(any(x["name"].startswith(kind) for x in got), name)
 
     def test_failures(self):
         with tempfile.NamedTemporaryFile(suffix=".png") as f:

@@ -28,6 +28,7 @@ static void test_unset_is_not_zero(void **state)
     struct wire_pool pool = {0};
     struct internvl_generate_request r = {0};
     Internvl__V1__GenerateRequest *m = over_the_wire(&wire_generate(&pool, &r)->base);
+    assert_string_equal(m->cache_salt, "");
     assert_int_equal(m->sampling->_temperature_case, 0);
     assert_int_equal(m->sampling->_seed_case, 0);
     assert_int_equal(m->sampling->_logprobs_case, 0);
@@ -57,6 +58,7 @@ static void test_sampling_fields(void **state)
     struct internvl_generate_request r = {
         .request_id = "abc",
         .priority = -3,
+        .cache_salt = "mine",
         .sampling = {.set = 0x1fff | INTERNVL_PROMPT_LOGPROBS,
                      .temperature = 0.5f,
                      .top_p = 0.25f,
@@ -85,6 +87,7 @@ static void test_sampling_fields(void **state)
     Internvl__V1__SamplingParams *s = m->sampling;
     assert_string_equal(m->request_id, "abc");
     assert_int_equal(m->priority, -3);
+    assert_string_equal(m->cache_salt, "mine");
     assert_true(s->temperature == 0.5f && s->top_p == 0.25f && s->min_p == 0.125f);
     assert_true(s->repetition_penalty == 1.5f && s->presence_penalty == -1);
     assert_true(s->frequency_penalty == 2 && s->seed == UINT64_MAX);
