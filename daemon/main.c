@@ -381,7 +381,8 @@ static int run_alone(struct settings *s, char **argv, int is_usage_error, struct
         return is_usage_error ? EXIT_USAGE : 1;
     }
     if (s->options.plan) {
-        plan_print(stdout, &s->plan, &s->model);
+        plan_print(stdout, &s->plan, &s->model,
+                   (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE));
         return 0;
     }
     return launch_mpirun(layout_world(&s->layout), argv);

@@ -139,9 +139,10 @@ void plan_release(struct plan *p)
     *p = (struct plan){0};
 }
 
-void plan_print(FILE *f, const struct plan *p, const struct model_config *c)
+void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uint64_t host_bytes)
 {
-    const double mib = 1 << 20;
+    const double mib = 1 << 20, gib = 1 << 30;
+    uint64_t total = 0, largest = 0;
     const struct layout *l = &p->settings.layout;
     char role[64], quantized[48];
     fprintf(f,
@@ -153,15 +154,23 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c)
             "scratch MiB", "total MiB");
     for (int i = 0; i < p->n_ranks; i++) {
         const struct plan_rank *r = &p->ranks[i];
+        uint64_t bytes = r->weight_bytes + r->kv_bytes + r->scratch_bytes;
+        total += bytes;
+        largest = bytes > largest ? bytes : largest;
         fprintf(f, "%4d  %-28s %12.1f %12.1f %12.1f %12.1f\n", i,
                 topology_describe(&r->topology, i, role, sizeof(role)),
                 (double)r->weight_bytes / mib, (double)r->kv_bytes / mib,
-                (double)r->scratch_bytes / mib,
-                (double)(r->weight_bytes + r->kv_bytes + r->scratch_bytes) / mib);
+                (double)r->scratch_bytes / mib, (double)bytes / mib);
     }
     fprintf(f, "KV: %d pages of %d tokens = %lld tokens\n", p->n_pages, p->settings.page_size,
             (long long)p->n_pages * p->settings.page_size);
     fprintf(f, "vision cache: %.1f MiB of the gateway's scratch, %.1f KiB a tile\n",
             (double)p->settings.vision_cache_bytes / mib,
             (double)c->n_features_per_tile * c->text.hidden_size * sizeof(float) / 1024);
+    fprintf(
+        f, "memory: %.1f GiB for all ranks, %.1f GiB for the largest; this host has %.1f GiB: %s\n",
+        (double)total / gib, (double)largest / gib, (double)host_bytes / gib,
+        total <= host_bytes     ? "all ranks fit on it"
+        : largest <= host_bytes ? "they need several like it"
+                                : "not even the largest rank fits");
 }

@@ -43,7 +43,8 @@ struct plan {
 int plan_make(struct plan *p, const struct model_config *c, const struct plan_settings *s,
               struct error *err);
 void plan_release(struct plan *p); // accepts a zeroed struct
-/* A table, one line a rank, and the KV capacity in tokens. */
-void plan_print(FILE *f, const struct plan *p, const struct model_config *c);
+/* A table, one line a rank, the KV capacity in tokens, and whether a host with so much memory can
+ * hold all ranks, or one. */
+void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uint64_t host_bytes);
 
 #endif

@@ -95,10 +95,16 @@ static void prints_a_table(void **state)
     struct plan_settings s = settings(1, 2, 1);
     assert_int_equal(plan_make(&p, &c, &s, &err), 0);
     FILE *f = open_memstream(&text, &n);
-    plan_print(f, &p, &c);
+    plan_print(f, &p, &c, (uint64_t)1 << 20);
     fclose(f);
     assert_non_null(strstr(text, "4 ranks = 1 gateway + 1 vision + 1 x 2 language"));
     assert_non_null(strstr(text, "pages of 16 tokens"));
+    assert_non_null(strstr(text, "not even the largest rank fits"));
+    free(text);
+    f = open_memstream(&text, &n);
+    plan_print(f, &p, &c, (uint64_t)1 << 40);
+    fclose(f);
+    assert_non_null(strstr(text, "all ranks fit on it"));
     free(text);
     plan_release(&p);
 }
