@@ -98,8 +98,8 @@ ALWAYS_INLINE vf scaled(vf v, const struct grid *g, const enum decoding d, const
     return d == DECODE_INT8_127 ? v * vf_set(INT8_127_FACTOR) : v;
 }
 
-/* Finite values only; to the nearest, ties to even. */
-ALWAYS_INLINE vu to_bf16_high(vf x)
+/* Finite values only; to the nearest, ties to even. Not used where the processor has this. */
+__attribute__((unused)) ALWAYS_INLINE vu to_bf16_high(vf x)
 {
     vu u = (vu)x;
     return (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
