@@ -241,7 +241,7 @@ class Score(DaemonTest):
         picture = example("scene-two.png")
         cases = ((frames(picture, b"not a picture"), "frame 2"), (frames(picture, b""), "empty"),
                  (frames(picture, num_frames=1), "cannot be sampled"), (frames(picture, fps=2), "cannot be sampled"),
-                 (frames(picture, data=b"x"), "both data and frames"),
+                 (frames(picture, data=b"x"), "two of data, frames and media_id"),
                  (frames(*[picture] * (self.client.model().limits.max_frames + 1)), "frames; at most"))
         for wire, pattern in cases:
             with self.assertStatus(Code.INVALID_ARGUMENT, pattern):
