@@ -34,7 +34,8 @@ def main():
     goldens = {x: reference.read_safetensors(at / f"{x}.safetensors") for x in ("vision", "projector", "lm")}
     goldens |= {x: json.loads((at / f"{x}.json").read_text()) for x in ("scalars", "generate")}
     report = reference.Report()
-    cases = list(reference.generations(goldens, [], folder, config, report))[:N_GENERATIONS]
+    alone = reference.rows_alone(folder / "checkpoints" / name)
+    cases = list(reference.generations(goldens, [], folder, config, report, alone))[:N_GENERATIONS]
     for text in layouts:
         tensor, pipeline, vision = (int(x) for x in text.split("x"))
         with daemon.Daemon(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline, vision=vision,
