@@ -282,6 +282,7 @@ static int begin_pass(struct score *s, struct pass *p, struct error *err)
     r->channels = prompt->channels;
     r->height = prompt->height;
     r->width = prompt->width;
+    r->n_features_per_tile = prompt->n_features_per_tile;
     r->max_tokens = 0;
     r->media_ns = prompt->media_ns;
     r->arrival_ns = rpc_call_arrival_ns(s->call);

@@ -87,6 +87,17 @@ class Score(DaemonTest):
         self.assertEqual(bits(answer.scores[0].token_logprobs), bits(done.token_logprobs[len(ids) - 10:len(ids) - 1]))
         self.assertEqual(list(answer.scores[0].token_ids), ids[-9:])
 
+    def test_tiles_of_another_size(self):
+        """Tiles that become another number of tokens than the model's are scored as Forward scores them."""
+        pixels = numpy.random.default_rng(1).standard_normal((2, 3, 56, 56)).astype("<f4")
+        tensor = pb.Tensor(shape=pixels.shape, dtype="float32", data=pixels.tobytes())
+        ids, continuation = [1, *[1016] * 8, 2, 3, 4, 5], [6, 7]
+        score, = self.score(pb.Prompt(tokens=pb.TokenPrompt(token_ids=ids, pixel_values=tensor)), [continuation]).scores
+        _, done = self.client.forward(
+            pb.Prompt(tokens=pb.TokenPrompt(token_ids=ids + continuation, pixel_values=tensor)), [],
+            labels=[-100] * len(ids) + continuation)
+        self.assertEqual(bits(score.token_logprobs), bits(done.token_logprobs[len(ids) - 1:-1]))
+
     def test_long_prompt(self):
         """The vocabulary projection runs in chunks: memory does not grow with the prompt's logits."""
         limits = self.client.model().limits
