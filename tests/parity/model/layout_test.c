@@ -277,6 +277,8 @@ static int check_checkpoint(const char *name, const char *quantization)
         goto out;
     }
     snprintf(p->path, sizeof(p->path), "%s/checkpoints/%s", p->dir, name);
+    if (quantization_parse(&r->config.quantization, quantization, 32, &err) != 0)
+        die("%s", err.msg);
     struct backend *b = backend_cpu_open(2, NULL);
     model_run_open(r, p->path, DTYPE_F32, b);
     read_prompt(p, name);
