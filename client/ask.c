@@ -55,11 +55,8 @@ int command_ask(struct internvl_client *c, const struct command_options *o)
         status = command_fail(o, &err);
         goto out;
     }
-    struct internvl_generate_request request = {.request_id = o->request_id,
-                                                .prompt = conversation_prompt(&conversation),
-                                                .sampling = o->sampling,
-                                                .priority = o->priority,
-                                                .cache_salt = o->cache_salt};
+    struct internvl_generate_request request =
+        command_generate_request(o, conversation_prompt(&conversation));
     interrupt_set_busy(1);
     int rc = internvl_generate(c, &request, &call, ask_event, &state, &err);
     interrupt_set_busy(0);

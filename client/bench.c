@@ -151,10 +151,9 @@ static int start_request(struct bench *b, struct internvl_error *err)
                                     &conversation, b->options, err)
             : make_up(b, &conversation, err);
     if (rc == 0) {
-        struct internvl_generate_request request = {.prompt = conversation_prompt(&conversation),
-                                                    .sampling = b->sampling,
-                                                    .priority = b->options->priority,
-                                                    .cache_salt = b->options->cache_salt};
+        struct internvl_generate_request request =
+            command_generate_request(b->options, conversation_prompt(&conversation));
+        request.sampling = b->sampling;
         struct timed *t = command_alloc(1, sizeof(*t));
         *t = (struct timed){
             .bench = b, .is_measured = b->n_started >= b->options->warm_up, .start_ns = now_ns()};

@@ -72,10 +72,8 @@ static void take_turn(struct chat *chat, const char *text)
     struct turn turn = {.streaming = !chat->options->json};
     struct internvl_error err = {0};
     struct internvl_call_options call = command_call_options(chat->options);
-    struct internvl_generate_request request = {.prompt = conversation_prompt(&chat->conversation),
-                                                .sampling = chat->options->sampling,
-                                                .priority = chat->options->priority,
-                                                .cache_salt = chat->options->cache_salt};
+    struct internvl_generate_request request =
+        command_generate_request(chat->options, conversation_prompt(&chat->conversation));
     interrupt_set_busy(1);
     int rc = internvl_generate(chat->client, &request, &call, turn_event, &turn, &err);
     interrupt_set_busy(0);

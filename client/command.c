@@ -43,10 +43,9 @@ static const struct subcommand {
     {"ask", ASK, command_ask, "\"QUESTION\"", "ask one question, print the answer as it comes",
      "Pictures and videos come first, in the order given, then the question."},
     {"chat", CHAT, command_chat, "", "talk: several turns, the daemon sees all of them",
-     "Reads one message a line from standard input. /image FILE and /video FILE (or media:ID of "
-     "an\n"
-     "upload) add to the next message, /reset forgets everything, /quit (or the end of the input) "
-     "leaves."},
+     "Reads one message a line from standard input. /image FILE and /video FILE (or media:ID of\n"
+     "an upload) add to the next message, /reset forgets everything, /quit (or the end of the\n"
+     "input) leaves."},
     {"forward", FORWARD, command_forward, "[\"QUESTION\"]",
      "one pass without generating: tensors and loss of a prompt",
      "Prints a line a tensor. --output writes them all as one safetensors file."},
@@ -59,13 +58,9 @@ static const struct subcommand {
     {"tokenize", TOKENIZE, command_tokenize, "[\"TEXT\"]", "text to token ids, or ids to text",
      "Plain text goes past the chat template, unless --chat or a picture asks for it."},
     {"upload", UPLOAD, command_upload, "FILE...", "leave pictures and videos with the daemon",
-     "Prints a line a file: media:ID, which --image or --video of the other commands takes in "
-     "place "
-     "of\n"
-     "a file. PNG, JPEG and WebP files are pictures, all others videos. The daemon forgets what "
-     "has "
-     "not\n"
-     "been used for a while (--media-ttl)."},
+     "Prints a line a file: media:ID, which --image or --video of the other commands takes in\n"
+     "place of a file. PNG, JPEG and WebP files are pictures, all others videos. The daemon\n"
+     "forgets what has not been used for a while (--media-ttl)."},
     {"info", INFO, command_info, "", "model, limits, ranks and memory of the daemon", NULL},
     {"evaluate", EVALUATE, command_evaluate, "FILE.jsonl",
      "questions with known answers: accuracy per category",
@@ -81,11 +76,9 @@ static const struct subcommand {
      "run\n"
      "of the same questions and settings was cut off; nothing that was answered is asked again."},
     {"bench", BENCH, command_bench, "[FILE.jsonl]", "throughput and latency of the daemon",
-     "Requests are those of a file (as for evaluate), or made up; --image adds a picture to each "
-     "of\n"
-     "those. Without --request-rate --concurrency requests are always in flight; with it they "
-     "arrive\n"
-     "at random, so many a second, however long answers take."},
+     "Requests are those of a file (as for evaluate), or made up; --image adds a picture to each\n"
+     "of those. Without --request-rate --concurrency requests are always in flight; with it they\n"
+     "arrive at random, so many a second, however long answers take."},
 };
 #define N_SUBCOMMANDS (sizeof(subcommands) / sizeof(subcommands[0]))
 
@@ -181,8 +174,7 @@ static const struct option {
      SAMPLING(length_penalty, INTERNVL_LENGTH_PENALTY)},
     {"early-stopping", "WHEN", GENERATE, KIND_EARLY_STOPPING,
      "beam search ends: true, with N sequences finished; false, when no better one is likely; "
-     "never, "
-     "when none is possible [false]",
+     "never, when none is possible [false]",
      AT(sampling.early_stopping), 0, 0},
     {"logprobs", "K", ASK, KIND_U32, "log-probabilities of the tokens, and of the K best",
      SAMPLING(logprobs, INTERNVL_LOGPROBS)},
@@ -297,6 +289,16 @@ struct internvl_call_options command_call_options(const struct command_options *
     if (o->timeout_s > 0)
         c.timeout_ms = (int64_t)(o->timeout_s * 1000) + 1;
     return c;
+}
+
+struct internvl_generate_request command_generate_request(const struct command_options *o,
+                                                          struct internvl_prompt prompt)
+{
+    return (struct internvl_generate_request){.request_id = o->request_id,
+                                              .prompt = prompt,
+                                              .sampling = o->sampling,
+                                              .priority = o->priority,
+                                              .cache_salt = o->cache_salt};
 }
 
 /* ---- help ---- */

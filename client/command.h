@@ -73,6 +73,9 @@ void command_endpoint_release(struct command_endpoint *e);
 struct internvl_client *command_connect(const struct command_endpoint *e,
                                         struct internvl_error *err);
 struct internvl_call_options command_call_options(const struct command_options *o);
+/* What the options say of a Generate of `prompt`, borrowed from both. */
+struct internvl_generate_request command_generate_request(const struct command_options *o,
+                                                          struct internvl_prompt prompt);
 
 /* "1,2,-100" as integers [*n], freed by the caller; NULL when it is not such a list or a number is
  * outside [min, max]. */

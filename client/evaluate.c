@@ -213,10 +213,9 @@ static void start_question(struct evaluation *e, size_t question)
     int rc = eval_set_conversation(&e->set, &e->set.questions[question], &conversation, e->options,
                                    &err);
     if (rc == 0) {
-        struct internvl_generate_request request = {.prompt = conversation_prompt(&conversation),
-                                                    .sampling = e->sampling,
-                                                    .priority = e->options->priority,
-                                                    .cache_salt = e->options->cache_salt};
+        struct internvl_generate_request request =
+            command_generate_request(e->options, conversation_prompt(&conversation));
+        request.sampling = e->sampling;
         rc = internvl_generate_start(e->queue, &request, &call, question_event, question_end, a,
                                      &err);
     }

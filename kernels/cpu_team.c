@@ -12,9 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
 
 #define SPIN_NS 20000
@@ -41,14 +41,6 @@ struct cpu_team {
     struct member *members; // [n_threads - 1]
 };
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static void relax(void)
 {
 #if defined(__x86_64__)
@@ -66,7 +58,7 @@ static void futex(_Atomic uint32_t *word, int op, uint32_t value)
 /* Until the word is no longer `old`; what was written before it changed is visible then. */
 static void word_wait(struct word *w, uint32_t old)
 {
-    uint64_t until = now_ns() + SPIN_NS;
+    uint64_t until = clock_now_ns() + SPIN_NS;
 
     do {
         for (int i = 0; i < 32; i++) {
@@ -74,7 +66,7 @@ static void word_wait(struct word *w, uint32_t old)
                 return;
             relax();
         }
-    } while (now_ns() < until);
+    } while (clock_now_ns() < until);
     atomic_fetch_add(&w->n_sleepers, 1);
     while (atomic_load(&w->value) == old)
         futex(&w->value, FUTEX_WAIT, old);

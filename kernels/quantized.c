@@ -62,7 +62,7 @@ const float *weight_format_table(enum weight_format f, int has_zeros)
     }
 }
 
-float fp8_e4m3_to_f32(uint8_t code)
+static float fp8_e4m3_to_f32(uint8_t code)
 {
     int exponent = code >> 3 & 15, mantissa = code & 7;
     float sign = code & 0x80 ? -1.0f : 1.0f;

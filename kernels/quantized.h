@@ -47,7 +47,6 @@ const char *weight_format_name(enum weight_format f); // "int8", "nf4", …
 int weight_format_bits(enum weight_format f);         // of one code: 4 or 8
 /* The values [16] of the codes of a format of 4 bits, before zero point and scale. */
 const float *weight_format_table(enum weight_format f, int has_zeros);
-float fp8_e4m3_to_f32(uint8_t code);
 
 int64_t quantized_group(const struct quantized *q, int64_t k);
 /* W[n, k], rounded once or, with INT8_127, twice. */

@@ -7,9 +7,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
 
 #define LAST_BYTES 256 // room for the event that says that the file is full, and the end
@@ -30,13 +30,6 @@ static struct {
 } trace = {.mutex = PTHREAD_MUTEX_INITIALIZER, .fd = -1};
 
 static _Thread_local int own_row; // of rank 0's; 0: the thread has no name yet
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* ---- lines ---- */
 
@@ -67,7 +60,7 @@ static void add_event(const char *event)
         n = snprintf(line, sizeof(line),
                      "%s{\"name\":\"the trace is full\",\"ph\":\"i\",\"s\":\"g\",\"ts\":%.3f,"
                      "\"pid\":0,\"tid\":0}\n]\n",
-                     before, (double)(now_ns() - trace.start_ns) / 1e3);
+                     before, (double)(clock_now_ns() - trace.start_ns) / 1e3);
         write_line(line, (size_t)n);
         close(trace.fd);
         trace.fd = -1;
@@ -114,7 +107,7 @@ int trace_open(const char *path, uint64_t max_bytes, struct error *err)
     trace.n_bytes = 0;
     trace.max_bytes = max_bytes;
     trace.n_threads = 0;
-    trace.start_ns = now_ns();
+    trace.start_ns = clock_now_ns();
     trace.is_on = 1;
     return 0;
 }
@@ -210,7 +203,7 @@ int trace_take(const struct trace_span **spans)
 
 uint64_t trace_begin(void)
 {
-    return trace.is_on ? now_ns() : 0;
+    return trace.is_on ? clock_now_ns() : 0;
 }
 
 void trace_end(const char *name, uint64_t begin_ns, const char *label, int64_t value)
@@ -219,7 +212,7 @@ void trace_end(const char *name, uint64_t begin_ns, const char *label, int64_t v
         return;
     uint64_t offset = (uint64_t)trace.clock_offset_ns;
     struct trace_span s = {
-        .begin_ns = begin_ns + offset, .end_ns = now_ns() + offset, .value = value};
+        .begin_ns = begin_ns + offset, .end_ns = clock_now_ns() + offset, .value = value};
     snprintf(s.name, sizeof(s.name), "%s", name);
     snprintf(s.label, sizeof(s.label), "%s", label);
     if (trace.start_ns) // the owner

@@ -306,10 +306,10 @@ static void tile_sections(struct tile_batch *t, struct section s[2])
     s[1] = (struct section){&t->mask, (int64_t)t->n_tiles * t->n_mask, 1};
 }
 
-/* With t->pixels NULL the message has room for them. */
-static struct message *pack_tiles(const struct tile_batch *t)
+struct message *tile_batch_pack(const struct tile_batch *t, const void *const *pixels,
+                                const uint8_t *const *masks)
 {
-    struct tile_batch view = *t;
+    struct tile_batch packed = *t;
     const char *wrong = wrong_tiles(t);
     if (wrong)
         BUG("tiles of job %llu: %s", (unsigned long long)t->job_id, wrong);
@@ -324,28 +324,15 @@ static struct message *pack_tiles(const struct tile_batch *t)
         .n_mask = t->n_mask,
     };
     struct section s[2];
-    tile_sections(&view, s);
-    return sections_pack(CONTROL_TILES, &h, sizeof(h), s, 2);
-}
-
-struct message *tile_batch_pack(const struct tile_batch *t)
-{
-    if (!t->pixels && t->n_tiles > 0)
-        BUG("tiles of job %llu without pixels", (unsigned long long)t->job_id);
-    return pack_tiles(t);
-}
-
-struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels,
-                                  const uint8_t *const *masks)
-{
-    struct tile_batch packed = *t;
-    packed.pixels = NULL;
+    packed.pixels = NULL; // room for them, filled tile by tile
     packed.mask = NULL;
-    struct message *m = pack_tiles(&packed);
+    tile_sections(&packed, s);
+    struct message *m = sections_pack(CONTROL_TILES, &h, sizeof(h), s, 2);
     tile_batch_unpack(&packed, m);
     uint8_t *to = m->payload + ((const uint8_t *)packed.pixels - m->payload);
-    size_t n_bytes = (size_t)n_pixels(t) / (size_t)t->n_tiles * dtype_size(t->dtype);
     uint8_t *mask = t->n_mask > 0 ? m->payload + (packed.mask - m->payload) : NULL;
+    size_t n_bytes =
+        (size_t)t->channels * (size_t)t->height * (size_t)t->width * dtype_size(t->dtype);
     for (int32_t i = 0; i < t->n_tiles; i++) {
         memcpy(to + (size_t)i * n_bytes, pixels[i], n_bytes);
         if (mask)

@@ -153,11 +153,10 @@ struct tile_batch {
     int32_t n_mask;      // 0, or the patches of a tile
     const uint8_t *mask; // [n_tiles, n_mask] 1: the patch gives way to the mask token
 };
-struct message *tile_batch_pack(const struct tile_batch *t);
-/* The same of tiles [channels, height, width], and masks [n_mask] where there are any, that do not
- * lie together; t->pixels and t->mask are ignored. */
-struct message *tile_batch_gather(const struct tile_batch *t, const void *const *pixels,
-                                  const uint8_t *const *masks);
+/* Of tiles [channels, height, width], and masks [n_mask] where there are any, that need not lie
+ * together; t->pixels and t->mask are what tile_batch_unpack() sets, and are ignored here. */
+struct message *tile_batch_pack(const struct tile_batch *t, const void *const *pixels,
+                                const uint8_t *const *masks);
 void tile_batch_unpack(struct tile_batch *t, const struct message *m);
 
 struct feature_result {

@@ -16,8 +16,8 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "parallel/comm.h"
 
@@ -52,13 +52,6 @@ static size_t size_min(size_t a, size_t b)
     return a < b ? a : b;
 }
 
-static int64_t elapsed_ns(const struct timespec *since)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)(t.tv_sec - since->tv_sec) * 1000000000 + (t.tv_nsec - since->tv_nsec);
-}
-
 static void begin_send(struct mpi_state *s, const void *x, size_t n_bytes, int to, enum tag tag)
 {
     check(MPI_Isend(x, (int)n_bytes, MPI_BYTE, to, tag, s->group, &s->requests[s->n_requests++]),
@@ -76,14 +69,13 @@ static void begin_recv(struct mpi_state *s, void *x, size_t n_bytes, int from, e
 static void wait_all(struct mpi_state *s)
 {
     const struct timespec nap = {.tv_nsec = NAP_NS};
-    struct timespec start;
     int done = 0;
-    clock_gettime(CLOCK_MONOTONIC, &start);
+    uint64_t start_ns = clock_now_ns();
     for (;;) {
         check(MPI_Testall(s->n_requests, s->requests, &done, MPI_STATUSES_IGNORE), "MPI_Testall");
         if (done)
             break;
-        if (elapsed_ns(&start) < SPIN_NS)
+        if (clock_now_ns() - start_ns < SPIN_NS)
             sched_yield();
         else
             nanosleep(&nap, NULL);

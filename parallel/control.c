@@ -14,9 +14,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "parallel/control_wire.h"
 #include "parallel/launch.h"
@@ -74,9 +74,7 @@ int frame_header_decode(struct frame_header *h, const uint8_t bytes[FRAME_HEADER
 
 int64_t control_now_ms(void)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+    return (int64_t)(clock_now_ns() / 1000000u);
 }
 
 void control_socket_options(int fd)

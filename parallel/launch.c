@@ -18,9 +18,9 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "parallel/launch_limit.h"
 
@@ -246,20 +246,13 @@ void launch_barrier(void)
     check(MPI_Barrier(MPI_COMM_WORLD), "MPI_Barrier");
 }
 
-static int64_t clock_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 /* One question about the time, answered by rank 0. */
 static void ask_time(int64_t *offset, int64_t *shortest)
 {
-    int64_t asked = clock_ns(), theirs, answered;
+    int64_t asked = (int64_t)clock_now_ns(), theirs, answered;
     check(MPI_Send(&asked, 1, MPI_INT64_T, 0, 0, MPI_COMM_WORLD), "MPI_Send");
     check(MPI_Recv(&theirs, 1, MPI_INT64_T, 0, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE), "MPI_Recv");
-    answered = clock_ns();
+    answered = (int64_t)clock_now_ns();
     if (answered - asked > *shortest)
         return;
     *shortest = answered - asked;
@@ -276,7 +269,7 @@ int64_t launch_clock_offset(int rank, int world, int64_t *error_ns)
         check(
             MPI_Recv(&time_of_asking, 1, MPI_INT64_T, asker, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE),
             "MPI_Recv");
-        int64_t now = clock_ns();
+        int64_t now = (int64_t)clock_now_ns();
         check(MPI_Send(&now, 1, MPI_INT64_T, asker, 0, MPI_COMM_WORLD), "MPI_Send");
     }
     *error_ns = rank > 0 ? (shortest + 1) / 2 : 0;

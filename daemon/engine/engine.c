@@ -21,6 +21,7 @@
 
 #include "daemon/engine/scheduler.h"
 #include "daemon/engine/vision_stage.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
 #include "parallel/batch.h"
@@ -60,13 +61,6 @@ struct engine {
     uint64_t n_finished, n_tiles;
     struct observations observed;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 static void wake(struct engine *e)
 {
@@ -117,15 +111,11 @@ static void log_request(const struct request *r, const struct usage *u, const st
              err ? ": " : "", err ? err->msg : "");
 }
 
-static int32_t features_per_tile(const struct engine *e, const struct request *r)
-{
-    return r->n_features_per_tile < 0 ? e->config.n_features_per_tile : r->n_features_per_tile;
-}
-
 /* All at once, because tiles that were known come in no order. */
 static void push_image_features(struct engine *e, const struct ticket *t)
 {
-    int32_t n_rows = t->n_tiles * features_per_tile(e, t->request);
+    int32_t n_rows =
+        t->n_tiles * request_features_per_tile(t->request, e->config.n_features_per_tile);
     stream_push_rows(t->request->stream, "image_features", t->n_tiles, 0, n_rows, n_rows,
                      e->config.feature_dim, t->features);
 }
@@ -154,7 +144,7 @@ static void end_request(struct engine *e, struct ticket *t, const struct error *
     if (t->vision_start_ns != 0)
         histogram_add(&e->observed.vision_queue,
                       (double)since_us(t->request->arrival_ns, t->vision_start_ns) / 1e6);
-    measure(t, now_ns(), &u, &m);
+    measure(t, clock_now_ns(), &u, &m);
     if (!err && t->request->want_image_features && t->n_tiles > 0)
         push_image_features(e, t);
     trace_request(t);
@@ -197,7 +187,7 @@ static void take_inbox(struct engine *e)
     pthread_mutex_unlock(&e->mutex);
     for (int32_t i = 0; i < n; i++) {
         struct ticket *t = scheduler_add(&e->scheduler, requests[i]);
-        vision_stage_add(&e->vision, t, now_ns());
+        vision_stage_add(&e->vision, t, clock_now_ns());
         stream_push_started(requests[i]->stream);
     }
     free(requests);
@@ -209,7 +199,7 @@ static uint64_t sweep(struct engine *e)
     struct error cancelled, late;
     error_set(&cancelled, ERROR_CANCELLED, "the request was cancelled");
     error_set(&late, ERROR_DEADLINE_EXCEEDED, "the deadline passed before the answer was complete");
-    uint64_t now = now_ns(), next_deadline = 0;
+    uint64_t now = clock_now_ns(), next_deadline = 0;
     for (struct ticket *t = e->scheduler.first, *next; t; t = next) {
         next = t->next;
         uint64_t deadline = t->request->deadline_ns;
@@ -253,7 +243,7 @@ static struct message *pack_job(const struct vision_job *job)
         pixels[i] = (const uint8_t *)r->pixels + (size_t)w->tile * tile_bytes(r);
         masks[i] = r->mask ? r->mask + (size_t)w->tile * (size_t)r->n_mask : NULL;
     }
-    struct message *m = tile_batch_gather(&tiles, pixels, masks);
+    struct message *m = tile_batch_pack(&tiles, pixels, masks);
     free(pixels);
     free(masks);
     return m;
@@ -262,7 +252,7 @@ static struct message *pack_job(const struct vision_job *job)
 static void send_tiles(struct engine *e)
 {
     const struct vision_job *job;
-    while ((job = vision_stage_next(&e->vision, now_ns())) != NULL) {
+    while ((job = vision_stage_next(&e->vision, clock_now_ns())) != NULL) {
         uint64_t begin_ns = trace_begin();
         control_send(e->control, topology_vision_rank(&e->topology, job->vision_index),
                      pack_job(job));
@@ -289,7 +279,7 @@ static void send_steps(struct engine *e)
 {
     struct step *p;
     uint64_t begin_ns = trace_begin();
-    while ((p = scheduler_step(&e->scheduler, now_ns())) != NULL) {
+    while ((p = scheduler_step(&e->scheduler, clock_now_ns())) != NULL) {
         /* The last stage's shard 0 says the tokens; the others' answers matter when they capture.
          */
         struct flight *f = &e->flights[p - e->scheduler.steps];
@@ -361,16 +351,18 @@ static void take_features(struct engine *e, const struct message *m)
         f.dim != e->config.feature_dim)
         die("rank %d sent features [%d, %d] a tile, expected %lld numbers", m->rank,
             f.n_tokens_per_tile, f.dim, (long long)job->n_tile_floats);
-    uint64_t now = now_ns();
+    uint64_t now = clock_now_ns();
     e->n_tiles += (uint64_t)f.n_tiles;
     stage_times_add(&e->observed.vision[job->vision_index], now, f.compute_ns, 0);
     push_vision_tensors(job, &f);
     for (int32_t i = 0; i < f.n_tiles; i++) {
         struct vision_tile *tile = &job->tiles[i];
-        if (!f.not_finite[i])
+        if (!f.not_finite[i]) {
             vision_stage_deliver(&e->vision, tile, f.features + (int64_t)i * job->n_tile_floats,
                                  now);
-        for (int32_t w = 0; f.not_finite[i] && w < tile->n_waiters; w++)
+            continue;
+        }
+        for (int32_t w = 0; w < tile->n_waiters; w++)
             if (tile->waiters[w].ticket)
                 fail_not_finite(e, tile->waiters[w].ticket);
     }
@@ -521,7 +513,7 @@ static void complete_step(struct engine *e, struct step *p, struct flight *f)
     if (f->result.n_samples != p->n_samples)
         die("step %llu came back with %d samples of %d", (unsigned long long)p->step_id,
             f->result.n_samples, p->n_samples);
-    uint64_t now = now_ns();
+    uint64_t now = clock_now_ns();
     histogram_add(&e->observed.iteration_tokens, p->n_tokens);
     scheduler_update(s, p, f->result.samples, f->result.n_samples, now);
     for (int32_t i = 0; i < s->n_events; i++)
@@ -542,7 +534,7 @@ static void take_result(struct engine *e, struct message *m)
     int n_stages = e->topology.layout.pipeline_parallel, is_last = result.stage == n_stages - 1;
     if (result.stage < 0 || result.stage >= n_stages)
         die("rank %d sent a result of stage %d of %d", m->rank, result.stage, n_stages);
-    stage_times_add(&e->observed.language[result.stage], now_ns(), result.compute_ns,
+    stage_times_add(&e->observed.language[result.stage], clock_now_ns(), result.compute_ns,
                     result.wait_ns);
     struct step *p = result.step_id ? scheduler_find_step(&e->scheduler, result.step_id) : NULL;
     if (!is_last && (!p || !p->has_captures)) { // nobody waits for it
@@ -559,8 +551,6 @@ static void take_result(struct engine *e, struct message *m)
             die("step %llu came back with %d target log-probabilities of %d",
                 (unsigned long long)p->step_id, result.n_targets, p->n_targets);
         push_targets(e, p, &result);
-    }
-    if (is_last) {
         f->result = result;
         f->message = message_ref(m);
     } else {
@@ -624,7 +614,7 @@ static void wait_for_events(struct engine *e, uint64_t next_deadline_ns)
 {
     int timeout_ms = WAIT_MAX_MS;
     if (next_deadline_ns != 0) {
-        uint64_t now = now_ns();
+        uint64_t now = clock_now_ns();
         uint64_t left_ms = next_deadline_ns > now ? (next_deadline_ns - now + 999999) / 1000000 : 0;
         if (left_ms < (uint64_t)timeout_ms)
             timeout_ms = (int)left_ms;
@@ -640,8 +630,8 @@ static void wait_for_events(struct engine *e, uint64_t next_deadline_ns)
 /* Lets batches in flight come back, tells the workers to leave, and sees that they are told. */
 static void stop_workers(struct engine *e)
 {
-    uint64_t until = now_ns() + STOP_WAIT_NS;
-    while (!e->lost && e->scheduler.n_in_flight + e->vision.n_jobs > 0 && now_ns() < until) {
+    uint64_t until = clock_now_ns() + STOP_WAIT_NS;
+    while (!e->lost && e->scheduler.n_in_flight + e->vision.n_jobs > 0 && clock_now_ns() < until) {
         wait_for_events(e, until);
         receive(e);
     }
@@ -650,7 +640,7 @@ static void stop_workers(struct engine *e)
         control_send(e->control, rank, message_ref(stop));
     message_unref(stop);
     for (int rank = 1; rank < e->topology.world; rank++)
-        while (control_queued_bytes(e->control, rank) > 0 && now_ns() < until) {
+        while (control_queued_bytes(e->control, rank) > 0 && clock_now_ns() < until) {
             wait_for_events(e, until);
             struct message *m;
             while ((m = control_next(e->control)) != NULL) { // those who have left already
@@ -754,7 +744,8 @@ static int check_tiles(const struct engine *e, const struct request *r, struct e
 {
     if (r->n_tiles == 0)
         return 0;
-    int64_t n_tokens = 0, n_features = (int64_t)r->n_tiles * features_per_tile(e, r);
+    int64_t n_tokens = 0, n_features = (int64_t)r->n_tiles *
+                                       request_features_per_tile(r, e->config.n_features_per_tile);
     for (int32_t i = 0; i < r->n_ids; i++)
         n_tokens += r->ids[i] == r->image_token_id;
     if (n_tokens != n_features)
@@ -775,8 +766,7 @@ static int name_tiles(struct request *r, struct error *err)
         return 0;
     r->tile_digests = arena_alloc(&r->arena, (size_t)r->n_tiles, sizeof(*r->tile_digests));
     if (!r->tile_digests)
-        return error_set(err, ERROR_RESOURCE_EXHAUSTED,
-                         "the request needs more memory than the limit");
+        return request_out_of_memory(err);
     struct hasher *h = hasher_new();
     for (int32_t i = 0; i < r->n_tiles; i++) {
         hasher_begin(h);
@@ -841,7 +831,7 @@ void engine_observe(struct engine *e, struct engine_stats *stats, struct observa
 
 int engine_drain(struct engine *e, int timeout_ms)
 {
-    uint64_t until = now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u;
+    uint64_t until = clock_now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u;
     struct timespec deadline = {.tv_sec = (time_t)(until / 1000000000u),
                                 .tv_nsec = (long)(until % 1000000000u)};
     int status = 0;

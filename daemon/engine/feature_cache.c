@@ -43,12 +43,6 @@ void feature_cache_release(struct feature_cache *c)
     *c = (struct feature_cache){0};
 }
 
-uint64_t feature_cache_bytes(const struct feature_cache *c)
-{
-    return (uint64_t)c->n_slots * ((uint64_t)c->n_floats * sizeof(float) + sizeof(*c->tiles)) +
-           c->n_buckets * sizeof(*c->buckets);
-}
-
 static int32_t *bucket_of(const struct feature_cache *c, const struct digest *key)
 {
     return &c->buckets[digest_prefix(key) & (c->n_buckets - 1)];

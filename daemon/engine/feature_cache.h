@@ -32,8 +32,7 @@ struct feature_cache {
 
 /* As many slots as n_bytes hold; fewer than one slot's bytes: none, and nothing is ever found. */
 void feature_cache_init(struct feature_cache *c, uint64_t n_bytes, int64_t n_floats);
-void feature_cache_release(struct feature_cache *c);         // accepts a zeroed struct
-uint64_t feature_cache_bytes(const struct feature_cache *c); // of all slots and their bookkeeping
+void feature_cache_release(struct feature_cache *c); // accepts a zeroed struct
 
 /* The features [n_floats] of this content, from now on the newest; valid until the next put. NULL:
  * not there. */

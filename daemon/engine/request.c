@@ -20,6 +20,11 @@ struct request *request_new(size_t arena_budget_bytes)
     return r;
 }
 
+int request_out_of_memory(struct error *err)
+{
+    return error_set(err, ERROR_RESOURCE_EXHAUSTED, "the request needs more memory than the limit");
+}
+
 void request_free(struct request *r)
 {
     if (!r)

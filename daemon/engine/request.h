@@ -81,6 +81,13 @@ struct request {
     atomic_int cancelled;
 };
 
+/* Tokens of the language model that one of its tiles becomes; of_model: a tile of the model's size.
+ */
+static inline int32_t request_features_per_tile(const struct request *r, int32_t of_model)
+{
+    return r->n_features_per_tile < 0 ? of_model : r->n_features_per_tile;
+}
+
 /* Its features depend on more than the pixels, or are not as many as a cache expects. */
 static inline int request_has_odd_tiles(const struct request *r)
 {
@@ -89,5 +96,7 @@ static inline int request_has_odd_tiles(const struct request *r)
 
 struct request *request_new(size_t arena_budget_bytes);
 void request_free(struct request *r); // drops the stream reference too
+/* What to say when an arena has no room within its budget: RESOURCE_EXHAUSTED, returns -1. */
+int request_out_of_memory(struct error *err);
 
 #endif

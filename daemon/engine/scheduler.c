@@ -603,13 +603,8 @@ static int is_end_token(const struct scheduler *s, const struct request *r, int3
 {
     if (n_output <= r->min_tokens)
         return 0;
-    for (int32_t i = 0; i < s->config.n_eos && !r->ignore_eos; i++)
-        if (s->config.eos_ids[i] == id)
-            return 1;
-    for (int32_t i = 0; i < r->n_stop_token_ids; i++)
-        if (r->stop_token_ids[i] == id)
-            return 1;
-    return 0;
+    return (!r->ignore_eos && contains(s->config.eos_ids, s->config.n_eos, id)) ||
+           contains(r->stop_token_ids, r->n_stop_token_ids, id);
 }
 
 static void take_sample(struct scheduler *s, struct sequence *q, const struct sample_result *sample)

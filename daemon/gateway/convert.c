@@ -33,11 +33,6 @@ size_t convert_request_budget(const struct convert *c)
            160 * (size_t)c->max_model_len + 4 * c->limits.max_text_bytes + ARENA_ROOM_BYTES;
 }
 
-static int out_of_memory(struct error *err)
-{
-    return error_set(err, ERROR_RESOURCE_EXHAUSTED, "the request needs more memory than the limit");
-}
-
 static void draw_random(void *bytes, size_t n)
 {
     if (getrandom(bytes, n, 0) != (ssize_t)n)
@@ -75,7 +70,7 @@ int convert_cache_salt(const char *wire, struct request *r, struct error *err)
         return error_set(err, ERROR_INVALID_ARGUMENT, "cache_salt has %zu bytes; the limit is %d",
                          n, CACHE_SALT_BYTES_MAX);
     r->cache_salt = arena_strndup(&r->arena, wire, n);
-    return r->cache_salt ? 0 : out_of_memory(err);
+    return r->cache_salt ? 0 : request_out_of_memory(err);
 }
 
 /* ---- chat ---- */
@@ -142,7 +137,7 @@ static int convert_frames(const Internvl__V1__VideoPart *w, struct arena *a,
     struct media_bytes *frames = arena_alloc(a, w->n_frames, sizeof(*frames));
 
     if (!frames)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (size_t i = 0; i < w->n_frames; i++) {
         if (w->frames[i].len == 0)
             return error_set(err, ERROR_INVALID_ARGUMENT, "frames[%zu] is empty", i);
@@ -219,13 +214,13 @@ int convert_conversation(const Internvl__V1__ChatPrompt *wire, const struct medi
     if (wire->n_messages == 0)
         return error_set(err, ERROR_INVALID_ARGUMENT, "chat.messages is empty");
     if (!messages)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (size_t i = 0; i < wire->n_messages; i++) {
         const Internvl__V1__Message *w = wire->messages[i];
         struct content_part *parts = arena_alloc(a, w->n_parts, sizeof(*parts));
 
         if (!parts)
-            return out_of_memory(err);
+            return request_out_of_memory(err);
         for (size_t k = 0; k < w->n_parts; k++)
             if (convert_part(w->parts[k], media, i, k, a, &parts[k], err))
                 return -1;
@@ -268,11 +263,6 @@ int convert_prepared_prompt(const struct convert *c, const struct prompt *p, str
     return 0;
 }
 
-int32_t convert_features_per_tile(const struct convert *c, const struct request *r)
-{
-    return r->n_features_per_tile < 0 ? c->model->n_features_per_tile : r->n_features_per_tile;
-}
-
 static int convert_pixels(const struct convert *c, const Internvl__V1__Tensor *w, struct request *r,
                           struct error *err)
 {
@@ -307,7 +297,7 @@ static int convert_pixels(const struct convert *c, const Internvl__V1__Tensor *w
                          n * sizeof(float));
     pixels = arena_alloc(&r->arena, n, sizeof(*pixels));
     if (!pixels)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     memcpy(pixels, w->data.data, n * sizeof(float));
     r->pixel_dtype = DTYPE_F32;
     r->pixels = pixels;
@@ -351,7 +341,7 @@ static int convert_embeds(const struct convert *c, const Internvl__V1__TokenProm
     rows = arena_alloc(&r->arena, n, sizeof(*rows));
     r->ids = arena_alloc(&r->arena, (size_t)w->shape[0], sizeof(*r->ids));
     if (!rows || !r->ids)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     memcpy(rows, w->data.data, n * sizeof(float));
     for (size_t i = 0; i < n; i++)
         if (!isfinite(rows[i]))
@@ -377,7 +367,7 @@ int convert_token_prompt(const struct convert *c, const Internvl__V1__TokenPromp
         return -1;
     ids = arena_alloc(&r->arena, wire->n_token_ids, sizeof(*ids));
     if (!ids)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (size_t i = 0; i < wire->n_token_ids; i++) {
         if (wire->token_ids[i] >= (uint32_t)c->model->text.vocab_size)
             return error_set(err, ERROR_INVALID_ARGUMENT,
@@ -395,7 +385,8 @@ int convert_token_prompt(const struct convert *c, const Internvl__V1__TokenPromp
         return -1;
     r->image_token_id = c->model->image_token_id;
     r->n_image_tokens = (int32_t)n_image_tokens;
-    int64_t n_features = (int64_t)r->n_tiles * convert_features_per_tile(c, r);
+    int64_t n_features =
+        (int64_t)r->n_tiles * request_features_per_tile(r, c->model->n_features_per_tile);
 
     if (n_image_tokens != n_features)
         return error_set(err, ERROR_INVALID_ARGUMENT,
@@ -484,7 +475,7 @@ static int convert_prompt_logprobs(const struct convert *c, const Internvl__V1__
                          "tokens to score");
     targets = arena_alloc(&r->arena, (size_t)r->n_ids, sizeof(*targets));
     if (!targets)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (int32_t i = 0; i < r->n_ids; i++)
         targets[i] = i + 1 < r->n_ids ? r->ids[i + 1] : -1;
     r->targets = targets;
@@ -592,7 +583,7 @@ static int convert_stops(const struct convert *c, const Internvl__V1__SamplingPa
     strings = arena_alloc(&r->arena, w->n_stop, sizeof(*strings));
     ids = arena_alloc(&r->arena, w->n_stop_token_ids, sizeof(*ids));
     if (!strings || !ids)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (size_t i = 0; i < w->n_stop; i++) {
         size_t n = strlen(w->stop[i]);
 
@@ -602,7 +593,7 @@ static int convert_stops(const struct convert *c, const Internvl__V1__SamplingPa
                              LIMIT_STOP_BYTES);
         strings[i] = (struct stop_string){arena_strndup(&r->arena, w->stop[i], n), (int)n};
         if (!strings[i].bytes)
-            return out_of_memory(err);
+            return request_out_of_memory(err);
     }
     for (size_t i = 0; i < w->n_stop_token_ids; i++) {
         if (w->stop_token_ids[i] >= (uint32_t)c->model->text.vocab_size)
@@ -631,7 +622,7 @@ static int convert_bias(const struct convert *c, const Internvl__V1__SamplingPar
     ids = arena_alloc(&r->arena, w->n_logit_bias, sizeof(*ids));
     values = arena_alloc(&r->arena, w->n_logit_bias, sizeof(*values));
     if (!ids || !values)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (size_t i = 0; i < w->n_logit_bias; i++) {
         const Internvl__V1__LogitBias *b = w->logit_bias[i];
 

@@ -89,8 +89,6 @@ int convert_sampling(const struct convert *c, const Internvl__V1__SamplingParams
  * past LIMIT_FORWARD_BYTES: RESOURCE_EXHAUSTED. */
 int convert_forward(const struct convert *c, const Internvl__V1__ForwardRequest *wire,
                     struct request *r, uint32_t *outputs, struct error *err);
-/* Tokens of the language model that a tile of `r` becomes. */
-int32_t convert_features_per_tile(const struct convert *c, const struct request *r);
 /* targets of `r` from the labels of its prompt; none: NULL. */
 int convert_labels(const struct convert *c, const int32_t *labels, size_t n_labels,
                    struct request *r, struct error *err);

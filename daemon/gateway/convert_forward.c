@@ -42,11 +42,6 @@ static const struct output_name embed_names[] = {
 #define OUTPUTS_OF_FEATURES (OUTPUT_IMAGE_FEATURES | OUTPUT_TILE_MEAN | OUTPUT_IMAGE_MEAN)
 #define OUTPUTS_OF_LAST_HIDDEN (OUTPUT_LAST_HIDDEN_STATE | OUTPUT_LAST_TOKEN | OUTPUT_MEAN)
 
-static int out_of_memory(struct error *err)
-{
-    return error_set(err, ERROR_RESOURCE_EXHAUSTED, "the request needs more memory than the limit");
-}
-
 /* The names [n_wire] of a request, each one of table [n_table]. */
 static int convert_outputs(char *const *wire, size_t n_wire, const struct output_name *table,
                            size_t n_table, struct request *r, uint32_t *outputs, struct error *err)
@@ -88,7 +83,7 @@ static int convert_rows(const Internvl__V1__ForwardRequest *wire, struct request
     int64_t last = -1;
 
     if (!want)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     if (wire->_logits_to_keep_case && wire->n_logits_positions)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "logits_to_keep and logits_positions exclude each other");
@@ -127,7 +122,7 @@ int convert_labels(const struct convert *c, const int32_t *labels, size_t n_labe
                          "labels has %zu entries; the prompt has %d tokens", n_labels, r->n_ids);
     targets = arena_alloc(&r->arena, (size_t)r->n_ids, sizeof(*targets));
     if (!targets)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (int32_t i = 0; i < r->n_ids; i++) {
         int32_t label = labels[i];
 
@@ -153,7 +148,7 @@ static double forward_bytes(const struct convert *c, const struct request *r, ui
     double n = r->n_ids;
     double tiles = r->n_tiles;
     double tile_tokens = r->n_tiles ? vision_config_n_patches(v, r->height, r->width) + 1 : 0;
-    double features = convert_features_per_tile(c, r);
+    double features = request_features_per_tile(r, c->model->n_features_per_tile);
     double merged = (double)v->hidden_size * c->model->downsample_k * c->model->downsample_k;
     double elements = 0;
 
@@ -214,7 +209,7 @@ static int convert_mask(const struct convert *c, const ProtobufCBinaryData *wire
     uint8_t *mask = arena_alloc(&r->arena, wire->len, 1);
 
     if (!mask)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (size_t i = 0; i < wire->len; i++)
         mask[i] = wire->data[i] != 0;
     r->mask = mask;

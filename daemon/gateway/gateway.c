@@ -19,6 +19,7 @@
 
 #include "daemon/gateway/gateway_state.h"
 #include "daemon/gateway/metrics.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "parallel/launch.h"
 
@@ -39,14 +40,6 @@ struct watch {
     uint64_t first_stop_ns; // when
     int lost_rank;          // or -1
 };
-
-uint64_t gateway_now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 static void stop_signals(sigset_t *set)
 {
@@ -69,9 +62,9 @@ static void *signal_loop(void *arg)
         pthread_mutex_lock(&w->mutex);
         if (!w->is_stopping) {
             w->is_stopping = 1;
-            w->first_stop_ns = gateway_now_ns();
+            w->first_stop_ns = clock_now_ns();
             pthread_cond_broadcast(&w->changed);
-        } else if (gateway_now_ns() - w->first_stop_ns > SAME_SIGNAL_NS) {
+        } else if (clock_now_ns() - w->first_stop_ns > SAME_SIGNAL_NS) {
             log_warn("gateway", "second signal: ending the job at once");
             launch_abort(1);
         }
@@ -140,7 +133,7 @@ static void watch_wait(struct watch *w, struct gateway *g)
         if (pthread_cond_timedwait(&w->changed, &w->mutex, &until) == ETIMEDOUT) {
             pthread_mutex_unlock(&w->mutex);
             rpc_server_end_stalled(g->server, STALL_MS);
-            media_store_sweep(g->media, gateway_now_ns());
+            media_store_sweep(g->media, clock_now_ns());
             pthread_mutex_lock(&w->mutex);
         }
     }
@@ -283,7 +276,7 @@ static void say_ready(const struct gateway *g)
                      "ready: serving %s on %s (T=%d P=%d V=%d, %s, %d ranks, load %llu ms)\n",
                      g->model->name, rpc_server_address(g->server), l->tensor_parallel,
                      l->pipeline_parallel, l->n_vision, g->options->dtype_name, g->topology->world,
-                     (unsigned long long)((gateway_now_ns() - g->start_ns) / 1000000u));
+                     (unsigned long long)((clock_now_ns() - g->start_ns) / 1000000u));
 
     if (write(STDERR_FILENO, line, (size_t)n) < 0)
         log_warn("gateway", "cannot write to standard error: %s", strerror(errno));
@@ -293,7 +286,7 @@ static void say_ready(const struct gateway *g)
 
 static int left_ms(uint64_t until_ns)
 {
-    uint64_t now = gateway_now_ns();
+    uint64_t now = clock_now_ns();
 
     return now >= until_ns ? 0 : (int)((until_ns - now) / 1000000u);
 }
@@ -301,7 +294,7 @@ static int left_ms(uint64_t until_ns)
 /* Running requests finish; then the workers are told to stop. */
 static void drain(struct gateway *g)
 {
-    uint64_t until = gateway_now_ns() + (uint64_t)g->options->drain_timeout_s * 1000000000u;
+    uint64_t until = clock_now_ns() + (uint64_t)g->options->drain_timeout_s * 1000000000u;
     int is_done;
 
     log_info("gateway", "draining: %d open calls", rpc_server_open_calls(g->server));
@@ -318,7 +311,7 @@ static void drain(struct gateway *g)
 /* Every stream has ended UNAVAILABLE: let the answers leave, then end the job. */
 static _Noreturn void leave_lost(struct gateway *g, int rank)
 {
-    uint64_t until = gateway_now_ns() + (uint64_t)LOST_MS * 1000000u;
+    uint64_t until = clock_now_ns() + (uint64_t)LOST_MS * 1000000u;
     char role[64];
 
     log_error("gateway", "rank %d (%s) is lost: all calls end, and the job with them", rank,
@@ -397,7 +390,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     struct metrics *metrics = NULL;
 
     g.convert = (struct convert){m, o->limits, o->engine.max_model_len, o->max_message_bytes};
-    g.start_ns = gateway_now_ns();
+    g.start_ns = clock_now_ns();
     raise_descriptor_limit();
     watch_open(&w);
     g.ranks = xcalloc((size_t)t->world, sizeof(*g.ranks));
@@ -419,7 +412,7 @@ int gateway_run(const struct gateway_options *o, const struct model_config *m,
     gethostname(g.ranks[0].host, sizeof(g.ranks[0].host) - 1);
     g.ranks[0].rss_bytes = own_rss_bytes();
     g.ranks[0].scratch_bytes = o->engine.vision_cache_bytes;
-    g.ranks[0].load_ms = (gateway_now_ns() - g.start_ns) / 1000000u;
+    g.ranks[0].load_ms = (clock_now_ns() - g.start_ns) / 1000000u;
     g.engine = engine_open(&o->engine, t, control, on_lost, &w);
     metrics = open_metrics(&g);
     serve(&g, &w);

@@ -50,8 +50,6 @@ void model_info_message(void *arg, struct rpc_call *c);
 void upload_message(void *arg, struct rpc_call *c);
 void upload_ended(void *arg, struct rpc_call *c); // rpc_method.ended
 
-uint64_t gateway_now_ns(void); // CLOCK_MONOTONIC
-
 /* Uploaded media that a conversation names; they stay until media_pins_release(). */
 struct media_pins {
     struct media_store *store;

@@ -2,9 +2,9 @@
  * GetModel: what is served, by which ranks, within which limits, how busy.
  */
 #include <stdlib.h>
-#include <time.h>
 
 #include "daemon/gateway/gateway_state.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 
 #define ROLE_BYTES 64
@@ -66,17 +66,14 @@ static void fill_limits(const struct gateway *g, Internvl__V1__Limits *out)
 static void fill_load(const struct gateway *g, Internvl__V1__Load *out)
 {
     struct engine_stats stats;
-    struct timespec now;
 
     engine_stats(g->engine, &stats);
-    clock_gettime(CLOCK_MONOTONIC, &now);
     internvl__v1__load__init(out);
     out->running = (uint32_t)stats.n_running;
     out->waiting = (uint32_t)(stats.n_waiting + work_queue_length(g->work));
     out->kv_pages_used = (uint32_t)stats.n_pages_used;
     out->kv_pages = (uint32_t)stats.n_pages;
-    out->uptime_ms =
-        ((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec - g->start_ns) / 1000000u;
+    out->uptime_ms = (clock_now_ns() - g->start_ns) / 1000000u;
 }
 
 static void fill_model(const struct gateway *g, Internvl__V1__GetModelResponse *out)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "daemon/gateway/gateway_state.h"
+#include "kernels/clock.h"
 
 struct media_pin {
     struct media *media;
@@ -18,9 +19,8 @@ static int pin_media(void *state, const char *id, enum part_kind kind, struct me
     struct media_pin *pin = arena_alloc(p->arena, 1, sizeof(*pin));
 
     if (!pin)
-        return error_set(err, ERROR_RESOURCE_EXHAUSTED,
-                         "the request needs more memory than the limit");
-    pin->media = media_store_pin(p->store, id, kind, gateway_now_ns(), out, err);
+        return request_out_of_memory(err);
+    pin->media = media_store_pin(p->store, id, kind, clock_now_ns(), out, err);
     if (!pin->media)
         return -1;
     pin->next = p->first;
@@ -40,7 +40,7 @@ int conversation_read(struct gateway *g, const Internvl__V1__ChatPrompt *wire, s
 void media_pins_release(struct media_pins *pins)
 {
     for (struct media_pin *p = pins->first; p; p = p->next)
-        media_store_unpin(pins->store, p->media, gateway_now_ns());
+        media_store_unpin(pins->store, p->media, clock_now_ns());
     pins->first = NULL;
 }
 

@@ -28,6 +28,7 @@
 
 #include "daemon/gateway/listener.h"
 #include "daemon/gateway/wire_check.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
 
@@ -95,14 +96,6 @@ struct rpc_call {
     struct error status;
 };
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 /* The library's deadline on our clock; 0: none. */
 static uint64_t deadline_ns_of(gpr_timespec deadline)
 {
@@ -114,10 +107,10 @@ static uint64_t deadline_ns_of(gpr_timespec deadline)
     now = gpr_now(GPR_CLOCK_REALTIME);
     left = gpr_time_sub(gpr_convert_clock_type(deadline, GPR_CLOCK_REALTIME), now);
     if (left.tv_sec < 0)
-        return now_ns();
+        return clock_now_ns();
     if (left.tv_sec > 365 * 24 * 3600)
         return 0;
-    return now_ns() + (uint64_t)left.tv_sec * 1000000000u + (uint64_t)left.tv_nsec;
+    return clock_now_ns() + (uint64_t)left.tv_sec * 1000000000u + (uint64_t)left.tv_nsec;
 }
 
 /* ---- calls: references, batches ---- */
@@ -243,7 +236,7 @@ int rpc_check_waiting(struct rpc_call *c, struct error *err)
     pthread_mutex_lock(&c->mutex);
     if (c->is_closed)
         why = c->closed_why ? c->closed_why : ERROR_CANCELLED;
-    else if (c->deadline_ns && now_ns() >= c->deadline_ns)
+    else if (c->deadline_ns && clock_now_ns() >= c->deadline_ns)
         why = ERROR_DEADLINE_EXCEEDED;
     pthread_mutex_unlock(&c->mutex);
     if (why == ERROR_OK)
@@ -378,7 +371,7 @@ int rpc_write(struct rpc_call *c, const ProtobufCMessage *m)
         ops[n++].data.send_message.send_message = buffer;
         c->outgoing = buffer;
         c->is_writing = 1;
-        c->write_started_ns = now_ns();
+        c->write_started_ns = clock_now_ns();
         start_batch(c, ops, n, &c->write_tag);
         buffer = NULL;
         result = 0;
@@ -444,7 +437,7 @@ static void on_close(struct rpc_call *c, int ok)
     pthread_mutex_lock(&c->mutex);
     c->is_closed = 1;
     if (c->close_flag)
-        c->closed_why = c->deadline_ns && now_ns() + DEADLINE_SLACK_NS >= c->deadline_ns
+        c->closed_why = c->deadline_ns && clock_now_ns() + DEADLINE_SLACK_NS >= c->deadline_ns
                             ? ERROR_DEADLINE_EXCEEDED
                             : ERROR_CANCELLED;
     pthread_mutex_unlock(&c->mutex);
@@ -472,7 +465,7 @@ static void on_read(struct rpc_call *c, int ok)
         refuse(c, ERROR_INVALID_ARGUMENT, "the call carries no message");
 }
 
-static void refuse_stream(struct rpc_call *c)
+static void refuse_shutdown(struct rpc_call *c)
 {
     refuse(c, ERROR_UNAVAILABLE, "the server is shutting down");
 }
@@ -487,14 +480,14 @@ void rpc_read_next(struct rpc_call *c)
     is_over = c->is_closed || c->is_finished;
     if (!is_over) {
         c->is_reading = 1;
-        c->read_started_ns = now_ns();
+        c->read_started_ns = clock_now_ns();
         start_batch(c, &op, 1, &c->read_tag);
     }
     pthread_mutex_unlock(&c->mutex);
     /* Either this sees the flag, or rpc_server_end_streams() sees a call that is reading. */
     if (!is_over && c->server->methods[c->method].takes_a_stream &&
         atomic_load(&c->server->is_ending_streams))
-        refuse_stream(c);
+        refuse_shutdown(c);
 }
 
 static int has_token(const struct rpc_call *c)
@@ -520,7 +513,7 @@ static void on_new(struct rpc_call *c, int ok)
         return;
     arm(s, c->method);
     list_call(c);
-    c->arrival_ns = now_ns();
+    c->arrival_ns = clock_now_ns();
     c->deadline_ns = deadline_ns_of(c->method == GENERIC ? c->details.deadline : c->deadline);
     op.data.recv_close_on_server.cancelled = &c->close_flag;
     start_batch(c, &op, 1, &c->close_tag);
@@ -528,7 +521,7 @@ static void on_new(struct rpc_call *c, int ok)
     if (c->method == GENERIC)
         refuse(c, ERROR_UNIMPLEMENTED, "the server has no such method");
     else if (atomic_load(&s->is_closing))
-        refuse(c, ERROR_UNAVAILABLE, "the server is shutting down");
+        refuse_shutdown(c);
     else if (s->auth && !s->methods[c->method].is_open && !has_token(c))
         refuse(c, ERROR_UNAUTHENTICATED, "the call needs a bearer token in \"authorization\"");
     else if (!s->methods[c->method].is_open && !atomic_load(&s->is_serving))
@@ -688,7 +681,7 @@ int rpc_server_open_calls(const struct rpc_server *server)
 
 void rpc_server_end_stalled(struct rpc_server *s, int stall_ms)
 {
-    uint64_t now = now_ns();
+    uint64_t now = clock_now_ns();
     uint64_t stall_ns = (uint64_t)stall_ms * 1000000u;
 
     pthread_mutex_lock(&s->mutex);
@@ -717,7 +710,7 @@ void rpc_server_end_streams(struct rpc_server *s)
         is_reading = c->is_reading;
         pthread_mutex_unlock(&c->mutex);
         if (is_reading && s->methods[c->method].takes_a_stream)
-            refuse_stream(c);
+            refuse_shutdown(c);
     }
     pthread_mutex_unlock(&s->mutex);
 }
@@ -749,14 +742,14 @@ static int wait_calls(struct rpc_server *s, int is_down, int timeout_ms)
  * which its client sees as UNAVAILABLE. */
 static void hang_up(struct rpc_server *s)
 {
-    uint64_t until = now_ns() + (uint64_t)HANG_UP_MS * 1000000u;
+    uint64_t until = clock_now_ns() + (uint64_t)HANG_UP_MS * 1000000u;
 
     /* Let the answers arrive; a client that takes none of its bytes is not waited for longer. */
-    while (listener_n_unsent(s->listener) > 0 && now_ns() < until)
+    while (listener_n_unsent(s->listener) > 0 && clock_now_ns() < until)
         poll(NULL, 0, 1);
-    until = now_ns() + (uint64_t)HANG_UP_MS * 1000000u;
+    until = clock_now_ns() + (uint64_t)HANG_UP_MS * 1000000u;
     listener_end_reading(s->listener);
-    while (listener_n_connections(s->listener) > 0 && now_ns() < until)
+    while (listener_n_connections(s->listener) > 0 && clock_now_ns() < until)
         poll(NULL, 0, 1);
 }
 

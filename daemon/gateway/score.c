@@ -58,11 +58,6 @@ static void score_free(struct score *s)
 
 /* ---- the processor thread: from the message to passes ---- */
 
-static int out_of_memory(struct error *err)
-{
-    return error_set(err, ERROR_RESOURCE_EXHAUSTED, "the request needs more memory than the limit");
-}
-
 /* Ids of one continuation. */
 static int continuation_ids(const struct gateway *g, const Internvl__V1__Continuation *w, int index,
                             struct arena *a, int32_t **ids, int64_t *n_ids, struct error *err)
@@ -81,7 +76,7 @@ static int continuation_ids(const struct gateway *g, const Internvl__V1__Continu
         *n_ids = (int64_t)w->token_ids->n_ids;
         *ids = arena_alloc(a, w->token_ids->n_ids, sizeof(**ids));
         if (!*ids)
-            return out_of_memory(err);
+            return request_out_of_memory(err);
         for (int64_t i = 0; i < *n_ids; i++) {
             if (w->token_ids->ids[i] >= (uint32_t)g->model->text.vocab_size)
                 return error_set(err, ERROR_INVALID_ARGUMENT,
@@ -108,7 +103,7 @@ static int pass_alloc(struct pass *p, int32_t n_ids, int32_t n_scored, struct ar
     p->logprobs = arena_alloc(a, (size_t)n_scored, sizeof(*p->logprobs));
     p->ranks = arena_alloc(a, (size_t)n_scored, sizeof(*p->ranks));
     if (!p->ids || !p->targets || !p->scored_ids || !p->logprobs || !p->ranks)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     return 0;
 }
 
@@ -179,7 +174,7 @@ static int make_passes(struct score *s, const Internvl__V1__ScoreRequest *wire,
     s->n_passes = n ? (int)n : 1;
     s->passes = arena_alloc(&r->arena, (size_t)s->n_passes, sizeof(*s->passes));
     if (!s->passes)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     if (s->has_labels)
         return convert_labels(&g->convert, wire->labels, wire->n_labels, r, err) ||
                        make_label_pass(r, &r->arena, &s->passes[0], err)

@@ -22,11 +22,6 @@ struct tokens { // what an answer is made of, in one arena
     int n_media;
 };
 
-static int out_of_memory(struct error *err)
-{
-    return error_set(err, ERROR_RESOURCE_EXHAUSTED, "the request needs more memory than the limit");
-}
-
 static int tokenize_text(struct gateway *g, const char *text, struct arena *a, struct tokens *out,
                          struct error *err)
 {
@@ -70,7 +65,7 @@ static int take_ids(struct gateway *g, const Internvl__V1__TokenIds *wire, struc
                          (long long)n, (long long)g->convert.limits.max_prompt_tokens);
     ids = arena_alloc(a, wire->n_ids, sizeof(*ids));
     if (!ids)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (int64_t i = 0; i < n; i++) {
         if (wire->ids[i] >= vocab_size)
             return error_set(err, ERROR_INVALID_ARGUMENT,
@@ -114,7 +109,7 @@ static int answer(struct gateway *g, struct rpc_call *c, const struct tokens *t,
                 : tokenizer_decode(tokenizer, t->ids, t->n_ids, skip_special, a, &n_bytes);
 
     if (!tokens || !plans || !pointers || !text)
-        return out_of_memory(err);
+        return request_out_of_memory(err);
     for (size_t i = 0; i < n; i++)
         tokens[i].data =
             (uint8_t *)(uintptr_t)tokenizer_token_bytes(tokenizer, t->ids[i], &tokens[i].len);

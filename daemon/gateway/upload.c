@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #include "daemon/gateway/gateway_state.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 
 #define MAX_ELEMENTS 16 // of one message
@@ -137,7 +138,7 @@ static void upload_finish(void *arg)
     struct error err = {0};
 
     if (rpc_check_waiting(u->call, &err) ||
-        media_upload_finish(u->media, gateway_now_ns(), &u->receipt, &err)) {
+        media_upload_finish(u->media, clock_now_ns(), &u->receipt, &err)) {
         refuse(u, &err);
     } else {
         response.media_id = u->receipt.id;

@@ -14,20 +14,13 @@ static void read_keys(float *keys, struct backend *b, const struct kv_pages *kv,
                       const int32_t *pages, int64_t n_pages, int32_t kv_head)
 {
     size_t n = (size_t)kv->head_dim * (size_t)kv->page_size, n_bytes = n * dtype_size(kv->dtype);
-    uint16_t *half = xcalloc(n, sizeof(*half));
+    void *page = xcalloc(1, n_bytes);
     for (int64_t p = 0; p < n_pages; p++) {
         size_t index = (size_t)pages[p] * (size_t)kv->n_kv_heads + (size_t)kv_head;
-        const char *from = (const char *)kv->k + index * n_bytes;
-        float *to = keys + (size_t)p * n;
-        if (kv->dtype == DTYPE_F32) {
-            op_download(b, to, from, n_bytes);
-            continue;
-        }
-        op_download(b, half, from, n_bytes);
-        for (size_t i = 0; i < n; i++)
-            to[i] = bf16_to_f32(half[i]);
+        op_download(b, page, (const char *)kv->k + index * n_bytes, n_bytes);
+        tensor_widen(keys + (size_t)p * n, page, kv->dtype, (int64_t)n);
     }
-    free(half);
+    free(page);
 }
 
 /* row[first, first + n) <- its softmax. */

@@ -7,6 +7,7 @@
 
 #include "daemon/model/language.h"
 #include "daemon/model/worker_report.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
 
@@ -27,14 +28,14 @@ static void step(struct language_model *m, struct control *c, const struct messa
     struct batch b;
     struct language_output out;
     batch_unpack(&b, request);
-    uint64_t start = worker_now_ns(), waited = waited_ns(m->comm);
+    uint64_t start = clock_now_ns(), waited = waited_ns(m->comm);
     language_forward(m, &b, &out, captures);
     struct step_result r = {.step_id = b.step_id,
                             .stage = m->stage,
                             .n_samples = out.n_samples,
                             .n_targets = out.n_targets,
                             .n_captured = captures->n,
-                            .compute_ns = worker_now_ns() - start,
+                            .compute_ns = clock_now_ns() - start,
                             .wait_ns = waited_ns(m->comm) - waited,
                             .samples = out.samples,
                             .targets = out.targets,
@@ -51,7 +52,7 @@ static void step(struct language_model *m, struct control *c, const struct messa
 
 int language_worker_run(const struct worker_options *o, const struct topology *t, struct control *c)
 {
-    uint64_t start = worker_now_ns();
+    uint64_t start = clock_now_ns();
     struct error err;
     struct weights w;
     struct language_model m;

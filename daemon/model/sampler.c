@@ -278,11 +278,9 @@ static int32_t draw(struct sampler *s, const struct sample_row *row)
 
 /* Transformers' order in beam search: log_softmax, then the processors. */
 static void rank_for_beams(struct sampler *s, struct sample_result *out, const float *logits,
-                           const struct sample_row *row, const struct batch *b)
+                           double log_sum, const struct sample_row *row, const struct batch *b)
 {
     int32_t k = row->sampling.n_beam_best, n = s->vocab_size;
-    int finite;
-    double log_sum = sampler_log_sum_exp(logits, n, &finite);
     for (int32_t i = 0; i < n; i++)
         s->work[i] = (float)(logits[i] - log_sum);
     apply_bias_and_bans(s, row, b);
@@ -300,7 +298,7 @@ void sampler_draw(struct sampler *s, struct sample_result *out, const float *log
     memset(out, 0, sizeof(*out));
     out->sequence = row->sequence;
     double log_sum = 0;
-    if (p->n_logprobs >= 0)
+    if (p->n_logprobs >= 0 || p->n_beam_best > 0)
         log_sum = sampler_log_sum_exp(logits, s->vocab_size, &finite);
     else
         for (int32_t i = 0; i < s->vocab_size; i++)
@@ -310,7 +308,7 @@ void sampler_draw(struct sampler *s, struct sample_result *out, const float *log
         return;
     }
     if (p->n_beam_best > 0) {
-        rank_for_beams(s, out, logits, row, b);
+        rank_for_beams(s, out, logits, log_sum, row, b);
         return;
     }
     memcpy(s->work, logits, (size_t)s->vocab_size * sizeof(float));

@@ -8,6 +8,7 @@
 
 #include "daemon/model/vision.h"
 #include "daemon/model/worker_report.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
 
@@ -25,7 +26,7 @@ static struct message *encode(struct vision_model *m, const struct message *requ
 {
     struct tile_batch t;
     tile_batch_unpack(&t, request);
-    uint64_t start = worker_now_ns();
+    uint64_t start = clock_now_ns();
     int32_t n_features = model_config_n_features(m->config, t.height, t.width);
     size_t n = (size_t)n_features * (size_t)m->config->text.hidden_size;
     float *features = xcalloc((size_t)t.n_tiles * n + 1, sizeof(float));
@@ -39,7 +40,7 @@ static struct message *encode(struct vision_model *m, const struct message *requ
                                .dim = m->config->text.hidden_size,
                                .not_finite = not_finite,
                                .n_captured = captures->n,
-                               .compute_ns = worker_now_ns() - start,
+                               .compute_ns = clock_now_ns() - start,
                                .features = features,
                                .captured = captures->items};
     trace_end("encode tiles", start, "tiles", t.n_tiles);
@@ -54,7 +55,7 @@ static struct message *encode(struct vision_model *m, const struct message *requ
 
 int vision_worker_run(const struct worker_options *o, const struct topology *t, struct control *c)
 {
-    uint64_t start = worker_now_ns();
+    uint64_t start = clock_now_ns();
     struct error err;
     struct weights w;
     struct vision_model m;

@@ -156,62 +156,52 @@ static void dummy_row(float *dst, const struct weight_spec *s, int64_t row, stru
     }
 }
 
-/* Rows and columns of a listed tensor into dst [rows.n, columns.n]; dst's type is the stored one,
- * or F32. Rows past the end are zeros. */
+/* Columns of one row of a listed tensor into dst [columns.n], whose type is the stored one, or F32:
+ * then `aligned` has room for as many of the stored type. A row past the end is zeros. Returns the
+ * bytes read of the file. */
+static uint64_t read_row(const struct weights *w, const struct weight_spec *s, int64_t row,
+                         struct range columns, void *dst, enum dtype dtype, void *aligned)
+{
+    const struct weight_source *source = &w->sources[s - w->list.specs];
+    const enum dtype stored = stored_dtype(w, s);
+    const size_t n_bytes = (size_t)columns.n * dtype_size(stored);
+    if (row >= weight_spec_rows(s)) {
+        memset(dst, 0, (size_t)columns.n * dtype_size(dtype));
+        return 0;
+    }
+    if (!source->tensor) {
+        dummy_row(dst, s, row, columns);
+        return 0;
+    }
+    int64_t first = (source->first_row + row) * weight_spec_columns(s) + columns.start;
+    const uint8_t *from = source->tensor->data + (size_t)first * dtype_size(stored);
+    if (stored == dtype) {
+        memcpy(dst, from, n_bytes);
+    } else {
+        memcpy(aligned, from, n_bytes);
+        tensor_widen(dst, aligned, stored, columns.n);
+    }
+    return n_bytes;
+}
+
+/* Rows and columns of a listed tensor into dst [rows.n, columns.n], as read_row(). */
 static void read_slice(struct weights *w, const struct weight_spec *s, struct range rows,
                        struct range columns, void *dst, enum dtype dtype)
 {
-    const struct weight_source *source = &w->sources[s - w->list.specs];
-    int64_t n_rows = weight_spec_rows(s), n_columns = weight_spec_columns(s);
     size_t dst_row = (size_t)columns.n * dtype_size(dtype);
-    enum dtype stored = stored_dtype(w, s);
-    size_t element = dtype_size(stored);
-    void *aligned = stored != dtype ? xcalloc((size_t)columns.n, element) : NULL;
-    for (int64_t r = 0; r < rows.n; r++) {
-        uint8_t *to = (uint8_t *)dst + (size_t)r * dst_row;
-        int64_t row = rows.start + r;
-        if (row >= n_rows) {
-            memset(to, 0, dst_row);
-            continue;
-        }
-        if (!source->tensor) {
-            dummy_row((float *)to, s, row, columns);
-            continue;
-        }
-        const uint8_t *from =
-            source->tensor->data +
-            (size_t)((source->first_row + row) * n_columns + columns.start) * element;
-        w->read_bytes += (uint64_t)columns.n * element;
-        if (stored == dtype) {
-            memcpy(to, from, dst_row);
-        } else {
-            memcpy(aligned, from, (size_t)columns.n * element);
-            tensor_widen((float *)to, aligned, stored, columns.n);
-        }
-    }
+    void *aligned = xcalloc((size_t)columns.n, dtype_size(stored_dtype(w, s)));
+    for (int64_t r = 0; r < rows.n; r++)
+        w->read_bytes += read_row(w, s, rows.start + r, columns,
+                                  (uint8_t *)dst + (size_t)r * dst_row, dtype, aligned);
     free(aligned);
 }
 
 void weights_row(const struct weights *w, const struct weight_spec *s, int64_t row, float *dst)
 {
-    const struct weight_source *source = &w->sources[s - w->list.specs];
-    const int64_t n = weight_spec_columns(s);
-    if (row >= weight_spec_rows(s)) {
-        memset(dst, 0, (size_t)n * sizeof(float));
-    } else if (!source->tensor) {
-        dummy_row(dst, s, row, (struct range){0, n});
-    } else {
-        const size_t row_bytes = (size_t)n * dtype_size(source->tensor->dtype);
-        const uint8_t *from = source->tensor->data + (size_t)(source->first_row + row) * row_bytes;
-        if (source->tensor->dtype == DTYPE_F32)
-            memcpy(dst, from, row_bytes);
-        else
-            for (int64_t i = 0; i < n; i++) { // not necessarily aligned
-                uint16_t h;
-                memcpy(&h, from + 2 * i, sizeof(h));
-                dst[i] = source->tensor->dtype == DTYPE_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
-            }
-    }
+    const struct range all = {0, weight_spec_columns(s)};
+    void *aligned = xcalloc((size_t)all.n, dtype_size(stored_dtype(w, s)));
+    read_row(w, s, row, all, dst, DTYPE_F32, aligned);
+    free(aligned);
 }
 
 static const struct weight_spec *required(const struct weights *w, const char *name)

@@ -5,19 +5,12 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
 #include "parallel/batch.h"
-
-uint64_t worker_now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* Resident bytes of this process: the second number of /proc/self/statm, in pages. 0: unknown. */
 static uint64_t resident_bytes(void)
@@ -43,7 +36,7 @@ void worker_report_ready(const struct topology *t, struct control *c, const stru
                              .kv_bytes = kv_bytes,
                              .scratch_bytes = scratch_bytes,
                              .rss_bytes = resident_bytes(),
-                             .load_ms = (worker_now_ns() - start_ns) / 1000000};
+                             .load_ms = (clock_now_ns() - start_ns) / 1000000};
     if (gethostname(info.host, sizeof(info.host) - 1) != 0)
         snprintf(info.host, sizeof(info.host), "unknown");
     snprintf(info.device, sizeof(info.device), "%s", b->ops->describe(b));

@@ -1,5 +1,5 @@
 /*
- * What both kinds of worker tell about themselves: the clock they time with, and CONTROL_READY.
+ * What both kinds of worker tell about themselves: CONTROL_READY and their part of the timeline.
  */
 #ifndef INTERNVLD_MODEL_WORKER_REPORT_H
 #define INTERNVLD_MODEL_WORKER_REPORT_H
@@ -9,7 +9,6 @@
 #include "kernels/backend.h"
 #include "parallel/control.h"
 
-uint64_t worker_now_ns(void); // monotonic
 /* Logs and sends CONTROL_READY; start_ns is when loading began. */
 void worker_report_ready(const struct topology *t, struct control *c, const struct backend *b,
                          uint64_t weight_bytes, uint64_t kv_bytes, uint64_t scratch_bytes,

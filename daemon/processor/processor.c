@@ -9,7 +9,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "daemon/processor/chat_template.h"
 #include "daemon/processor/image.h"
@@ -17,6 +16,7 @@
 #include "daemon/processor/settings.h"
 #include "daemon/processor/tiling.h"
 #include "daemon/processor/video.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
 
@@ -487,22 +487,14 @@ static int decode_media(struct preparation *r, struct prompt *out)
     return 0;
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static int prepare(struct preparation *r, const struct conversation *c, struct arena *a,
                    struct prompt *out)
 {
-    uint64_t t0 = now_ns();
+    uint64_t t0 = clock_now_ns();
 
     if (plan_media(r, c, out->media))
         return -1;
-    uint64_t plan_ns = now_ns() - t0;
+    uint64_t plan_ns = clock_now_ns() - t0;
 
     if (prepare_ids(r, c, a, out))
         return -1;
@@ -515,11 +507,11 @@ static int prepare(struct preparation *r, const struct conversation *c, struct a
     out->tiles = arena_alloc(a, (size_t)out->n_tiles, tile_bytes(out));
     if (!out->tiles)
         return over_budget(r->err);
-    t0 = now_ns();
+    t0 = clock_now_ns();
     if (decode_media(r, out))
         return -1;
     trace_end("decode media", t0, "tiles", out->n_tiles);
-    out->decode_ns = plan_ns + (now_ns() - t0);
+    out->decode_ns = plan_ns + (clock_now_ns() - t0);
     return 0;
 }
 

@@ -253,6 +253,19 @@ static void test_feature_result_round_trip(void **state)
     message_unref(m);
 }
 
+/* Tiles and masks that lie one behind the other at t->pixels and t->mask. */
+static struct message *pack_together(const struct tile_batch *t)
+{
+    const void *pixels[4];
+    const uint8_t *masks[4];
+    size_t n_bytes = (size_t)(t->channels * t->height * t->width) * dtype_size(t->dtype);
+    for (int32_t i = 0; i < t->n_tiles; i++) {
+        pixels[i] = (const uint8_t *)t->pixels + (size_t)i * n_bytes;
+        masks[i] = t->n_mask ? t->mask + i * t->n_mask : NULL;
+    }
+    return tile_batch_pack(t, pixels, masks);
+}
+
 static struct message *example_tiles(enum dtype dtype)
 {
     const struct tile_batch t = {
@@ -265,7 +278,7 @@ static struct message *example_tiles(enum dtype dtype)
         .captures = VISION_CAPTURE_LAYER0,
         .pixels = rows,
     };
-    return tile_batch_pack(&t);
+    return pack_together(&t);
 }
 
 /* Tiles that lie apart make the same message as tiles that lie together. */
@@ -281,9 +294,12 @@ static void test_tile_batch_gather(void **state)
                            .width = 1,
                            .dtype = DTYPE_U8,
                            .pixels = together};
-    struct message *a = tile_batch_pack(&t), *b = tile_batch_gather(&t, pixels, NULL);
+    struct message *a = pack_together(&t), *b = tile_batch_pack(&t, pixels, NULL);
+    struct tile_batch got;
     assert_int_equal(a->n_bytes, b->n_bytes);
     assert_memory_equal(a->payload, b->payload, a->n_bytes);
+    tile_batch_unpack(&got, b);
+    assert_memory_equal(got.pixels, together, sizeof(together));
     message_unref(a);
     message_unref(b);
 }
@@ -303,7 +319,7 @@ static void test_tile_batch_gather_masks(void **state)
                            .n_mask = 3,
                            .pixels = pixels,
                            .mask = (const uint8_t[]){1, 0, 1, 1, 0, 0}};
-    struct message *a = tile_batch_pack(&t), *b = tile_batch_gather(&t, pixels_apart, masks_apart);
+    struct message *a = pack_together(&t), *b = tile_batch_pack(&t, pixels_apart, masks_apart);
     struct tile_batch got;
     assert_int_equal(a->n_bytes, b->n_bytes);
     assert_memory_equal(a->payload, b->payload, a->n_bytes);
