@@ -7,7 +7,7 @@ build="gcc g++ make cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libg
  protobuf-c-compiler protobuf-compiler libprotobuf-dev libcjson-dev libjpeg62-turbo-dev libpng-dev libwebp-dev
  libpcre2-dev libmicrohttpd-dev libutf8proc-dev libavcodec-dev libavformat-dev libavutil-dev libswscale-dev"
 package="$build file dpkg-dev"
-test="$build libcmocka-dev python3 python3-venv clang libclang-rt-14-dev procps iproute2 slurmctld slurmd slurm-client munge"
+test="$build libcmocka-dev python3 python3-venv clang libclang-rt-14-dev procps groff-base iproute2 slurmctld slurmd slurm-client munge"
 
 case "${1:-}" in
 build) wanted=$build ;;

@@ -53,5 +53,16 @@ for kind in $kinds; do
     tsan) ctest --preset tsan $twice -R 'engine|gateway' -E 'gateway_(equality|memory)' -LE long ;;
     long) ctest --preset release $twice -L long ;;
     esac
+    log=build/$preset/Testing/Temporary/LastTest.log
+    grep -hE "skipped[: ]" "$log" | sort | uniq -c
+    # A test may be run twice; a sanitizer's report is one too many.
+    case "$kind" in
+    asan | tsan)
+        if grep -nE 'ERROR: (Address|Leak)Sanitizer|WARNING: ThreadSanitizer|runtime error:' "$log"; then
+            echo "test: $kind: the sanitizer has reported something; see $log" >&2
+            exit 1
+        fi
+        ;;
+    esac
 done
 step "all tests passed"

@@ -22,7 +22,7 @@ daemon_parts() {
         /^        / { print roff(substr($0, 9)) }' "$made/help" >"$made/OPTIONS"
     awk "$roff"'
         /^Exit status/ { exit }
-        in_it && /^    [A-Z]/ { n = index($0, "   "); rest = substr($0, 5)
+        in_it && /^    [A-Z]/ { rest = substr($0, 5)
                                 n = index(rest, "  "); print ".TP\n.B \"" roff(substr(rest, 1, n - 1)) "\""
                                 sub(/^ */, "", rest); $0 = substr(rest, n); sub(/^ */, ""); print roff($0); next }
         in_it && /[^ ]/ { sub(/^ */, ""); print roff($0) }

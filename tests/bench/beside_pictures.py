@@ -21,6 +21,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/gateway"))
+import daemon  # noqa: E402
+
 PICTURE = ROOT / "deploy/demo/examples/scene-two.png"
 
 
@@ -69,9 +71,8 @@ class Load:
 
 def spans(path):
     """{name: [milliseconds]} of the timeline, and those of vision batches by their number of tiles."""
-    text = path.read_text().rstrip()
     by_name, by_tiles = collections.defaultdict(list), collections.defaultdict(list)
-    for e in json.loads(text if text.endswith("]") else text + "]"):
+    for e in json.loads(path.read_text()):
         if e["ph"] == "X":
             by_name[e["name"]].append(e["dur"] / 1e3)
         if e["name"] == "encode tiles":
@@ -87,7 +88,6 @@ def percentile(values, share):
 def run(a, trace):
     os.environ["INTERNVLD_DAEMON"] = str(a.build / "daemon/internvld")
     os.environ["INTERNVLD_TRACE"] = str(trace)
-    import daemon  # of tests/gateway
 
     options = ["--vision-cache-bytes", "0", "--no-enable-prefix-caching", *a.daemon_options]
     rows = []

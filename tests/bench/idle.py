@@ -20,18 +20,11 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/gateway"))
+import daemon  # noqa: E402
+import support  # noqa: E402
+
 LAYOUTS = {"4 ranks": dict(tensor=2), "7 ranks": dict(tensor=2, pipeline=2, vision=2)}
 PAUSE_S = 0.2
-
-
-def idle_shares(d, seconds):
-    """{rank: share of one core}"""
-    ranks = d.ranks()
-    before = {pid: daemon.cpu_seconds(pid) for pid in ranks.values()}
-    start = time.monotonic()
-    time.sleep(seconds)
-    elapsed = time.monotonic() - start
-    return {rank: (daemon.cpu_seconds(pid) - before[pid]) / elapsed for rank, pid in ranks.items()}
 
 
 def echo_ms(n):
@@ -57,8 +50,7 @@ def echo_ms(n):
 
 def wake_ms(path):
     """Of each request: arrival to the begin of the first step after it, on the first rank that began it."""
-    text = path.read_text()
-    events = json.loads(text if text.rstrip().endswith("]") else text + "]")
+    events = json.loads(path.read_text())
     arrivals = sorted(e["ts"] for e in events if e["ph"] == "b" and e["name"] == "request")
     steps = collections.defaultdict(list)
     for e in events:
@@ -77,12 +69,12 @@ def measure(layout, seconds, n_calls, trace):
             client.generate(support.chat("Write rat in capital letters."), max_tokens=1)
             time.sleep(PAUSE_S)
         client.close()
-        shares = idle_shares(d, seconds)
-    return {f"{rank} {roles[rank]}": share for rank, share in sorted(shares.items())}, wake_ms(trace)[1:]
+        ranks = sorted(d.ranks().items())
+        shares = daemon.cpu_shares([pid for _, pid in ranks], seconds)
+    return {f"{rank} {roles[rank]}": shares[pid] for rank, pid in ranks}, wake_ms(trace)[1:]
 
 
 def main():
-    global daemon, support
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("build", type=pathlib.Path)
     p.add_argument("--seconds", type=float, default=20)
@@ -90,8 +82,6 @@ def main():
     p.add_argument("--csv", type=pathlib.Path)
     a = p.parse_args()
     os.environ["INTERNVLD_DAEMON"] = str(a.build / "daemon/internvld")
-    import daemon  # of tests/gateway
-    import support
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:

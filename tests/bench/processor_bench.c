@@ -14,6 +14,7 @@
 #include "daemon/processor/processor.h"
 #include "kernels/backend.h"
 #include "kernels/log.h"
+#include "tests/parity/processor/reference.h"
 
 #define PATCH 14 // of InternViT
 #define BUDGET ((size_t)4 << 30)
@@ -24,25 +25,6 @@ static double now_ms(void)
 
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
-}
-
-static char *read_file(const char *path, size_t *n_bytes)
-{
-    FILE *f = fopen(path, "rb");
-    char *bytes = NULL;
-    size_t n, capacity = 0;
-
-    if (!f)
-        die("%s: cannot be read", path);
-    *n_bytes = 0;
-    do {
-        if (*n_bytes == capacity)
-            bytes = xrealloc(bytes, capacity = 2 * capacity + 65536, 1);
-        n = fread(bytes + *n_bytes, 1, capacity - *n_bytes, f);
-        *n_bytes += n;
-    } while (n);
-    fclose(f);
-    return bytes;
 }
 
 struct bench {
@@ -135,8 +117,8 @@ int main(int argc, char **argv)
     if (!b.processor)
         die("%s", err.msg);
     b.backend = backend_cpu_open(1, NULL);
-    b.picture = read_file(argv[2], &b.n_picture);
-    b.text = read_file(argv[3], &b.n_text);
+    b.picture = file_read(argv[2], &b.n_picture);
+    b.text = file_read(argv[3], &b.n_text);
     for (int i = 0; i < atoi(argv[4]); i++)
         run_round(&b);
     processor_close(b.processor);

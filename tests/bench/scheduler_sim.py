@@ -19,7 +19,7 @@ import numpy
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RATES = [2, 4, 6, 8, 10, 12, 14, 16, 20, 24]
 SETTINGS = {
-    "V=2, 2048 tokens a step (default)": [],
+    "V=2, 2048 tokens a step": [],
     "V=2, 512 tokens a step": ["--max-num-batched-tokens", "512"],
     "V=2, 1024 tokens a step": ["--max-num-batched-tokens", "1024"],
     "V=2, 8192 tokens a step": ["--max-num-batched-tokens", "8192"],

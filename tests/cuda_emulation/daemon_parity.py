@@ -37,9 +37,8 @@ def main():
     alone = reference.rows_alone(folder / "checkpoints" / name)
     cases = list(reference.generations(goldens, [], folder, config, report, alone))[:N_GENERATIONS]
     for text in layouts:
-        tensor, pipeline, vision = (int(x) for x in text.split("x"))
-        with daemon.Daemon(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline, vision=vision,
-                           dtype="float32", extra=("--device", "cuda", "--deterministic", "--max-model-len", "2048")) as d:
+        with daemon.Daemon(model=folder / "checkpoints" / name, dtype="float32", **daemon.layout_of(text),
+                           extra=("--device", "cuda", "--deterministic", "--max-model-len", "2048")) as d:
             client = Client(d.address)
             reference.check_vision(client, text, goldens, report, config)
             reference.check_language(client, text, goldens, report, config)

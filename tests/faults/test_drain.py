@@ -65,6 +65,7 @@ def main():
     draw, n_done, start = random.Random(1), 0, time.monotonic()
     for i in range(n_drains):
         n_done += drain(draw, [{"tensor": 2}, {"pipeline": 2}][i % 2])
+    assert n_done > 0, "no request was answered, so nothing was shown"
     print(f"{n_drains} drains in {time.monotonic() - start:.0f} s, {n_done} requests, none lost", flush=True)
 
 

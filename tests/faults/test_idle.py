@@ -20,11 +20,7 @@ class Idle(unittest.TestCase):
             time.sleep(1)
             ranks = {pid: rank for rank, pid in d.ranks().items()}
             processes = sorted(d.processes())
-            before = {pid: daemon.cpu_seconds(pid) for pid in processes}
-            start = time.monotonic()
-            time.sleep(SECONDS)
-            elapsed = time.monotonic() - start
-            share = {pid: (daemon.cpu_seconds(pid) - before[pid]) / elapsed for pid in processes}
+            share = daemon.cpu_shares(processes, SECONDS)
         for pid in processes:
             name = f"rank {ranks[pid]} ({roles[ranks[pid]]})" if pid in ranks else "launcher"
             print(f"  {name}: {100 * share[pid]:.2f} % of a core", flush=True)

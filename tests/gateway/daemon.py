@@ -39,10 +39,25 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime + stime
 
 
-def refusal(model, tensor, pipeline):
+def cpu_shares(pids, seconds):
+    """{pid: share of one core} that each uses while we sleep."""
+    before = {pid: cpu_seconds(pid) for pid in pids}
+    start = time.monotonic()
+    time.sleep(seconds)
+    elapsed = time.monotonic() - start
+    return {pid: (cpu_seconds(pid) - before[pid]) / elapsed for pid in pids}
+
+
+def layout_of(text):
+    """"2x1x1", T x P x V, as arguments of Daemon."""
+    return dict(zip(("tensor", "pipeline", "vision"), map(int, text.split("x")), strict=True))
+
+
+def refusal(model, tensor, pipeline, vision=1):
     """Why the daemon does not take this layout of the model, in its own words; None when it takes it."""
     plan = subprocess.run([program("INTERNVLD_DAEMON"), "--model", str(model), "--tensor-parallel-size", str(tensor),
-                           "--pipeline-parallel-size", str(pipeline), "--plan"], capture_output=True, text=True)
+                           "--pipeline-parallel-size", str(pipeline), "--vision-ranks", str(vision), "--plan"],
+                          capture_output=True, text=True)
     return plan.stderr.strip() if plan.returncode else None
 
 

@@ -10,16 +10,14 @@ when an answer differs from its first one, or when pages or requests are left.
 
 import argparse
 import random
-import struct
 import threading
 import time
-import zlib
 
 import grpc
 import numpy
 
 import daemon
-from support import Client, Code, Picture, chat, example, pb
+from support import Client, Code, chat, example, pb, png
 
 GROWTH_MIB = 4.0  # the allocator's own wandering; a leak of 1 KiB a request would be ten times that
 EXPECTED_ENDS = {Code.CANCELLED, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}
@@ -28,11 +26,7 @@ EXPECTED_ENDS = {Code.CANCELLED, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED
 def new_picture(draw):
     """A PNG that no cache has seen."""
     width, height = 224, 168
-    rows = b"".join(b"\0" + draw.randbytes(8) * (3 * width // 8) for _ in range(height))
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows, 1)),
-             (b"IEND", b"")]
-    return Picture(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts))
+    return png(width, height, b"".join(b"\0" + draw.randbytes(8) * (3 * width // 8) for _ in range(height)))
 
 
 class Worker(threading.Thread):
@@ -51,6 +45,8 @@ class Worker(threading.Thread):
                 if error.code() not in EXPECTED_ENDS:
                     self.failures.append(f"{error.code()}: {error.details()}")
                 self.n_cut += 1
+            except Exception as error:  # an answer that is not well-formed, or our own mistake
+                self.failures.append(repr(error))
             self.n_calls += 1
         self.client.close()
 

@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 import unittest
+import zlib
 
 import grpc
 from grpc_tools import protoc
@@ -76,6 +78,14 @@ def chat(*parts):
     return pb.Prompt(chat=pb.ChatPrompt(messages=[user(*parts)]))
 
 
+def png(width, height, rows):
+    """A PNG file that says it has width x height RGB pixels; rows: its filtered rows, all or not."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return Picture(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b""))
+
+
 @dataclasses.dataclass
 class Candidate:
     text: str = ""
@@ -97,7 +107,6 @@ class Answer:
     candidates: dict = dataclasses.field(default_factory=dict)
     n_deltas: int = 0
     prompt_logprobs: list = dataclasses.field(default_factory=list)  # from the prompt's second token on
-    n_prompt_messages: int = 0
     started: object = None
     done: object = None
 
@@ -110,7 +119,6 @@ class Answer:
             assert self.started is not None and self.n_deltas == 0, "prompt_logprobs outside Started … deltas"
             assert event.prompt_logprobs.first_position == len(self.prompt_logprobs) + 1, "a gap in the prompt"
             self.prompt_logprobs += event.prompt_logprobs.positions
-            self.n_prompt_messages += 1
         elif kind == "done":
             assert self.done is None, "two Dones"
             self.done = event.done
@@ -215,6 +223,14 @@ class Client:
         self.channel.close()
 
 
+def answer_bits(address):
+    """Of one answer about a picture: what must be the same from any daemon of this model."""
+    client = Client(address)
+    bits = client.generate(chat(example("scene-two.png"), "Describe the image."), max_tokens=24, logprobs=1).bits()
+    client.close()
+    return bits
+
+
 def at_once(functions):
     """Runs them all at the same time; their results in order."""
     with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
@@ -237,6 +253,15 @@ class DaemonTest(unittest.TestCase):
         with cls.daemon:
             pass
 
+    def internvl(self, *arguments, status=0, stdin="", address=True):
+        """What the command says; its standard error in self.errors. address False: it is not told where we are."""
+        environment = {**os.environ, **({"INTERNVL_ADDRESS": self.daemon.address} if address else {})}
+        done = subprocess.run([daemon.program("INTERNVLD_COMMAND"), *map(str, arguments)], input=stdin,
+                              capture_output=True, text=True, env=environment, timeout=300)
+        self.assertEqual(done.returncode, status, f"{arguments}: {done.stdout}\n{done.stderr}")
+        self.errors = done.stderr
+        return done.stdout
+
     @contextlib.contextmanager
     def assertStatus(self, code, pattern="."):
         with self.assertRaises(grpc.RpcError) as caught:
@@ -252,5 +277,5 @@ def main():
     unittest.main(module="__main__", argv=[sys.argv[0], "-v", *sys.argv[1:]])
 
 
-__all__ = ["Answer", "Client", "Code", "DaemonTest", "Picture", "ROOT", "SANITIZED", "SERVICE", "Video", "at_once",
-           "chat", "example", "examples", "main", "part", "pb", "pb_grpc", "position_bits", "unittest", "user"]
+__all__ = ["Answer", "Client", "Code", "DaemonTest", "Picture", "ROOT", "SANITIZED", "SERVICE", "Video", "answer_bits", "at_once",
+           "chat", "example", "examples", "main", "part", "pb", "pb_grpc", "png", "position_bits", "unittest", "user"]

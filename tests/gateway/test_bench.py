@@ -3,7 +3,6 @@
 import csv
 import json
 import pathlib
-import subprocess
 import tempfile
 
 import daemon
@@ -12,11 +11,7 @@ from support import DaemonTest, main
 
 class Bench(DaemonTest):
     def bench(self, *arguments):
-        command = [daemon.program("INTERNVLD_COMMAND"), "bench", "--address", self.daemon.address, "--json",
-                   "--warm-up", "1", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return json.loads(done.stdout)
+        return json.loads(self.internvl("bench", "--json", "--warm-up", "1", *arguments))
 
     def check(self, figures, n, n_tokens):
         self.assertEqual((figures["requests"], figures["failed"]), (n, 0))

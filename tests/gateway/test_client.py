@@ -1,7 +1,6 @@
 """The C client (client_test.c) and the internvl command, against a real daemon."""
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -18,16 +17,6 @@ ROOT = daemon.ROOT
 
 class Command(DaemonTest):
     LAYOUT = dict(tensor=2)
-
-    def internvl(self, *arguments, status=0, stdin="", address=True):
-        environment = {**os.environ}
-        if address:
-            environment["INTERNVL_ADDRESS"] = self.daemon.address
-        done = subprocess.run([daemon.program("INTERNVLD_COMMAND"), *map(str, arguments)], input=stdin,
-                              capture_output=True, text=True, env=environment, timeout=300)
-        self.assertEqual(done.returncode, status, f"{arguments}: {done.stdout}\n{done.stderr}")
-        self.errors = done.stderr
-        return done.stdout
 
     def test_c_client(self):
         done = subprocess.run([daemon.program("INTERNVLD_CLIENT_TEST"), self.daemon.address, SCENE], timeout=600)

@@ -3,23 +3,15 @@
 import math
 import struct
 import threading
-import zlib
 
 import grpc
 
-from support import Client, Code, DaemonTest, Picture, SERVICE, Video, chat, example, main, pb, user
+from support import Client, Code, DaemonTest, Picture, SERVICE, Video, chat, example, main, pb, png, user
 
 INVALID = Code.INVALID_ARGUMENT
 MARKER = "QQQQ"
+LITTLE = b"\0" * 1000  # of the rows that a picture promises
 WIDTH = 256  # hidden size of the demo's language model
-
-
-def png(width, height):
-    """A header that promises width x height pixels, and little behind it."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return Picture(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
 
 
 def cases():
@@ -28,8 +20,8 @@ def cases():
     yield "corrupt picture", INVALID, chat(Picture(picture[:len(picture) // 2]), "x"), {}
     yield "text as a picture", INVALID, chat(Picture(b"GIF89a, no: this is text"), "x"), {}
     yield "empty picture", INVALID, chat(Picture(b""), "x"), {}
-    yield "picture of 4 gigapixels", INVALID, chat(png(65500, 65500), "x"), {}
-    yield "picture that says more than it has", INVALID, chat(png(1000, 1000), "x"), {}
+    yield "picture of 4 gigapixels", INVALID, chat(png(65500, 65500, LITTLE), "x"), {}
+    yield "picture that says more than it has", INVALID, chat(png(1000, 1000, LITTLE), "x"), {}
     yield "corrupt video", INVALID, chat(Video(bytes(example("moving.mp4"))[:600]), "x"), {}
     yield "picture as a video", INVALID, chat(Video(b"\0" * 5000), "x"), {}
     yield "unknown role", INVALID, pb.Prompt(chat=pb.ChatPrompt(messages=[pb.Message(

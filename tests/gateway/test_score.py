@@ -5,7 +5,6 @@ import math
 import os
 import pathlib
 import struct
-import subprocess
 
 import numpy
 
@@ -145,12 +144,6 @@ class Score(DaemonTest):
         self.client.wait_idle()
 
     # ---- the command ----
-
-    def internvl(self, *arguments):
-        done = subprocess.run([daemon.program("INTERNVLD_COMMAND"), "--address", self.daemon.address,
-                               *map(str, arguments)], capture_output=True, text=True, timeout=120)
-        self.assertEqual(done.returncode, 0, f"{arguments}: {done.stdout}\n{done.stderr}")
-        return done.stdout
 
     def test_command(self):
         scene = daemon.EXAMPLES / "scene-two.png"

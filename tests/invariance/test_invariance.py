@@ -47,6 +47,7 @@ SUBJECTS = [
     (chat("Tell a story."), dict(GREEDY, max_tokens=300, prompt_logprobs=3)),
     (chat("Tell a long story."), dict(SEEDED, max_tokens=300, seed=6)),
 ]
+FEATURES = SUBJECTS[5][0], ["image_features", "vision.hidden_states"]  # of a Forward
 TEXT = [0, 1, 9, 10]
 LONG = [12, 13]  # 20 pages each
 SHORT = range(12)
@@ -91,11 +92,24 @@ class Daemon:
         return self.daemon.__exit__(*what)
 
 
+def talk(d):
+    """Two turns, the first with a picture."""
+    asked = user(example("scene-three.png"), "Describe the image.")
+    greedy = dict(temperature=0.0, max_tokens=48, logprobs=3)
+    one = d.client.generate(pb.Prompt(chat=pb.ChatPrompt(messages=[asked])), **greedy)
+    said = pb.Message(role="assistant", parts=[part(one.text)])
+    two = d.client.generate(pb.Prompt(chat=pb.ChatPrompt(
+        messages=[asked, said, user("How many shapes are there?")])), **greedy)
+    return one, two
+
+
 class Invariance(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0) as d:
             cls.expected = [d.ask(i).bits() for i in range(len(SUBJECTS))]
+            cls.cold_talk = talk(d)
+            cls.features, _ = d.client.forward(*FEATURES)
 
     def check(self, index, answer, where):
         self.assertEqual(answer.bits(), self.expected[index], f"subject {index}, {where}")
@@ -125,15 +139,11 @@ class Invariance(unittest.TestCase):
                 self.assertEqual(cold[i].done.usage.cached_tiles, cold[i].done.usage.tiles, f"subject {i}")
             self.assertGreater(cold[2].done.usage.cached_tokens, 100, "the passage was there")
             self.check_all(d, "warm, beside each other")
-            salted = pb.GenerateRequest(prompt=SUBJECTS[1][0], cache_salt="mine",
-                                        sampling=pb.SamplingParams(**SUBJECTS[1][1]))
-            answer = collect(d.client.stub.Generate(salted, timeout=120))
+            answer = collect(d.start(1, cache_salt="mine"))
             self.check(1, answer, "another salt")
             self.assertEqual(answer.done.usage.cached_tokens, 0, "another salt")
-            salted = pb.GenerateRequest(prompt=SUBJECTS[3][0], cache_salt="mine",
-                                        sampling=pb.SamplingParams(**SUBJECTS[3][1]))
             for known in (cold[3].done.usage.cached_tiles, cold[3].done.usage.tiles):  # its own, from the second on
-                answer = collect(d.client.stub.Generate(salted, timeout=120))
+                answer = collect(d.start(3, cache_salt="mine"))
                 self.check(3, answer, "another salt")
                 self.assertEqual(answer.done.usage.cached_tiles, known, "another salt")
             for i in (2, 4, 8):  # n = 1 is the first of n = 4
@@ -142,17 +152,7 @@ class Invariance(unittest.TestCase):
 
     def test_second_turn(self):
         """It continues from the pages and tiles of the turn with the picture; answers are those without caches."""
-        def talk(d):
-            asked = user(example("scene-three.png"), "Describe the image.")
-            greedy = dict(temperature=0.0, max_tokens=48, logprobs=3)
-            one = d.client.generate(pb.Prompt(chat=pb.ChatPrompt(messages=[asked])), **greedy)
-            said = pb.Message(role="assistant", parts=[part(one.text)])
-            two = d.client.generate(pb.Prompt(chat=pb.ChatPrompt(
-                messages=[asked, said, user("How many shapes are there?")])), **greedy)
-            return one, two
-
-        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0) as d:
-            cold = talk(d)
+        cold = self.cold_talk
         with Daemon() as d:
             warm = talk(d)
         for turn in (0, 1):
@@ -164,9 +164,8 @@ class Invariance(unittest.TestCase):
 
     def test_features(self):
         """What Forward gives of the vision stage: the same with known tiles, and captured ones are always encoded."""
-        prompt, outputs = SUBJECTS[5][0], ["image_features", "vision.hidden_states"]
-        with Daemon("--vision-cache-bytes", 0) as off, Daemon() as on:
-            wanted, _ = off.client.forward(prompt, outputs)
+        (prompt, outputs), wanted = FEATURES, self.features
+        with Daemon() as on:
             for where, captured in (("cold", 0), ("warm", 0), ("captured", 1), ("warm again", 0)):
                 found, done = on.client.forward(prompt, outputs[:1 + captured])
                 self.assertEqual(set(found), set(wanted) if captured else {"image_features"})

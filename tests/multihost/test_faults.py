@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hosts import Hosts
 from job import Job, skip_without_hosts
-from support import OPTIONS, Client, Code, chat, example, main, unittest
+from support import OPTIONS, Client, Code, answer_bits, chat, example, main, unittest
 
 LIMIT_S = 20.0
 REMOTE_LIMIT_S = 30.0  # for ranks behind a dead link to end by themselves
@@ -121,7 +121,7 @@ class Faults(unittest.TestCase):
         """The supervisor starts the job again, also while the host cannot be reached for a while."""
         with Hosts(2) as hosts:
             job = Job(hosts, [3, 1], pipeline=2, supervised=("--start-limit", "15"))
-            before = answer(job.address)
+            before = answer_bits(job.address)
             streams = Streams(job.address)
             start = time.monotonic()
             hosts.cut(1)
@@ -133,7 +133,7 @@ class Faults(unittest.TestCase):
             address = job.wait_again()
             print(f"  link cut for 4 s and more: serving again {time.monotonic() - start:.2f} s after it was cut",
                   flush=True)
-            self.assertEqual(answer(address), before)
+            self.assertEqual(answer_bits(address), before)
             streams = Streams(address)
             start = time.monotonic()
             os.kill(job.ranks()[0], signal.SIGKILL)
@@ -143,17 +143,10 @@ class Faults(unittest.TestCase):
                 time.sleep(0.05)
             address = job.wait_again()
             print(f"  gateway killed: serving again after {time.monotonic() - start:.2f} s", flush=True)
-            self.assertEqual(answer(address), before)
+            self.assertEqual(answer_bits(address), before)
             self.assertEqual(job.stop(), 0, job.log())
             self.assertTrue(re.search("starting it again", job.log()))
             self.wait_gone(job, 5)
-
-
-def answer(address):
-    client = Client(address)
-    found = client.generate(chat(example("scene-two.png"), "Describe the image."), max_tokens=24, logprobs=1).bits()
-    client.close()
-    return found
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ static void test_paged(void **state)
             world_naive(&w, want);
             bits[0] = NAN;
             for (int j = 0; j < op_n_isas * 2; j++) {
-                if (!backend_cpu_has(op_isas[j / 2]))
+                if (!op_case_has(op_isas[j / 2]))
                     continue;
                 struct backend *b = backend_cpu_open(1 + j % 2 * 2, op_isas[j / 2]);
                 check_world(&w, b, want, bits);

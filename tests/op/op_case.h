@@ -9,6 +9,7 @@
 extern const char *const op_isas[];
 extern const int op_n_isas;
 
+int op_case_has(const char *isa); // does this processor have it? Prints it when not
 /* Opens the back end, or prints why not and returns NULL. */
 struct backend *op_case_open(const char *isa, int n_threads);
 
@@ -18,6 +19,9 @@ int op_case_integer(int n);                          // uniform in [0, n)
 float *op_case_floats(int64_t n, float scale);       // caller frees
 struct tensor op_case_matrix(int64_t m, int64_t n);  // random, contiguous; caller frees .data
 struct tensor op_case_strided(int64_t m, int64_t n); // random, rows further apart than n
+
+/* Not packed; n_lanes lanes of about equal, but mostly odd and different, lengths. */
+struct linear op_case_linear(int64_t out_dim, int64_t in_dim, enum dtype dtype, int n_lanes);
 
 /* Normalised mean square error of `got` [m, n] (any stride) against `want`, contiguous; fails past
  * `bound` and remembers the largest per op for op_case_report(). */

@@ -15,15 +15,9 @@
 #include "tests/op/op_case.h"
 #include "tests/op/op_naive.h"
 
-/* n_lanes lanes of about equal, but mostly odd and different, lengths. */
 static struct linear linear_of(const struct tensor *w, enum dtype dtype, int n_lanes)
 {
-    struct linear l = {.out_dim = w->shape[0], .in_dim = w->shape[1], .dtype = dtype};
-    l.n_lanes = n_lanes;
-    for (int i = 1; i < n_lanes; i++)
-        l.lane_start[i] = l.in_dim * i / n_lanes + (i % 3 == 1 && l.in_dim > 64);
-    l.lane_start[n_lanes] = l.in_dim;
-    return l;
+    return op_case_linear(w->shape[0], w->shape[1], dtype, n_lanes);
 }
 
 /* The same values stored as another type; caller frees .data. */
@@ -158,7 +152,7 @@ static void test_rows_are_independent(void **state)
 {
     (void)state;
     for (int i = 0; i < op_n_isas; i++) {
-        if (!backend_cpu_has(op_isas[i]))
+        if (!op_case_has(op_isas[i]))
             continue;
         op_case_seed(2);
         for (int dtype = DTYPE_F32; dtype <= DTYPE_BF16; dtype++) {
@@ -208,7 +202,7 @@ static void test_shards_add_up(void **state)
 {
     (void)state;
     for (int i = 0; i < op_n_isas; i++) {
-        if (!backend_cpu_has(op_isas[i]))
+        if (!op_case_has(op_isas[i]))
             continue;
         struct backend *b = backend_cpu_open(2, op_isas[i]);
         op_case_seed(3);
@@ -232,7 +226,7 @@ static void test_isas_agree(void **state)
     for (int dtype = DTYPE_F32; dtype <= DTYPE_BF16; dtype++) {
         product("scalar", 1, &want, &x, &w, (enum dtype)dtype, 4);
         for (int i = 0; i < op_n_isas; i++) {
-            if (!backend_cpu_has(op_isas[i]))
+            if (!op_case_has(op_isas[i]))
                 continue;
             product(op_isas[i], 2, &y, &x, &w, (enum dtype)dtype, 4);
             op_case_same(want.data, y.data, (size_t)(m * n) * sizeof(float), op_isas[i]);

@@ -75,15 +75,6 @@ static struct tensor dequantized(const struct quantized *q)
     return w;
 }
 
-static struct linear linear_of(const struct shape *s, enum dtype dtype)
-{
-    struct linear l = {.out_dim = s->n, .in_dim = s->k, .dtype = dtype, .n_lanes = s->n_lanes};
-    for (int i = 1; i < s->n_lanes; i++)
-        l.lane_start[i] = l.in_dim * i / s->n_lanes + (i % 3 == 1 && l.in_dim > 64);
-    l.lane_start[s->n_lanes] = l.in_dim;
-    return l;
-}
-
 /* The whole at once and row by row against the dense product. */
 static void check_shape(struct backend *b, const struct shape *s, enum dtype dtype,
                         enum weight_format f, int variant)
@@ -93,7 +84,7 @@ static void check_shape(struct backend *b, const struct shape *s, enum dtype dty
     struct tensor w = dequantized(&q), x = op_case_matrix(s->m, s->k);
     struct tensor want = op_case_matrix(s->m, s->n), y = op_case_matrix(s->m, s->n);
     struct tensor bias = tensor_1d(op_case_floats(s->n, 1), DTYPE_F32, s->n);
-    struct linear dense = linear_of(s, dtype), l = linear_of(s, dtype);
+    struct linear dense = op_case_linear(s->n, s->k, dtype, s->n_lanes), l = dense;
     snprintf(what, sizeof(what), "%s %s x%d: %d x %d x %d, group %d", weight_format_name(f),
              dtype_name(dtype), variant, s->m, s->n, s->k, s->group_size);
     op_linear_pack(b, &dense, &w, &bias);
@@ -147,7 +138,7 @@ static void test_packed_bytes(void **state)
     struct backend *b = backend_cpu_open(1, NULL);
     for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++) {
         struct quantized q = random_weight(&s, (enum weight_format)f, 0);
-        struct linear l = linear_of(&s, DTYPE_BF16);
+        struct linear l = op_case_linear(s.n, s.k, DTYPE_BF16, s.n_lanes);
         op_linear_pack_quantized(b, &l, &q, NULL);
         int64_t codes = (int64_t)s.n * s.k * weight_format_bits(q.format) / 8;
         int64_t scales = (int64_t)s.n * 8 * 4;

@@ -18,13 +18,26 @@
 const char *const op_isas[] = {"avx512bf16", "avx512", "avx2", "scalar"};
 const int op_n_isas = 4;
 
+int op_case_has(const char *isa)
+{
+    if (backend_cpu_has(isa))
+        return 1;
+    printf("skipped: this processor lacks %s\n", isa);
+    return 0;
+}
+
 struct backend *op_case_open(const char *isa, int n_threads)
 {
-    if (!backend_cpu_has(isa)) {
-        printf("skipped: this processor lacks %s\n", isa);
-        return NULL;
-    }
-    return backend_cpu_open(n_threads, isa);
+    return op_case_has(isa) ? backend_cpu_open(n_threads, isa) : NULL;
+}
+
+struct linear op_case_linear(int64_t out_dim, int64_t in_dim, enum dtype dtype, int n_lanes)
+{
+    struct linear l = {.out_dim = out_dim, .in_dim = in_dim, .dtype = dtype, .n_lanes = n_lanes};
+    for (int i = 1; i < n_lanes; i++)
+        l.lane_start[i] = in_dim * i / n_lanes + (i % 3 == 1 && in_dim > 64);
+    l.lane_start[n_lanes] = in_dim;
+    return l;
 }
 
 static uint32_t random_state = 1;

@@ -42,25 +42,16 @@ def sampling(case):
 
 def search(client, prompt, case):
     """[(ids, score)] of one search."""
-    found, usage = {}, None
-    for event in client.start(prompt, 300, **sampling(case)):
-        kind = event.WhichOneof("event")
-        if kind == "delta":
-            ids, score = found.get(event.delta.candidate, ([], None))
-            score = event.delta.score if event.delta.HasField("score") else score
-            found[event.delta.candidate] = (ids + list(event.delta.token_ids), score)
-        elif kind == "done":
-            usage = event.done.usage
-    found = [found[i] for i in range(len(found))]
-    assert usage.completion_tokens == sum(len(ids) for ids, _ in found), usage
+    answer = client.generate(prompt, 300, **sampling(case))
+    found = [(answer.candidates[i].ids, answer.candidates[i].score) for i in range(len(answer.candidates))]
+    assert answer.done.usage.completion_tokens == sum(len(ids) for ids, _ in found), answer.done.usage
     return found
 
 
 def run_all(way, name, folder, cases, prompts):
     layout, extra, workers = WAYS[way]
-    tensor, pipeline, vision = (int(x) for x in layout.split("x"))
-    with daemon.Daemon(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline, vision=vision,
-                       dtype="float32", extra=[x[name] if isinstance(x, dict) else x for x in extra]) as d:
+    with daemon.Daemon(model=folder / "checkpoints" / name, dtype="float32", **daemon.layout_of(layout),
+                       extra=[x[name] if isinstance(x, dict) else x for x in extra]) as d:
         client = Client(d.address)
         with concurrent.futures.ThreadPoolExecutor(workers + 2) as pool:
             others = [pool.submit(client.generate, prompts["text_only"], temperature=1.0, seed=i, max_tokens=20)

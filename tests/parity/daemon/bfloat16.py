@@ -51,13 +51,12 @@ def main():
     prompt = token_prompt(ids, vision["pixel_values"][:n_tiles])
     first, n_failures = None, 0
     for layout in layouts:
-        tensor, pipeline, n_vision = (int(x) for x in layout.split("x"))
-        reason = daemon.refusal(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline)
+        ranks = daemon.layout_of(layout)
+        reason = daemon.refusal(folder / "checkpoints" / name, **ranks)
         if reason:
             print(f"  {layout}: skipped: {reason}")
             continue
-        with daemon.Daemon(model=folder / "checkpoints" / name, tensor=tensor, pipeline=pipeline, vision=n_vision,
-                           dtype="bfloat16") as d:
+        with daemon.Daemon(model=folder / "checkpoints" / name, dtype="bfloat16", **ranks) as d:
             client = Client(d.address)
             logits = client.forward(prompt, ["logits"])[0]["logits"]
             client.close()

@@ -252,9 +252,9 @@ def check_language(client, layout, goldens, report, config):
                    "logits")
     embeds = pb.Prompt(tokens=pb.TokenPrompt(inputs_embeds=tensor(lm["inputs_embeds"][0])))
     given, done = client.forward(embeds, ["logits", "inputs_embeds"], labels=[int(x) for x in lm["labels"].reshape(-1)])
-    n_tail = lm.get("logits", lm.get("logits_tail")).shape[1]
-    report.compare(layout, "logits of inputs_embeds", given.get("logits")[-n_tail:],
-                   lm.get("logits", lm.get("logits_tail")), "logits")
+    report.compare(layout, "inputs_embeds given back", given.get("inputs_embeds"), lm["inputs_embeds"][0], "hidden")
+    tail = lm["logits"] if "logits" in lm else lm["logits_tail"]
+    report.compare(layout, "logits of inputs_embeds", given.get("logits")[-tail.shape[1]:], tail, "logits")
     report.compare(layout, "loss of inputs_embeds", numpy.array([done.loss]), numpy.array([scalars["loss"]]), "logits")
     again = pb.Prompt(tokens=pb.TokenPrompt(inputs_embeds=tensor(tensors["inputs_embeds"])))
     given, done = client.forward(again, ["logits"])  # its own embeddings given back: its own bits
@@ -369,13 +369,13 @@ def check_checkpoint(folder, name, layouts):
     report = Report()
     cases = list(generations(goldens, scenarios, folder, config, report, rows_alone(model)))
     for text in layouts:
-        tensor, pipeline, vision = (int(x) for x in text.split("x"))
-        refusal = daemon.refusal(model=model, tensor=tensor, pipeline=pipeline)
+        ranks = daemon.layout_of(text)
+        refusal = daemon.refusal(model, **ranks)
         if refusal:
-            report.skip(f"T={tensor}, P={pipeline}: {refusal}")
+            report.skip(f"{text}: {refusal}")
             continue
-        with daemon.Daemon(model=model, tensor=tensor, pipeline=pipeline, vision=vision, dtype="float32",
-                           extra=("--max-model-len", MAX_MODEL_LEN) + (CHUNKED if pipeline > 1 else ())) as d:
+        with daemon.Daemon(model=model, dtype="float32", **ranks,
+                           extra=("--max-model-len", MAX_MODEL_LEN) + (CHUNKED if ranks["pipeline"] > 1 else ())) as d:
             client = Client(d.address)
             check_vision(client, text, goldens, report, config)
             check_other_inputs(client, text, goldens, report, config)

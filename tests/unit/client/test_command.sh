@@ -23,7 +23,7 @@ expect() {
 expect 0 '^internvl [0-9]' --version
 expect 0 'usage: internvl COMMAND' --help
 expect 0 'usage: internvl COMMAND' -h
-for command in ask chat forward tokenize info evaluate; do
+for command in ask chat forward score embed tokenize upload info evaluate bench; do
     expect 0 "usage: internvl $command" $command --help
     expect 0 '--address HOST:PORT' --help $command
     expect 2 "internvl $command: unknown option '--bogus' (see internvl $command --help)" $command --bogus

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "daemon/engine/engine.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "parallel/comm.h"
 #include "parallel/control.h"
@@ -35,13 +36,6 @@ static const int32_t eos_ids[] = {FAKE_EOS};
 static struct engine *engine;
 static char gate[] = "/tmp/internvld-engine-test-XXXXXX"; // a file that the vision ranks may await
 static const struct tokenizer *tokenizer;
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 static void sleep_us(int us)
 {
@@ -120,7 +114,7 @@ static struct request *new_request(struct call *c, struct bell *b)
         r->stop_strings = stop;
         r->n_stop_strings = 1;
     }
-    r->arrival_ns = now_ns();
+    r->arrival_ns = clock_now_ns();
     r->stream = stream_new(r, tokenizer, ring, b);
     c->stream = stream_ref(r->stream);
     return r;
@@ -315,7 +309,7 @@ static void *client(void *arg)
             c->may_be_cancelled = fate == 0;
             c->may_be_late = fate == 1;
             if (c->may_be_late)
-                r->deadline_ns = now_ns() + (uint64_t)(rand_r(&seed) % 8000) * 1000u;
+                r->deadline_ns = clock_now_ns() + (uint64_t)(rand_r(&seed) % 8000) * 1000u;
             r->priority = rand_r(&seed) % 2;
             if (engine_submit(engine, r, &err) < 0)
                 die("refused: %s", err.msg);
@@ -445,7 +439,23 @@ static struct call one_tile(int pixel)
     return picture_call(1, &pixel);
 }
 
-static void submit(struct call *c, struct bell *b, int deadline_us);
+static struct call simple_call(int32_t first_id, int32_t n_ids, int32_t max_tokens)
+{
+    struct call c = {.n = 1, .n_ids = n_ids, .max_tokens = max_tokens, .ignore_eos = 1};
+    for (int32_t i = 0; i < n_ids; i++)
+        c.ids[i] = i == 0 ? first_id : 10 + i % 30;
+    return c;
+}
+
+static void submit(struct call *c, struct bell *b, int deadline_us)
+{
+    struct error err;
+    struct request *r = new_request(c, b);
+    if (deadline_us > 0)
+        r->deadline_ns = clock_now_ns() + (uint64_t)deadline_us * 1000u;
+    if (engine_submit(engine, r, &err) < 0)
+        die("refused: %s", err.msg);
+}
 
 static uint64_t n_encoded(void)
 {
@@ -531,12 +541,8 @@ static void test_decode_goes_on(struct bell *bell)
     for (int i = 0; i < 6; i++) {
         int pixels[] = {PIXEL_HELD + 256 * i, 60 + i};
         c[i] = picture_call(2, pixels);
-        if (i == 0 || i == 5) {
-            c[i] = one_tile(0);
-            c[i].n_tiles = 0;
-            c[i].ids[0] = 20 + i;
-            c[i].max_tokens = 150;
-        }
+        if (i == 0 || i == 5)
+            c[i] = simple_call(20 + i, 5, 150);
     }
     submit(&c[0], bell, 0);
     while (!c[0].answers[0].n_ids) { // it runs
@@ -572,14 +578,6 @@ static void test_vision(void)
 
 /* ---- limits: refusals, failures that concern one request, deadlines in each phase ---- */
 
-static struct call simple_call(int32_t first_id, int32_t n_ids, int32_t max_tokens)
-{
-    struct call c = {.n = 1, .n_ids = n_ids, .max_tokens = max_tokens, .ignore_eos = 1};
-    for (int32_t i = 0; i < n_ids; i++)
-        c.ids[i] = i == 0 ? first_id : 10 + i % 30;
-    return c;
-}
-
 static void refuse(struct call *c, enum error_code code)
 {
     struct error err;
@@ -588,16 +586,6 @@ static void refuse(struct call *c, enum error_code code)
     check(err.code == code);
     request_free(r);
     stream_unref(c->stream);
-}
-
-static void submit(struct call *c, struct bell *b, int deadline_us)
-{
-    struct error err;
-    struct request *r = new_request(c, b);
-    if (deadline_us > 0)
-        r->deadline_ns = now_ns() + (uint64_t)deadline_us * 1000u;
-    if (engine_submit(engine, r, &err) < 0)
-        die("refused: %s", err.msg);
 }
 
 static void test_refusals(void)

@@ -8,15 +8,7 @@
 
 #include "kernels/log.h"
 #include "parallel/batch.h"
-
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 30;
-    x *= 0xbf58476d1ce4e5b9u;
-    x ^= x >> 27;
-    x *= 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
+#include "tests/unit/engine/mix.h"
 
 float fake_feature(int pixel, int32_t row)
 {
