@@ -1,7 +1,6 @@
 # Where each library comes from. A missing one is an error here; CUDA and NCCL are options that turn themselves off.
 find_package(PkgConfig REQUIRED)
 find_package(Threads REQUIRED)
-find_package(OpenMP REQUIRED COMPONENTS C)
 find_package(MPI REQUIRED COMPONENTS C)
 pkg_check_modules(CRYPTO REQUIRED IMPORTED_TARGET libcrypto)
 pkg_check_modules(CJSON REQUIRED IMPORTED_TARGET libcjson)

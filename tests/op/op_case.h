@@ -34,6 +34,5 @@ int op_matmul_tests(void);
 int op_quantized_tests(void);
 int op_attention_tests(void);
 int op_row_tests(void);
-int op_perf(int n_threads);
 
 #endif

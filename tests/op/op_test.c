@@ -1,6 +1,6 @@
 /*
  * Every op against its naive loop, on every instruction set of this processor; and what must be
- * equal to the last bit. `op_test --perf [threads]` measures instead (op_perf.c).
+ * equal to the last bit. (How fast: tests/bench/op_bench.)
  */
 #include <math.h>
 #include <setjmp.h>
@@ -136,10 +136,8 @@ void op_case_same(const void *a, const void *b, size_t n_bytes, const char *what
     fail_msg("%s: bytes differ", what);
 }
 
-int main(int argc, char **argv)
+int main(void)
 {
     log_init();
-    if (argc > 1 && strcmp(argv[1], "--perf") == 0)
-        return op_perf(argc > 2 ? atoi(argv[2]) : 2);
     return op_matmul_tests() + op_quantized_tests() + op_attention_tests() + op_row_tests() ? 1 : 0;
 }

@@ -1,0 +1,206 @@
+/*
+ * How near every op comes to what this machine can do: op_bench [option...]
+ *
+ *   --model NAME    1b, 8b or 78b (one shard of eight and one vision rank); default: all
+ *   --op NAME       one op of kernels/backend.h
+ *   --format NAME   one format of weights or pages
+ *   --isa NAME      as INTERNVLD_ISA takes it; default: the best
+ *   --threads N     default: the processors
+ *   --rounds N      default 7
+ *   --csv FILE
+ *
+ * Each round measures the machine's own limits (op_limits.h) and then the op; a line has the
+ * medians and the op's share of its limit: of the time that its bytes take to be read, or its float
+ * operations to be done, whichever is longer. What stays in a cache can exceed the memory's limit.
+ * Figures, no verdicts: these machines are shared.
+ */
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels/clock.h"
+#include "kernels/cpu_backend.h"
+#include "kernels/log.h"
+#include "tests/bench/op_bench.h"
+
+#define N_ROUNDS_MAX 99
+/* Time of an op a round, at least; and of all rounds of one case, when there are three at least. */
+#define WINDOW_NS 2000000
+#define CASE_NS 3000000000
+
+static const struct shapes models[] = {
+    {"1b", 896, 14, 2, 64, 4864, 151674, 8, 1024, 16, 4096},
+    {"8b", 3584, 28, 4, 128, 18944, 151674, 8, 1024, 16, 4096},
+    {"78b", 8192, 8, 1, 128, 3696, 18960, 1, 3200, 25, 12800},
+};
+
+int bench_wants(const struct bench *bench, const char *op, const char *format)
+{
+    return (!bench->only_op || strcmp(bench->only_op, op) == 0) &&
+           (!bench->only_format || strcmp(bench->only_format, format) == 0);
+}
+
+void *bench_values(const struct bench *bench, enum dtype dtype, int64_t n)
+{
+    static const uint32_t ones =
+        0x3f803f80; // 1 in bfloat16, twice; a little more than 1 in float32
+    const size_t n_bytes = (size_t)n * dtype_size(dtype);
+    uint32_t *p = op_alloc(bench->b, (n_bytes + 3) / 4 * 4);
+    for (size_t i = 0; i < (n_bytes + 3) / 4; i++)
+        p[i] = (ones + (uint32_t)(i * 2654435761u % 64) * 0x10001u) | (uint32_t)(i & 1) << 31;
+    return p;
+}
+
+struct tensor bench_matrix(const struct bench *bench, enum dtype dtype, int64_t m, int64_t n)
+{
+    return tensor_2d(bench_values(bench, dtype, m * n), dtype, m, n);
+}
+
+static int compare_doubles(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int n)
+{
+    qsort(values, (size_t)n, sizeof(*values), compare_doubles);
+    return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+}
+
+/* Seconds of one call. */
+static double time_of(const struct op_case *c, int n_calls)
+{
+    uint64_t begun = clock_now_ns();
+    for (int i = 0; i < n_calls; i++)
+        c->run(c->arg);
+    return (double)(clock_now_ns() - begun) * 1e-9 / n_calls;
+}
+
+void bench_measure(const struct bench *bench, const struct op_case *c)
+{
+    double times[N_ROUNDS_MAX], shares[N_ROUNDS_MAX], bytes[N_ROUNDS_MAX], flops[N_ROUNDS_MAX];
+    double once = time_of(c, 1);
+    const int n_calls = once < WINDOW_NS * 1e-9 ? (int)(WINDOW_NS * 1e-9 / (once + 1e-8)) + 1 : 1;
+    uint64_t begun = clock_now_ns();
+    struct limits limits = bench->limits;
+    double memory_s = 0, arithmetic_s = 0;
+    int n = 0;
+    for (; n < bench->n_rounds && (n < 3 || clock_now_ns() - begun < CASE_NS); n++) {
+        struct limits_rates r = limits_measure(&limits);
+        times[n] = time_of(c, n_calls);
+        bytes[n] = r.bytes_per_s;
+        flops[n] = c->is_bf16 ? r.bf16_per_s : r.f32_per_s;
+        memory_s = c->bytes / bytes[n];
+        arithmetic_s = c->flops / flops[n];
+        shares[n] = (memory_s > arithmetic_s ? memory_s : arithmetic_s) / times[n];
+    }
+    double t = median(times, n), share = median(shares, n);
+    double read = median(bytes, n) * 1e-9, peak = median(flops, n) * 1e-9;
+    const char *bound = memory_s > arithmetic_s ? "memory" : "arithmetic";
+    double gb = c->bytes / t * 1e-9, gflop = c->flops / t * 1e-9;
+    printf("%-4s %-16s %-16s %-8s %6lld rows %11.1f us %7.1f GB/s of %5.1f %7.1f GFLOP/s of %6.1f "
+           "%4.0f %% of %s\n",
+           bench->shapes->model, c->op, c->what, c->format, (long long)c->rows, t * 1e6, gb, read,
+           gflop, peak, share * 100, bound);
+    fflush(stdout);
+    if (bench->csv)
+        fprintf(bench->csv, "%s,%s,%s,%s,%lld,%s,%d,%.2f,%.2f,%.2f,%.2f,%.2f,%s,%.3f\n",
+                bench->shapes->model, c->op, c->what, c->format, (long long)c->rows,
+                bench->limits.isa, bench->b->n_threads, t * 1e6, gb, read, gflop, peak, bound,
+                share);
+}
+
+/* Each thread on a processor of its own, where there are enough: two on one would measure half. */
+static void pin_work(void *arg, int thread, int n_threads)
+{
+    const cpu_set_t *allowed = arg;
+    cpu_set_t one;
+    int at = 0;
+    if (n_threads > CPU_COUNT(allowed))
+        return;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, allowed) || at++ != thread)
+            continue;
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        if (sched_setaffinity(0, sizeof(one), &one) != 0)
+            die("a thread cannot be bound to processor %d", cpu);
+    }
+}
+
+static void pin_threads(struct backend *b)
+{
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0)
+        cpu_parallel(b, INT64_MAX, pin_work, &allowed);
+}
+
+static long number(const char *text, long most)
+{
+    char *end;
+    long n = strtol(text, &end, 10);
+    if (*end || n < 1 || n > most)
+        die("%s: not a number from 1 to %ld", text, most);
+    return n;
+}
+
+static const char *best_isa(void)
+{
+    static const char *const names[] = {"avx512bf16", "avx512", "avx2"};
+    for (int i = 0; i < 3; i++) {
+        if (backend_cpu_has(names[i]))
+            return names[i];
+    }
+    return "scalar";
+}
+
+int main(int argc, char **argv)
+{
+    log_init();
+    const char *model = NULL, *isa = best_isa();
+    long n_threads = sysconf(_SC_NPROCESSORS_ONLN);
+    struct bench bench = {.n_rounds = 7};
+    for (int i = 1; i < argc; i += 2) {
+        const char *name = argv[i], *value = argv[i + 1];
+        if (!value)
+            die("%s needs a value", name);
+        if (strcmp(name, "--model") == 0)
+            model = value;
+        else if (strcmp(name, "--op") == 0)
+            bench.only_op = value;
+        else if (strcmp(name, "--format") == 0)
+            bench.only_format = value;
+        else if (strcmp(name, "--isa") == 0)
+            isa = value;
+        else if (strcmp(name, "--threads") == 0)
+            n_threads = number(value, 1024);
+        else if (strcmp(name, "--rounds") == 0)
+            bench.n_rounds = (int)number(value, N_ROUNDS_MAX);
+        else if (strcmp(name, "--csv") == 0 && !(bench.csv = fopen(value, "w")))
+            die("%s cannot be written", value);
+        else if (strcmp(name, "--csv") != 0)
+            die("unknown option %s", name);
+    }
+    bench.b = backend_cpu_open((int)n_threads, isa);
+    pin_threads(bench.b);
+    limits_open(&bench.limits, bench.b, isa);
+    printf("%s\n", bench.b->ops->describe(bench.b));
+    if (bench.csv)
+        fprintf(bench.csv, "model,op,what,format,rows,isa,threads,us,gb_per_s,limit_gb_per_s,"
+                           "gflop_per_s,limit_gflop_per_s,bound,share\n");
+    for (size_t i = 0; i < sizeof(models) / sizeof(models[0]); i++) {
+        if (model && strcmp(model, models[i].model) != 0)
+            continue;
+        bench.shapes = &models[i];
+        bench_matmul(&bench);
+        bench_others(&bench);
+    }
+    limits_close(&bench.limits);
+    backend_close(bench.b);
+    if (bench.csv && fclose(bench.csv) != 0)
+        die("the CSV cannot be written");
+    return 0;
+}

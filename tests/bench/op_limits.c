@@ -1,0 +1,201 @@
+/*
+ * The loops of op_limits.h. Independent sums, each in its register, hide the latency of a
+ * multiply-add; the compiler neither knows the factors nor may drop the sums.
+ */
+#include "tests/bench/op_limits.h"
+
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels/clock.h"
+#include "kernels/cpu_backend.h"
+
+#define N_SUMS 16
+#define PEAK_STEPS 300000 // about a millisecond
+/* Bytes read a round; the buffer is at least four times the last-level cache. */
+#define READ_BYTES ((int64_t)64 << 20)
+#define BUFFER_BYTES_MIN ((int64_t)512 << 20)
+
+/* ---- arithmetic ---- */
+
+/* A value the compiler neither knows nor drops, in a register. */
+#if defined(__x86_64__)
+#define KEEP(x) __asm__ volatile("" : "+x"(x))
+#else
+#define KEEP(x) __asm__ volatile("" : "+m"(x))
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+__attribute__((target("avx512f"))) static void peak_avx512(int64_t n_steps)
+{
+    __m512 sums[N_SUMS], a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        sums[i] = _mm512_set1_ps((float)i);
+    for (int64_t k = 0; k < n_steps; k++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N_SUMS; i++)
+            sums[i] = _mm512_fmadd_ps(a, b, sums[i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        KEEP(sums[i]);
+}
+
+__attribute__((target("avx512f,avx512bf16"))) static void peak_avx512bf16(int64_t n_steps)
+{
+    __m512 sums[N_SUMS], a = _mm512_set1_ps(0.5f);
+    __m512bh x = (__m512bh)a, y = (__m512bh)_mm512_set1_ps(0.25f);
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        sums[i] = _mm512_set1_ps((float)i);
+    for (int64_t k = 0; k < n_steps; k++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N_SUMS; i++)
+            sums[i] = _mm512_dpbf16_ps(sums[i], x, y);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        KEEP(sums[i]);
+}
+
+__attribute__((target("avx2,fma"))) static void peak_avx2(int64_t n_steps)
+{
+    __m256 sums[12], a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
+#pragma GCC unroll 16
+    for (int i = 0; i < 12; i++)
+        sums[i] = _mm256_set1_ps((float)i);
+    for (int64_t k = 0; k < n_steps; k++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 12; i++)
+            sums[i] = _mm256_fmadd_ps(a, b, sums[i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 12; i++)
+        KEEP(sums[i]);
+}
+#endif
+
+/* A multiply and an add on four floats: what C without flags of its own is compiled to. */
+static void peak_scalar(int64_t n_steps)
+{
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 sums[12], a = {0.5f, 0.5f, 0.5f, 0.5f};
+#pragma GCC unroll 16
+    for (int i = 0; i < 12; i++)
+        sums[i] = a * (float)i;
+    for (int64_t k = 0; k < n_steps; k++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 12; i++)
+            sums[i] = sums[i] * a + a;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 12; i++)
+        KEEP(sums[i]);
+}
+
+struct peak {
+    const char *isa;
+    void (*run)(int64_t n_steps);
+    double flops_a_step;
+};
+
+static const struct peak f32_peaks[] = {
+#if defined(__x86_64__)
+    {"avx512bf16", peak_avx512, N_SUMS * 16 * 2},
+    {"avx512", peak_avx512, N_SUMS * 16 * 2},
+    {"avx2", peak_avx2, 12 * 8 * 2},
+#endif
+    {"scalar", peak_scalar, 12 * 4 * 2},
+};
+
+#if defined(__x86_64__)
+static const struct peak bf16_peak = {"avx512bf16", peak_avx512bf16, N_SUMS * 32 * 2};
+#endif
+
+static void peak_work(void *arg, int thread, int n_threads)
+{
+    (void)thread;
+    (void)n_threads;
+    ((const struct peak *)arg)->run(PEAK_STEPS);
+}
+
+static void run_on_team(struct backend *b, void (*work)(void *, int, int), const void *arg)
+{
+    cpu_parallel(b, INT64_MAX, work, (void *)arg);
+}
+
+static double peak_rate(struct backend *b, const struct peak *p)
+{
+    uint64_t begun = clock_now_ns();
+    run_on_team(b, peak_work, p);
+    return p->flops_a_step * PEAK_STEPS * b->n_threads * 1e9 / (double)(clock_now_ns() - begun);
+}
+
+/* ---- memory ---- */
+
+struct read_job {
+    const char *memory;
+    int64_t n_bytes;
+};
+
+/* Every line is loaded once, in order, with a prefetch across pages; the values are not used. */
+static void read_work(void *arg, int thread, int n_threads)
+{
+    const struct read_job *job = arg;
+    int64_t first, end;
+    cpu_share(job->n_bytes / 256, thread, n_threads, &first, &end);
+    for (int64_t i = first; i < end; i++) {
+        const char *p = job->memory + i * 256;
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            __builtin_prefetch(p + j * 64 + 4096);
+            uint64_t value = *(const volatile uint64_t *)(const void *)(p + j * 64);
+            (void)value;
+        }
+    }
+}
+
+static double read_rate(struct limits *l)
+{
+    struct read_job job = {(const char *)l->memory + l->at, READ_BYTES};
+    uint64_t begun = clock_now_ns();
+    run_on_team(l->b, read_work, &job);
+    l->at = (l->at + READ_BYTES) % (l->n_bytes - READ_BYTES + 1) / 4096 * 4096;
+    return (double)READ_BYTES * 1e9 / (double)(clock_now_ns() - begun);
+}
+
+void limits_open(struct limits *l, struct backend *b, const char *isa)
+{
+    int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    *l = (struct limits){.b = b, .isa = isa, .n_bytes = BUFFER_BYTES_MIN};
+    if (cache * 4 > l->n_bytes)
+        l->n_bytes = cache * 4;
+    l->memory = op_alloc(b, (size_t)l->n_bytes);
+    memset(l->memory, 1, (size_t)l->n_bytes);
+}
+
+struct limits_rates limits_measure(struct limits *l)
+{
+    struct limits_rates r = {0};
+    uint64_t begun = clock_now_ns();
+    for (size_t i = 0; i < sizeof(f32_peaks) / sizeof(f32_peaks[0]); i++) {
+        if (strcmp(f32_peaks[i].isa, l->isa) == 0)
+            r.f32_per_s = peak_rate(l->b, &f32_peaks[i]);
+    }
+    r.bf16_per_s = r.f32_per_s;
+#if defined(__x86_64__)
+    if (strcmp(l->isa, bf16_peak.isa) == 0)
+        r.bf16_per_s = peak_rate(l->b, &bf16_peak);
+#endif
+    r.bytes_per_s = read_rate(l);
+    r.duration_ns = clock_now_ns() - begun;
+    return r;
+}
+
+void limits_close(struct limits *l)
+{
+    op_free(l->b, l->memory);
+}

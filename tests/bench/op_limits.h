@@ -1,0 +1,34 @@
+/*
+ * What this machine can do at most, measured beside the ops: how fast its memory is read, and how
+ * many products its registers take.
+ *
+ * The loops are written here, not borrowed from the kernels they judge: a plain read of a buffer
+ * far larger than the caches, and multiply-adds on registers alone, on the team of threads that the
+ * ops have. Knows nothing of ops and models.
+ */
+#ifndef INTERNVLD_TESTS_BENCH_OP_LIMITS_H
+#define INTERNVLD_TESTS_BENCH_OP_LIMITS_H
+
+#include "kernels/backend.h"
+
+struct limits {
+    struct backend *b; // borrowed
+    const char *isa;
+    float *memory; // the buffer that is read, a part a round
+    int64_t n_bytes, at;
+};
+
+/* One round's figures. */
+struct limits_rates {
+    double bytes_per_s;   // read from memory
+    double f32_per_s;     // float operations, of float32 multiply-adds
+    double bf16_per_s;    // the same of bfloat16 products, where the path has such instructions
+    uint64_t duration_ns; // that measuring took
+};
+
+/* `isa` as backend_cpu_open() takes it, but not "auto". */
+void limits_open(struct limits *l, struct backend *b, const char *isa);
+struct limits_rates limits_measure(struct limits *l);
+void limits_close(struct limits *l);
+
+#endif
