@@ -162,6 +162,38 @@ static int cut_runs(const struct paged_job *job, const struct paged_tile *t, int
     return n_runs;
 }
 
+/* Pages lie anywhere, so the processor's own prefetch ends at the end of each. */
+static void prefetch(const char *p, int64_t n_bytes)
+{
+    for (int64_t i = 0; i < n_bytes; i += 64)
+        __builtin_prefetch(p + i);
+}
+
+/* The scores of all rows and the keys of the runs, which lie one behind the other. */
+static void score_keys(const struct paged_job *job, struct paged_tile *t,
+                       const struct paged_run *runs, int n_runs)
+{
+    const struct kv_pages *kv = job->kv;
+    const size_t block_bytes = 16 * dtype_size(kv->dtype);
+    const void *blocks[PAGED_STEP / 16];
+    int n_blocks = 0;
+    for (int i = 0; i < n_runs; i++) {
+        for (int64_t j = 0; j < runs[i].n / 16; j++)
+            blocks[n_blocks++] = runs[i].k + (size_t)j * block_bytes;
+    }
+    struct tile product = {
+        .a = t->queries,
+        .a_step = TILE_ROWS_MAX,
+        .b_step = kv->page_size,
+        .blocks = blocks,
+        .c = t->scores + runs[0].column,
+        .c_row = PAGED_STEP,
+        .n_k = kv->head_dim,
+    };
+    job->state->tile->run(&product, t->n_rows, n_blocks,
+                          kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16);
+}
+
 /* The PAGED_STEP keys from position `first` on: scores of all that any row sees, then each row
  * takes in those that it sees. Others may hold anything (a page is reused without being cleared):
  * they enter no sum of the row. */
@@ -183,21 +215,9 @@ static void tile_take_step(const struct paged_job *job, struct paged_tile *t, in
     any_hi = round_up16(any_hi);
     struct paged_run runs[PAGED_STEP / 16];
     int n_runs = cut_runs(job, t, first, any_lo, any_hi, runs);
-    for (int i = 0; i < n_runs; i++) {
-        struct tile product = {
-            .a = t->queries,
-            .a_step = TILE_ROWS_MAX,
-            .b = runs[i].k,
-            .b_step = kv->page_size,
-            .b_block = 16,
-            .c = t->scores + runs[i].column,
-            .c_row = PAGED_STEP,
-            .n_k = dim,
-        };
-        job->state->tile->run(&product, t->n_rows, (int)(runs[i].n / 16),
-                              kv->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16);
-    }
-
+    for (int i = 0; i < n_runs; i++)
+        prefetch(runs[i].v, runs[i].n * dim * (int64_t)dtype_size(kv->dtype));
+    score_keys(job, t, runs, n_runs);
     float correction[TILE_ROWS_MAX];
     job->state->vector->softmax_step(t->scores, PAGED_STEP, t->n_rows, lo, hi, job->scale,
                                      t->softmax, correction);
@@ -234,8 +254,14 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
     }
     transpose(job->state, t->queries, t->sums, dim16, t->n_rows, dim);
     memset(t->sums, 0, (size_t)(t->n_rows * dim16) * sizeof(float));
-    for (int64_t first = lo / PAGED_STEP * PAGED_STEP; first < hi; first += PAGED_STEP)
+    for (int64_t first = lo / PAGED_STEP * PAGED_STEP; first < hi; first += PAGED_STEP) {
+        struct paged_run next[PAGED_STEP / 16];
+        int64_t n_next = clamp(round_up16(hi - first - PAGED_STEP), 0, PAGED_STEP);
+        int n_runs = cut_runs(job, t, first + PAGED_STEP, 0, n_next, next);
+        for (int i = 0; i < n_runs; i++)
+            prefetch(next[i].k, (int64_t)dtype_size(kv->dtype) * dim * next[i].n);
         tile_take_step(job, t, first);
+    }
     for (int r = 0; r < t->n_rows; r++)
         job->state->vector->divide(cpu_row(job->out, t->token[r]) + t->head[r] * dim,
                                    t->sums + r * dim16, t->softmax[r].l, dim);

@@ -34,9 +34,11 @@ enum tile_source {
 struct tile {
     const void *a; // [n_k] rows of a_step, n_rows of each used
     int64_t a_step;
-    const void *b; // block i at b + i * b_block, row k of it at k * b_step
+    const void *b; // block i at b + i * b_block, or at blocks[i]; row k of it at k * b_step
     int64_t b_step, b_block;
-    float *c; // [n_rows] rows of c_row
+    const void *const *blocks; // NULL, or where each block begins
+    int prefetch_bytes;        // this far ahead of b, where it is read from end to end; 0: not
+    float *c;                  // [n_rows] rows of c_row
     int64_t c_row;
     int64_t n_k; // steps; pairs for TILE_BF16_PAIRS
     int accumulate;

@@ -257,6 +257,9 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int
     blocks->dense = blocks->memory;
 }
 
+/* Further than the processor's own prefetch reaches across pages of memory. */
+#define PREFETCH_BYTES 2048
+
 /* sums [n_rows, n_blocks * 16] <- one lane of one panel's product with `blocks`. */
 static void compute_lane(const struct matmul_job *job, const uint32_t *packed_x, int64_t row,
                          int n_rows, const struct blocks *blocks, int lane, float *sums)
@@ -270,6 +273,7 @@ static void compute_lane(const struct matmul_job *job, const uint32_t *packed_x,
                      .b = blocks->memory,
                      .b_step = step * 16,
                      .b_block = (int64_t)(blocks->block_bytes / element),
+                     .prefetch_bytes = blocks->dense ? PREFETCH_BYTES : 0,
                      .c = sums,
                      .c_row = blocks->n * 16};
     for (int64_t at = start; at == start || at < end; at += t.n_k) {

@@ -27,25 +27,28 @@ static int wide_blocks(int n_rows)
     return 1;
 }
 
-/* Bytes ahead of the loads: further than the processor's own prefetch reaches across pages. */
-#define PREFETCH_BYTES 2048
+static int blocks_at_once(int n_rows, int n_left)
+{
+    const int wide = wide_blocks(n_rows);
+    return n_left >= wide ? wide : wide == 4 && n_left >= 2 ? 2 : 1;
+}
 
-ALWAYS_INLINE void load_block(vf *v, const void *b, int64_t at, enum tile_source source)
+ALWAYS_INLINE void load_block(vf *v, const void *b, enum tile_source source)
 {
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_VECTORS; i++) {
         if (source == TILE_F32)
-            v[i] = vf_load((const float *)b + at + i * VF_N);
+            v[i] = vf_load((const float *)b + i * VF_N);
         else
-            v[i] = vf_load_bf16((const uint16_t *)b + at + i * VF_N);
+            v[i] = vf_load_bf16((const uint16_t *)b + i * VF_N);
     }
 }
 
-ALWAYS_INLINE void load_pair_block(vf *even, vf *odd, const void *b, int64_t at)
+ALWAYS_INLINE void load_pair_block(vf *even, vf *odd, const void *b)
 {
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_VECTORS; i++) {
-        vu u = *(const vu_memory *)((const uint16_t *)b + at + i * 2 * VF_N);
+        vu u = *(const vu_memory *)((const uint16_t *)b + i * 2 * VF_N);
         even[i] = (vf)(u << 16);
         odd[i] = (vf)(u & 0xffff0000u);
     }
@@ -77,17 +80,22 @@ ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_
     }
     const float *a = t->a;
     const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
+    const size_t step_bytes = (size_t)t->b_step * element;
+    const char *b[TILE_BLOCKS_MAX];
+#pragma GCC unroll 16
+    for (int i = 0; i < n_blocks; i++)
+        b[i] = t->blocks ? t->blocks[i] : (const char *)t->b + (size_t)(i * t->b_block) * element;
     for (int64_t k = 0; k < t->n_k; k++) {
         vf even[TILE_BLOCKS_MAX * BLOCK_VECTORS], odd[TILE_BLOCKS_MAX * BLOCK_VECTORS];
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++) {
-            int64_t at = i * t->b_block + k * t->b_step;
-            if (n_rows <= 4)
-                __builtin_prefetch((const char *)t->b + (size_t)at * element + PREFETCH_BYTES);
+            if (n_rows <= 4 && source != TILE_BF16)
+                __builtin_prefetch(b[i] + t->prefetch_bytes);
             if (source == TILE_BF16_PAIRS)
-                load_pair_block(even + i * BLOCK_VECTORS, odd + i * BLOCK_VECTORS, t->b, at);
+                load_pair_block(even + i * BLOCK_VECTORS, odd + i * BLOCK_VECTORS, b[i]);
             else
-                load_block(even + i * BLOCK_VECTORS, t->b, at, source);
+                load_block(even + i * BLOCK_VECTORS, b[i], source);
+            b[i] += step_bytes;
         }
         if (source == TILE_BF16_PAIRS) {
             add_step(acc, a + t->a_step, odd, n_rows, n_vectors);
@@ -106,73 +114,85 @@ ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_
     }
 }
 
+/* n_blocks as blocks_at_once() has it; what it never says for n_rows is not compiled. */
+ALWAYS_INLINE void run_blocks(const struct tile *t, const int n_rows, int n_blocks,
+                              enum tile_source source)
+{
+    if (wide_blocks(n_rows) == 4 && n_blocks == 4)
+        tile_run(t, n_rows, 4, source);
+    else if (wide_blocks(n_rows) >= 2 && n_blocks == 2)
+        tile_run(t, n_rows, 2, source);
+    else
+        tile_run(t, n_rows, 1, source);
+}
+
 /* One case a tile height, so that every loop above has constant bounds. */
-ALWAYS_INLINE void run_rows(const struct tile *t, int n_rows, int wide, enum tile_source source)
+ALWAYS_INLINE void run_rows(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
     switch (n_rows) {
     case 1:
-        return wide ? tile_run(t, 1, VF_N >= 8 ? 4 : 1, source) : tile_run(t, 1, 1, source);
+        return run_blocks(t, 1, n_blocks, source);
     case 2:
-        return wide ? tile_run(t, 2, VF_N / 4, source) : tile_run(t, 2, 1, source);
+        return run_blocks(t, 2, n_blocks, source);
     case 3:
-        return wide ? tile_run(t, 3, VF_N == 16 ? 4 : 1, source) : tile_run(t, 3, 1, source);
+        return run_blocks(t, 3, n_blocks, source);
     case 4:
-        return wide ? tile_run(t, 4, VF_N == 16 ? 4 : 1, source) : tile_run(t, 4, 1, source);
+        return run_blocks(t, 4, n_blocks, source);
 #if MAX_ROWS >= 6
     case 5:
-        return wide ? tile_run(t, 5, VF_N == 16 ? 2 : 1, source) : tile_run(t, 5, 1, source);
+        return run_blocks(t, 5, n_blocks, source);
     case 6:
-        return wide ? tile_run(t, 6, VF_N == 16 ? 2 : 1, source) : tile_run(t, 6, 1, source);
+        return run_blocks(t, 6, n_blocks, source);
 #endif
 #if MAX_ROWS >= 12
     case 7:
-        return wide ? tile_run(t, 7, 2, source) : tile_run(t, 7, 1, source);
+        return run_blocks(t, 7, n_blocks, source);
     case 8:
-        return wide ? tile_run(t, 8, 2, source) : tile_run(t, 8, 1, source);
+        return run_blocks(t, 8, n_blocks, source);
     case 9:
-        return wide ? tile_run(t, 9, 2, source) : tile_run(t, 9, 1, source);
+        return run_blocks(t, 9, n_blocks, source);
     case 10:
-        return wide ? tile_run(t, 10, 2, source) : tile_run(t, 10, 1, source);
+        return run_blocks(t, 10, n_blocks, source);
     case 11:
-        return wide ? tile_run(t, 11, 2, source) : tile_run(t, 11, 1, source);
+        return run_blocks(t, 11, n_blocks, source);
     case 12:
-        return wide ? tile_run(t, 12, 2, source) : tile_run(t, 12, 1, source);
+        return run_blocks(t, 12, n_blocks, source);
 #endif
     }
 }
 
-static void run_f32(const struct tile *t, int n_rows, int wide)
+static void run_f32(const struct tile *t, int n_rows, int n_blocks)
 {
-    run_rows(t, n_rows, wide, TILE_F32);
+    run_rows(t, n_rows, n_blocks, TILE_F32);
 }
 
-static void run_bf16(const struct tile *t, int n_rows, int wide)
+static void run_bf16(const struct tile *t, int n_rows, int n_blocks)
 {
-    run_rows(t, n_rows, wide, TILE_BF16);
+    run_rows(t, n_rows, n_blocks, TILE_BF16);
 }
 
-static void run_bf16_pairs(const struct tile *t, int n_rows, int wide)
+static void run_bf16_pairs(const struct tile *t, int n_rows, int n_blocks)
 {
-    run_rows(t, n_rows, wide, TILE_BF16_PAIRS);
+    run_rows(t, n_rows, n_blocks, TILE_BF16_PAIRS);
 }
 
 static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
-    const int wide = wide_blocks(n_rows);
     const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
     struct tile part = *t;
-    for (int done = 0; done < n_blocks;) {
-        int is_wide = n_blocks - done >= wide;
+    for (int done = 0, step; done < n_blocks; done += step) {
+        step = blocks_at_once(n_rows, n_blocks - done);
         if (source == TILE_F32)
-            run_f32(&part, n_rows, is_wide);
+            run_f32(&part, n_rows, step);
         else if (source == TILE_BF16)
-            run_bf16(&part, n_rows, is_wide);
+            run_bf16(&part, n_rows, step);
         else
-            run_bf16_pairs(&part, n_rows, is_wide);
-        int step = is_wide ? wide : 1;
-        part.b = (const char *)part.b + (size_t)(step * t->b_block) * element;
+            run_bf16_pairs(&part, n_rows, step);
+        if (part.blocks)
+            part.blocks += step;
+        else
+            part.b = (const char *)part.b + (size_t)(step * t->b_block) * element;
         part.c += step * 16;
-        done += step;
     }
 }
 

@@ -11,7 +11,6 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define MAX_ROWS 12
-#define PREFETCH_BYTES 2048
 
 static int wide_blocks(int n_rows)
 {
@@ -36,7 +35,7 @@ ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_
 #pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++) {
             if (n_rows <= 4)
-                __builtin_prefetch((const char *)(b + j * t->b_block) + PREFETCH_BYTES);
+                __builtin_prefetch((const char *)(b + j * t->b_block) + t->prefetch_bytes);
             v[j] = (__m512bh)_mm512_loadu_si512(b + j * t->b_block);
         }
 #pragma GCC unroll 16

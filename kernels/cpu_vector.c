@@ -146,13 +146,13 @@ ALWAYS_INLINE vf mask_outside(vf x, int64_t first, int64_t lo, int64_t hi)
 {
     if (first >= lo && first + VF_N <= hi)
         return x;
-    float kept[VF_N];
-    vf_store(kept, x);
-    for (int i = 0; i < VF_N; i++) {
-        if (first + i < lo || first + i >= hi)
-            kept[i] = -INFINITY;
-    }
-    return vf_load(kept);
+    vi i;
+    for (int j = 0; j < VF_N; j++)
+        i[j] = j;
+    int64_t n = first + VF_N;
+    vi inside =
+        (i >= (int32_t)(lo < n ? lo - first : VF_N)) & (i < (int32_t)(hi < n ? hi - first : VF_N));
+    return vf_select(inside, x, vf_set(-INFINITY));
 }
 
 /* Scales and masks [lo, hi), to whole blocks; returns the largest of them and m. */
