@@ -22,6 +22,7 @@
 #include "daemon/model/language_worker.h"
 #include "daemon/model/plan.h"
 #include "daemon/model/vision_worker.h"
+#include "daemon/model/weights.h"
 #include "daemon/options.h"
 #include "daemon/processor/processor.h"
 #include "kernels/log.h"
@@ -82,6 +83,24 @@ static void limit_pages(struct settings *s)
         p->ranks[i].kv_bytes = p->ranks[i].page_bytes * (uint64_t)of_all;
 }
 
+/* Which weights a quantised checkpoint holds in fewer bits stands in its files, whose headers are
+ * read here; where they are not (yet), the plan is made from the config alone. */
+static int plan_weights(struct settings *s, struct plan_settings *p, struct error *err)
+{
+    struct weights files = {0};
+    struct error missing = {0};
+    int rc, is_dummy = strcmp(s->options.load_format, "dummy") == 0;
+
+    if (quantization_is_stored(&s->model.quantization) &&
+        weights_open(&files, s->options.model, &s->model, is_dummy, &missing) == 0)
+        p->weights = &files.list;
+    else if (missing.code != ERROR_OK && missing.code != ERROR_NOT_FOUND)
+        return error_set(err, missing.code, "%s", missing.msg);
+    rc = plan_make(&s->plan, &s->model, p, err);
+    weights_release(&files);
+    return rc;
+}
+
 static int settings_make(struct settings *s, struct error *err)
 {
     const struct options *o = &s->options;
@@ -112,7 +131,7 @@ static int settings_make(struct settings *s, struct error *err)
         .max_vision_tiles = (int32_t)o->max_vision_tiles,
         .vision_cache_bytes = (uint64_t)o->vision_cache_bytes,
     };
-    if (plan_make(&s->plan, &s->model, &p, err))
+    if (plan_weights(s, &p, err))
         return -1;
     limit_pages(s);
     return 0;
@@ -316,6 +335,7 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
                  struct error *err)
 {
     struct rank_host mine, *all = xcalloc((size_t)world, sizeof(*all));
+    char name[48];
     int rc;
 
     job_describe(&mine, &s->options, dtype_name(s->dtype), s->plan.n_pages, err);
@@ -328,9 +348,9 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
     if (rc == 0 && s->device_kind == DEVICE_CUDA &&
         s->model.quantization.method != QUANTIZATION_NONE)
         rc = error_set(err, ERROR_INVALID_ARGUMENT,
-                       "--quantization %s: the CUDA back end does not take quantised weights yet; "
+                       "quantization %s: the CUDA back end does not take quantised weights yet; "
                        "--device cpu does",
-                       s->options.quantization);
+                       quantization_describe(&s->model.quantization, name, sizeof(name)));
     if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
         s->n_threads = all[rank].n_threads;

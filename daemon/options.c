@@ -73,7 +73,9 @@ static const struct option table[] = {
      "Hold the matrices in fewer bits, made from the checkpoint's floats while loading. int8: a "
      "scale a row. int4: the language model's in groups of --quantization-group-size, the vision "
      "tower's, the projector's and lm_head as int8. bitsandbytes: its 4-bit formats in groups of "
-     "64, lm_head as it is; fp4 is what load_in_4bit=True means. Embeddings stay as they are."},
+     "64, lm_head as it is; fp4 is what load_in_4bit=True means. Embeddings stay as they are. "
+     "Checkpoints that are quantised already (AWQ, GPTQ, bitsandbytes, compressed-tensors, FP8) "
+     "are known by their quantization_config and take no other."},
     {NULL, "--quantization-group-size", NULL, OPTION_NUMBER, FIELD(quantization_group_size),
      "32|64|128", 32, 128, "Columns of a row that share a scale, with --quantization int4."},
     {NULL, "--max-model-len", NULL, OPTION_NUMBER, FIELD(max_model_len), "TOKENS", 2, INT32_MAX / 4,

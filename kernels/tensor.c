@@ -17,6 +17,8 @@ size_t dtype_size(enum dtype t)
     case DTYPE_I64:
         return 8;
     case DTYPE_U8:
+    case DTYPE_I8:
+    case DTYPE_F8_E4M3:
         return 1;
     }
     BUG("no such dtype: %d", (int)t);
@@ -37,6 +39,10 @@ const char *dtype_name(enum dtype t)
         return "int64";
     case DTYPE_U8:
         return "uint8";
+    case DTYPE_I8:
+        return "int8";
+    case DTYPE_F8_E4M3:
+        return "float8_e4m3fn";
     }
     BUG("no such dtype: %d", (int)t);
 }

@@ -12,7 +12,16 @@
 #include <stdint.h>
 #include <string.h>
 
-enum dtype { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_I32, DTYPE_I64, DTYPE_U8 };
+enum dtype {
+    DTYPE_F32,
+    DTYPE_BF16,
+    DTYPE_F16,
+    DTYPE_I32,
+    DTYPE_I64,
+    DTYPE_U8,
+    DTYPE_I8,      // of codes of quantised weights in files, as the next
+    DTYPE_F8_E4M3,
+};
 
 #define TENSOR_MAX_DIMS 5
 struct tensor {

@@ -10,156 +10,35 @@
 
 #include <limits.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "daemon/model/json.h"
+#include "daemon/model/config_reader.h"
+#include "daemon/model/quantization_config.h"
 #include "kernels/log.h"
 
 #define CONFIG_MAX_BYTES ((size_t)1 << 20)
 #define TOKENIZER_CONFIG_MAX_BYTES ((size_t)16 << 20)
 #define CONFIG_MAX_DEPTH 16
-#define REQUIRED INT_MIN // as a fallback: the key must be there
-
-/* One JSON object being read. The first failure is kept in *err and stops the rest; getters then
- * return their fallback. `where` is the dotted path printed before a key. */
-struct reader {
-    const cJSON *object;
-    const char *where;
-    struct error *err;
-    int *failed;
-};
-
-static void refuse(const struct reader *r, const char *fmt, ...)
-    __attribute__((format(printf, 2, 3)));
-static void refuse(const struct reader *r, const char *fmt, ...)
-{
-    if (*r->failed)
-        return;
-    *r->failed = 1;
-    char text[224];
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof(text), fmt, ap);
-    va_end(ap);
-    error_set(r->err, ERROR_INVALID_ARGUMENT, "%s%s", r->where, text);
-}
-
-static const cJSON *get(const struct reader *r, const char *key) // null counts as absent
-{
-    const cJSON *v = cJSON_GetObjectItemCaseSensitive(r->object, key);
-    return cJSON_IsNull(v) ? NULL : v;
-}
-
-static const char *shown(const cJSON *v, char *buf, size_t n_bytes)
-{
-    char *text = cJSON_PrintUnformatted(v);
-    json_printable(text ? text : "?", buf, n_bytes);
-    cJSON_free(text);
-    return buf;
-}
-
-static int is_integer(const cJSON *v, int min, int max)
-{
-    double d = cJSON_IsNumber(v) ? v->valuedouble : NAN;
-    return d >= min && d <= max && d == floor(d);
-}
-
-static int get_int(const struct reader *r, const char *key, int fallback, int min, int max)
-{
-    const cJSON *v = get(r, key);
-    char buf[48];
-    if (!v && fallback == REQUIRED)
-        refuse(r, "%s: missing; an integer from %d to %d is expected", key, min, max);
-    if (!v)
-        return fallback == REQUIRED ? min : fallback;
-    if (!is_integer(v, min, max)) {
-        refuse(r, "%s: found %s; an integer from %d to %d is expected", key,
-               shown(v, buf, sizeof(buf)), min, max);
-        return min;
-    }
-    return (int)v->valuedouble;
-}
-
-static float get_float(const struct reader *r, const char *key, double fallback, double min,
-                       double max)
-{
-    const cJSON *v = get(r, key);
-    char buf[48];
-    if (!v)
-        return (float)fallback;
-    double d = cJSON_IsNumber(v) ? v->valuedouble : NAN;
-    if (!(d >= min && d <= max)) {
-        refuse(r, "%s: found %s; a number from %g to %g is expected", key,
-               shown(v, buf, sizeof(buf)), min, max);
-        return (float)fallback;
-    }
-    return (float)d;
-}
-
-static int get_bool(const struct reader *r, const char *key, int fallback)
-{
-    const cJSON *v = get(r, key);
-    char buf[48];
-    if (v && !cJSON_IsBool(v))
-        refuse(r, "%s: found %s; true or false is expected", key, shown(v, buf, sizeof(buf)));
-    return v ? cJSON_IsTrue(v) : fallback;
-}
-
-/* Borrowed from the tree; the fallback when absent or not a string. */
-static const char *get_string(const struct reader *r, const char *key, const char *fallback)
-{
-    const cJSON *v = get(r, key);
-    char buf[48];
-    if (v && !cJSON_IsString(v))
-        refuse(r, "%s: found %s; a string is expected", key, shown(v, buf, sizeof(buf)));
-    return cJSON_IsString(v) ? v->valuestring : fallback;
-}
-
-/* The index of the key's string among `names` (NULL-terminated); `fallback` names the default. */
-static int get_word(const struct reader *r, const char *key, const char *const *names,
-                    const char *fallback)
-{
-    const char *word = get_string(r, key, fallback);
-    char list[160] = "", buf[48];
-    for (int i = 0; names[i]; i++) {
-        if (strcmp(word, names[i]) == 0)
-            return i;
-        size_t n = strlen(list);
-        snprintf(list + n, sizeof(list) - n, "%s%s", i ? ", " : "", names[i]);
-    }
-    refuse(r, "%s: found \"%s\"; supported: %s", key, json_printable(word, buf, sizeof(buf)), list);
-    return 0;
-}
 
 /* An integer or a [height, width] pair. */
 static void get_size(const struct reader *r, const char *key, int fallback, int *height, int *width)
 {
-    const cJSON *v = get(r, key);
+    const cJSON *v = reader_get(r, key);
     char buf[48];
     *height = *width = fallback;
     if (!v)
         return;
     const cJSON *h = cJSON_IsArray(v) && cJSON_GetArraySize(v) == 2 ? cJSON_GetArrayItem(v, 0) : v;
     const cJSON *w = cJSON_IsArray(v) && cJSON_GetArraySize(v) == 2 ? cJSON_GetArrayItem(v, 1) : v;
-    if (!is_integer(h, 1, 16384) || !is_integer(w, 1, 16384)) {
-        refuse(r, "%s: found %s; pixels or a [height, width] pair of 1 to 16384 are expected", key,
-               shown(v, buf, sizeof(buf)));
+    if (!json_is_integer(h, 1, 16384) || !json_is_integer(w, 1, 16384)) {
+        reader_refuse(r,
+                      "%s: found %s; pixels or a [height, width] pair of 1 to 16384 are expected",
+                      key, json_shown(v, buf, sizeof(buf)));
         return;
     }
     *height = (int)h->valuedouble;
     *width = (int)w->valuedouble;
-}
-
-static struct reader sub_reader(const struct reader *r, const char *key, const char *where)
-{
-    struct reader s = *r;
-    s.object = get(r, key);
-    s.where = where;
-    if (s.object && !cJSON_IsObject(s.object))
-        refuse(r, "%s: an object is expected", key);
-    return s;
 }
 
 /* Transformers' ACT2FN names that this family uses. */
@@ -171,7 +50,7 @@ static enum activation get_activation(const struct reader *r, const char *key, c
     static const enum activation values[] = {
         ACTIVATION_GELU,       ACTIVATION_GELU_TANH, ACTIVATION_GELU_TANH, ACTIVATION_GELU_TANH,
         ACTIVATION_QUICK_GELU, ACTIVATION_RELU,      ACTIVATION_SILU,      ACTIVATION_SILU};
-    return values[get_word(r, key, names, fallback)];
+    return values[reader_word(r, key, names, fallback)];
 }
 
 /* InternVLVisionConfig; OpenGVLab's InternVisionConfig differs in three names and in having neither
@@ -181,38 +60,41 @@ static void read_vision(struct vision_config *v, const struct reader *r, int is_
     static const char *const types[] = {"internvl_vision", NULL};
     static const char *const old_types[] = {"intern_vit_6b", NULL};
     static const char *const norms[] = {"layer_norm", "rms_norm", NULL};
-    get_word(r, "model_type", is_opengvlab ? old_types : types,
-             is_opengvlab ? "intern_vit_6b" : "internvl_vision");
-    v->hidden_size = get_int(r, "hidden_size", 1024, 1, 65536);
-    v->n_layers = get_int(r, "num_hidden_layers", 24, 1, 1024);
-    v->n_heads = get_int(r, "num_attention_heads", 16, 1, 1024);
-    v->intermediate_size = get_int(r, "intermediate_size", 4096, 1, 1 << 20);
-    v->n_channels = get_int(r, "num_channels", 3, 1, 4);
+    reader_word(r, "model_type", is_opengvlab ? old_types : types,
+                is_opengvlab ? "intern_vit_6b" : "internvl_vision");
+    v->hidden_size = reader_int(r, "hidden_size", 1024, 1, 65536);
+    v->n_layers = reader_int(r, "num_hidden_layers", 24, 1, 1024);
+    v->n_heads = reader_int(r, "num_attention_heads", 16, 1, 1024);
+    v->intermediate_size = reader_int(r, "intermediate_size", 4096, 1, 1 << 20);
+    v->n_channels = reader_int(r, "num_channels", 3, 1, 4);
     get_size(r, "image_size", 448, &v->image_height, &v->image_width);
     get_size(r, "patch_size", 14, &v->patch_height, &v->patch_width);
     v->norm_type =
-        get_word(r, "norm_type", norms, "layer_norm") == 1 ? NORM_RMS_NORM : NORM_LAYER_NORM;
+        reader_word(r, "norm_type", norms, "layer_norm") == 1 ? NORM_RMS_NORM : NORM_LAYER_NORM;
     v->hidden_act = get_activation(r, "hidden_act", "gelu");
-    v->layer_norm_eps = get_float(r, "layer_norm_eps", 1e-6, 0, 1);
-    get_float(r, "layer_scale_init_value", 0.1, -1e6, 1e6); // training alone: only its kind matters
-    v->attention_bias = get_bool(r, is_opengvlab ? "qkv_bias" : "attention_bias", is_opengvlab);
-    v->use_qk_norm = get_bool(r, is_opengvlab ? "qk_normalization" : "use_qk_norm", is_opengvlab);
-    v->use_mask_token = is_opengvlab ? 0 : get_bool(r, "use_mask_token", 0);
+    v->layer_norm_eps = reader_float(r, "layer_norm_eps", 1e-6, 0, 1);
+    reader_float(r, "layer_scale_init_value", 0.1, -1e6,
+                 1e6); // training alone: only its kind matters
+    v->attention_bias = reader_bool(r, is_opengvlab ? "qkv_bias" : "attention_bias", is_opengvlab);
+    v->use_qk_norm =
+        reader_bool(r, is_opengvlab ? "qk_normalization" : "use_qk_norm", is_opengvlab);
+    v->use_mask_token = is_opengvlab ? 0 : reader_bool(r, "use_mask_token", 0);
     v->use_absolute_position_embeddings =
-        is_opengvlab ? 1 : get_bool(r, "use_absolute_position_embeddings", 1);
-    v->use_mean_pooling = is_opengvlab ? 1 : get_bool(r, "use_mean_pooling", 1);
+        is_opengvlab ? 1 : reader_bool(r, "use_absolute_position_embeddings", 1);
+    v->use_mean_pooling = is_opengvlab ? 1 : reader_bool(r, "use_mean_pooling", 1);
     if (*r->failed)
         return;
     if (v->hidden_size % v->n_heads != 0)
-        refuse(r, "hidden_size: %d is not a multiple of num_attention_heads %d", v->hidden_size,
-               v->n_heads);
+        reader_refuse(r, "hidden_size: %d is not a multiple of num_attention_heads %d",
+                      v->hidden_size, v->n_heads);
     if (v->image_height < v->patch_height || v->image_width < v->patch_width)
-        refuse(r, "image_size: %d x %d is smaller than one patch of %d x %d", v->image_height,
-               v->image_width, v->patch_height, v->patch_width);
+        reader_refuse(r, "image_size: %d x %d is smaller than one patch of %d x %d",
+                      v->image_height, v->image_width, v->patch_height, v->patch_width);
     v->head_dim = v->hidden_size / v->n_heads;
     v->n_patches = vision_config_n_patches(v, v->image_height, v->image_width);
     if (v->n_patches > 1 << 20)
-        refuse(r, "image_size: %d patches a tile; at most %d are accepted", v->n_patches, 1 << 20);
+        reader_refuse(r, "image_size: %d patches a tile; at most %d are accepted", v->n_patches,
+                      1 << 20);
 }
 
 /* rope_parameters (new files), or rope_theta and rope_scaling (old ones). Transformers:
@@ -221,40 +103,40 @@ static void read_rope(struct text_config *t, const struct reader *r)
 {
     static const char *const types[] = {"default", "dynamic", "linear", "yarn", NULL};
     struct rope_config *rope = &t->rope;
-    struct reader s = sub_reader(r, "rope_parameters", "config.json: text_config.rope_parameters.");
+    struct reader s = reader_sub(r, "rope_parameters", "config.json: text_config.rope_parameters.");
     if (!s.object)
-        s = sub_reader(r, "rope_scaling", "config.json: text_config.rope_scaling.");
-    rope->theta = get_float(r, "rope_theta", 10000, 1, 1e12);
+        s = reader_sub(r, "rope_scaling", "config.json: text_config.rope_scaling.");
+    rope->theta = reader_float(r, "rope_theta", 10000, 1, 1e12);
     rope->factor = 1;
     rope->original_max_positions = t->max_positions;
     if (*r->failed || !s.object)
         return;
-    rope->theta = get_float(&s, "rope_theta", rope->theta, 1, 1e12);
-    const char *key = get(&s, "rope_type") ? "rope_type" : "type";
-    if (get(&s, "full_attention"))
-        refuse(&s, "full_attention: rope parameters per layer type are not supported");
-    rope->type = (enum rope_type)get_word(&s, key, types, "default");
-    if (get_float(&s, "partial_rotary_factor", 1, 0, 1) < 1)
-        refuse(&s, "partial_rotary_factor: only 1 is supported");
+    rope->theta = reader_float(&s, "rope_theta", rope->theta, 1, 1e12);
+    const char *key = reader_get(&s, "rope_type") ? "rope_type" : "type";
+    if (reader_get(&s, "full_attention"))
+        reader_refuse(&s, "full_attention: rope parameters per layer type are not supported");
+    rope->type = (enum rope_type)reader_word(&s, key, types, "default");
+    if (reader_float(&s, "partial_rotary_factor", 1, 0, 1) < 1)
+        reader_refuse(&s, "partial_rotary_factor: only 1 is supported");
     if (rope->type == ROPE_DEFAULT)
         return;
     if (rope->type == ROPE_YARN)
         rope->original_max_positions =
-            get_int(&s, "original_max_position_embeddings", t->max_positions, 1, 1 << 30);
-    if (!get(&s, "factor") && rope->type != ROPE_YARN)
-        refuse(&s, "factor: missing; rope type \"%s\" needs it", types[rope->type]);
+            reader_int(&s, "original_max_position_embeddings", t->max_positions, 1, 1 << 30);
+    if (!reader_get(&s, "factor") && rope->type != ROPE_YARN)
+        reader_refuse(&s, "factor: missing; rope type \"%s\" needs it", types[rope->type]);
     rope->factor =
-        get_float(&s, "factor", (double)t->max_positions / rope->original_max_positions, 1, 1e6);
-    rope->beta_fast = get_float(&s, "beta_fast", 32, 0, 1e6);
-    rope->beta_slow = get_float(&s, "beta_slow", 1, 0, 1e6);
-    if (rope->beta_fast <= 0) // yarn: `get("beta_fast") or 32`
+        reader_float(&s, "factor", (double)t->max_positions / rope->original_max_positions, 1, 1e6);
+    rope->beta_fast = reader_float(&s, "beta_fast", 32, 0, 1e6);
+    rope->beta_slow = reader_float(&s, "beta_slow", 1, 0, 1e6);
+    if (rope->beta_fast <= 0) // yarn: `reader_get("beta_fast") or 32`
         rope->beta_fast = 32;
     if (rope->beta_slow <= 0)
         rope->beta_slow = 1;
-    rope->attention_factor = get_float(&s, "attention_factor", 0, 0, 1e6);
-    rope->mscale = get_float(&s, "mscale", 0, 0, 1e6);
-    rope->mscale_all_dim = get_float(&s, "mscale_all_dim", 0, 0, 1e6);
-    rope->truncate = get_bool(&s, "truncate", 1);
+    rope->attention_factor = reader_float(&s, "attention_factor", 0, 0, 1e6);
+    rope->mscale = reader_float(&s, "mscale", 0, 0, 1e6);
+    rope->mscale_all_dim = reader_float(&s, "mscale_all_dim", 0, 0, 1e6);
+    rope->truncate = reader_bool(&s, "truncate", 1);
 }
 
 /* Qwen2 and Qwen3: use_sliding_window, sliding_window, max_window_layers, or layer_types, which
@@ -262,13 +144,14 @@ static void read_rope(struct text_config *t, const struct reader *r)
 static void read_window(struct text_config *t, const struct reader *r)
 {
     t->first_window_layer = t->n_layers;
-    if (t->architecture != TEXT_LLAMA && get_bool(r, "use_sliding_window", 0)) {
-        t->sliding_window = get_int(r, "sliding_window", 4096, 1, 1 << 30);
-        t->first_window_layer = get_int(r, "max_window_layers", 28, 0, 1 << 20);
+    if (t->architecture != TEXT_LLAMA && reader_bool(r, "use_sliding_window", 0)) {
+        t->sliding_window = reader_int(r, "sliding_window", 4096, 1, 1 << 30);
+        t->first_window_layer = reader_int(r, "max_window_layers", 28, 0, 1 << 20);
     }
-    const cJSON *types = get(r, "layer_types");
+    const cJSON *types = reader_get(r, "layer_types");
     if (types && cJSON_GetArraySize(types) != t->n_layers)
-        refuse(r, "layer_types: %d entries for %d layers", cJSON_GetArraySize(types), t->n_layers);
+        reader_refuse(r, "layer_types: %d entries for %d layers", cJSON_GetArraySize(types),
+                      t->n_layers);
     if (!types || *r->failed)
         return;
     int i = 0, first_window = t->n_layers;
@@ -279,39 +162,39 @@ static void read_window(struct text_config *t, const struct reader *r)
         int is_window = strcmp(kind, "sliding_attention") == 0;
         char buf[48];
         if (!is_window && strcmp(kind, "full_attention") != 0)
-            refuse(r,
-                   "layer_types[%d]: found %s; supported: full_attention, "
-                   "sliding_attention",
-                   i, shown(v, buf, sizeof(buf)));
+            reader_refuse(r,
+                          "layer_types[%d]: found %s; supported: full_attention, "
+                          "sliding_attention",
+                          i, json_shown(v, buf, sizeof(buf)));
         else if (!is_window && first_window < i)
-            refuse(r, "layer_types[%d]: full attention after sliding attention is not supported",
-                   i);
+            reader_refuse(
+                r, "layer_types[%d]: full attention after sliding attention is not supported", i);
         if (is_window && first_window == t->n_layers)
             first_window = i;
         i++;
     }
     if (first_window < t->n_layers && !t->sliding_window)
-        refuse(r, "layer_types: sliding_attention without use_sliding_window");
+        reader_refuse(r, "layer_types: sliding_attention without use_sliding_window");
     t->first_window_layer = first_window;
 }
 
 static void read_experts(struct text_config *t, const struct reader *r)
 {
-    const char *key = get(r, "num_experts") ? "num_experts" : "num_local_experts";
-    t->n_experts = get_int(r, key, 128, 1, 4096);
-    t->n_experts_per_token = get_int(r, "num_experts_per_tok", 8, 1, 64);
-    t->moe_intermediate_size = get_int(r, "moe_intermediate_size", 768, 1, 1 << 20);
-    t->norm_topk_prob = get_bool(r, "norm_topk_prob", 0);
-    t->decoder_sparse_step = get_int(r, "decoder_sparse_step", 1, 1, 1024);
+    const char *key = reader_get(r, "num_experts") ? "num_experts" : "num_local_experts";
+    t->n_experts = reader_int(r, key, 128, 1, 4096);
+    t->n_experts_per_token = reader_int(r, "num_experts_per_tok", 8, 1, 64);
+    t->moe_intermediate_size = reader_int(r, "moe_intermediate_size", 768, 1, 1 << 20);
+    t->norm_topk_prob = reader_bool(r, "norm_topk_prob", 0);
+    t->decoder_sparse_step = reader_int(r, "decoder_sparse_step", 1, 1, 1024);
     if (t->n_experts_per_token > t->n_experts)
-        refuse(r, "num_experts_per_tok: %d of only %d experts", t->n_experts_per_token,
-               t->n_experts);
-    const cJSON *list = get(r, "mlp_only_layers"), *v = NULL;
+        reader_refuse(r, "num_experts_per_tok: %d of only %d experts", t->n_experts_per_token,
+                      t->n_experts);
+    const cJSON *list = reader_get(r, "mlp_only_layers"), *v = NULL;
     cJSON_ArrayForEach(v, list)
     {
-        if (!is_integer(v, 0, t->n_layers - 1) || t->n_dense_layers == 256) {
-            refuse(r, "mlp_only_layers: at most 256 layer numbers below %d are expected",
-                   t->n_layers);
+        if (!json_is_integer(v, 0, t->n_layers - 1) || t->n_dense_layers == 256) {
+            reader_refuse(r, "mlp_only_layers: at most 256 layer numbers below %d are expected",
+                          t->n_layers);
             return;
         }
         t->dense_layers[t->n_dense_layers++] = (int)v->valuedouble;
@@ -321,39 +204,42 @@ static void read_experts(struct text_config *t, const struct reader *r)
 static void read_text(struct text_config *t, const struct reader *r)
 {
     static const char *const types[] = {"qwen2", "qwen3", "qwen3_moe", "llama", NULL};
-    t->architecture = (enum text_architecture)get_word(r, "model_type", types, "(none)");
+    t->architecture = (enum text_architecture)reader_word(r, "model_type", types, "(none)");
     int is_llama = t->architecture == TEXT_LLAMA, is_qwen2 = t->architecture == TEXT_QWEN2;
-    t->hidden_size = get_int(r, "hidden_size", REQUIRED, 1, 65536);
-    t->n_layers = get_int(r, "num_hidden_layers", REQUIRED, 1, 1024);
-    t->n_heads = get_int(r, "num_attention_heads", REQUIRED, 1, 1024);
-    t->n_kv_heads = get_int(r, "num_key_value_heads", t->n_heads, 1, 1024);
-    t->intermediate_size = get_int(r, "intermediate_size", REQUIRED, 1, 1 << 20);
-    t->vocab_size = get_int(r, "vocab_size", REQUIRED, 1, 1 << 22);
-    t->max_positions = get_int(r, "max_position_embeddings", is_llama ? 2048 : 32768, 1, 1 << 26);
+    t->hidden_size = reader_int(r, "hidden_size", READER_REQUIRED, 1, 65536);
+    t->n_layers = reader_int(r, "num_hidden_layers", READER_REQUIRED, 1, 1024);
+    t->n_heads = reader_int(r, "num_attention_heads", READER_REQUIRED, 1, 1024);
+    t->n_kv_heads = reader_int(r, "num_key_value_heads", t->n_heads, 1, 1024);
+    t->intermediate_size = reader_int(r, "intermediate_size", READER_REQUIRED, 1, 1 << 20);
+    t->vocab_size = reader_int(r, "vocab_size", READER_REQUIRED, 1, 1 << 22);
+    t->max_positions =
+        reader_int(r, "max_position_embeddings", is_llama ? 2048 : 32768, 1, 1 << 26);
     t->hidden_act = get_activation(r, "hidden_act", "silu");
-    t->rms_norm_eps = get_float(r, "rms_norm_eps", 1e-6, 0, 1);
+    t->rms_norm_eps = reader_float(r, "rms_norm_eps", 1e-6, 0, 1);
     if (*r->failed)
         return;
     int default_head_dim = is_llama || is_qwen2 ? t->hidden_size / t->n_heads : 128;
-    t->head_dim = is_qwen2 ? default_head_dim : get_int(r, "head_dim", default_head_dim, 1, 4096);
+    t->head_dim =
+        is_qwen2 ? default_head_dim : reader_int(r, "head_dim", default_head_dim, 1, 4096);
     if (is_qwen2 && t->hidden_size % t->n_heads != 0)
-        refuse(r, "hidden_size: %d is not a multiple of num_attention_heads %d", t->hidden_size,
-               t->n_heads);
+        reader_refuse(r, "hidden_size: %d is not a multiple of num_attention_heads %d",
+                      t->hidden_size, t->n_heads);
     if (t->n_heads % t->n_kv_heads != 0)
-        refuse(r, "num_attention_heads: %d is not a multiple of num_key_value_heads %d", t->n_heads,
-               t->n_kv_heads);
+        reader_refuse(r, "num_attention_heads: %d is not a multiple of num_key_value_heads %d",
+                      t->n_heads, t->n_kv_heads);
     if (t->head_dim % 2 != 0 || t->head_dim < 4)
-        refuse(r, "head_dim: %d; an even number of at least 4 is expected (rotary embeddings)",
-               t->head_dim);
+        reader_refuse(r,
+                      "head_dim: %d; an even number of at least 4 is expected (rotary embeddings)",
+                      t->head_dim);
     /* Qwen2Attention: biases on q, k, v alone. Qwen3 and Llama: attention_bias means all four. */
-    t->attention_bias = is_qwen2 ? 1 : get_bool(r, "attention_bias", 0);
+    t->attention_bias = is_qwen2 ? 1 : reader_bool(r, "attention_bias", 0);
     t->output_bias = is_qwen2 ? 0 : t->attention_bias;
-    t->mlp_bias = is_llama ? get_bool(r, "mlp_bias", 0) : 0;
+    t->mlp_bias = is_llama ? reader_bool(r, "mlp_bias", 0) : 0;
     t->use_qk_norm = t->architecture == TEXT_QWEN3 || t->architecture == TEXT_QWEN3_MOE;
-    if (get_float(r, "partial_rotary_factor", 1, 0, 1) < 1)
-        refuse(r, "partial_rotary_factor: only 1 is supported");
-    if (get_int(r, "pretraining_tp", 1, 1, INT_MAX) != 1)
-        refuse(r, "pretraining_tp: only 1 is supported");
+    if (reader_float(r, "partial_rotary_factor", 1, 0, 1) < 1)
+        reader_refuse(r, "partial_rotary_factor: only 1 is supported");
+    if (reader_int(r, "pretraining_tp", 1, 1, INT_MAX) != 1)
+        reader_refuse(r, "pretraining_tp: only 1 is supported");
     read_rope(t, r);
     read_window(t, r);
     if (t->architecture == TEXT_QWEN3_MOE)
@@ -363,16 +249,16 @@ static void read_text(struct text_config *t, const struct reader *r)
 /* An id, or a list of up to 8 ids. */
 static void read_eos(struct model_config *c, const struct reader *r)
 {
-    const cJSON *v = get(r, "eos_token_id");
+    const cJSON *v = reader_get(r, "eos_token_id");
     if (!v)
         return;
     c->n_eos = 0;
     int n = cJSON_IsArray(v) ? cJSON_GetArraySize(v) : 1;
     for (int i = 0; i < n; i++) {
         const cJSON *id = cJSON_IsArray(v) ? cJSON_GetArrayItem(v, i) : v;
-        if (n > 8 || !is_integer(id, 0, c->text.vocab_size - 1)) {
-            refuse(r, "eos_token_id: up to 8 ids below vocab_size %d are expected",
-                   c->text.vocab_size);
+        if (n > 8 || !json_is_integer(id, 0, c->text.vocab_size - 1)) {
+            reader_refuse(r, "eos_token_id: up to 8 ids below vocab_size %d are expected",
+                          c->text.vocab_size);
             return;
         }
         c->eos_token_ids[c->n_eos++] = (int32_t)id->valuedouble;
@@ -382,26 +268,26 @@ static void read_eos(struct model_config *c, const struct reader *r)
 static void read_generation(struct model_config *c, const struct reader *r)
 {
     read_eos(c, r);
-    c->bos_token_id = get_int(r, "bos_token_id", c->bos_token_id, 0, INT_MAX);
-    c->pad_token_id = get_int(r, "pad_token_id", c->pad_token_id, -1, INT_MAX);
-    c->do_sample = get_bool(r, "do_sample", 0);
-    c->temperature = get_float(r, "temperature", 1, 0, 1e3);
-    c->top_p = get_float(r, "top_p", 1, 0, 1);
-    c->top_k = get_int(r, "top_k", 0, 0, INT_MAX);
-    c->repetition_penalty = get_float(r, "repetition_penalty", 1, 1e-3, 1e3);
-    c->max_new_tokens = get_int(r, "max_new_tokens", 0, 0, INT_MAX);
+    c->bos_token_id = reader_int(r, "bos_token_id", c->bos_token_id, 0, INT_MAX);
+    c->pad_token_id = reader_int(r, "pad_token_id", c->pad_token_id, -1, INT_MAX);
+    c->do_sample = reader_bool(r, "do_sample", 0);
+    c->temperature = reader_float(r, "temperature", 1, 0, 1e3);
+    c->top_p = reader_float(r, "top_p", 1, 0, 1);
+    c->top_k = reader_int(r, "top_k", 0, 0, INT_MAX);
+    c->repetition_penalty = reader_float(r, "repetition_penalty", 1, 1e-3, 1e3);
+    c->max_new_tokens = reader_int(r, "max_new_tokens", 0, 0, INT_MAX);
 }
 
 /* InternVLConfig.vision_feature_layer: -1 is last_hidden_state (with the final norm, if any); any
  * other number indexes hidden_states. 0 and lists fail in the reference too. */
 static void read_feature_layer(struct model_config *c, const struct reader *r, const char *key)
 {
-    const cJSON *v = get(r, key);
+    const cJSON *v = reader_get(r, key);
     int n = c->vision.n_layers + 1;
     char buf[48];
-    if (v && (!is_integer(v, -n, n - 1) || v->valuedouble == 0)) {
-        refuse(r, "%s: found %s; one number from %d to %d, not 0, is expected", key,
-               shown(v, buf, sizeof(buf)), -n, n - 1);
+    if (v && (!json_is_integer(v, -n, n - 1) || v->valuedouble == 0)) {
+        reader_refuse(r, "%s: found %s; one number from %d to %d, not 0, is expected", key,
+                      json_shown(v, buf, sizeof(buf)), -n, n - 1);
         return;
     }
     int layer = v ? (int)v->valuedouble : -1;
@@ -410,56 +296,58 @@ static void read_feature_layer(struct model_config *c, const struct reader *r, c
 
 static void read_features(struct model_config *c, const struct reader *r)
 {
-    double ratio = get_float(r, "downsample_ratio", 0.5, 1e-3, 1);
+    double ratio = reader_float(r, "downsample_ratio", 0.5, 1e-3, 1);
     c->downsample_k = (int)lround(1 / ratio);
     if (fabs(c->downsample_k * ratio - 1) > 1e-6)
-        refuse(r, "downsample_ratio: found %g; one over a whole number is expected", ratio);
+        reader_refuse(r, "downsample_ratio: found %g; one over a whole number is expected", ratio);
     if (*r->failed)
         return;
     const struct vision_config *v = &c->vision;
     c->n_features_per_tile = model_config_n_features(c, v->image_height, v->image_width);
     if (!c->n_features_per_tile)
-        refuse(r,
-               "vision_config.image_size: %d patches a tile are not a square whose side "
-               "%d divides (downsample_ratio)",
-               v->n_patches, c->downsample_k);
+        reader_refuse(r,
+                      "vision_config.image_size: %d patches a tile are not a square whose side "
+                      "%d divides (downsample_ratio)",
+                      v->n_patches, c->downsample_k);
     int side = (int)sqrt((double)v->n_patches);
     if (v->use_absolute_position_embeddings && v->image_height != v->image_width &&
         side * side != v->n_patches)
-        refuse(r, "vision_config.image_size: %d patches are not a square count to interpolate",
-               v->n_patches);
+        reader_refuse(r,
+                      "vision_config.image_size: %d patches are not a square count to interpolate",
+                      v->n_patches);
 }
 
 /* InternVLForConditionalGeneration. */
 static void read_hf(struct model_config *c, const struct reader *r)
 {
     static const char *const strategies[] = {"default", "full", NULL};
-    struct reader vision = sub_reader(r, "vision_config", "config.json: vision_config.");
-    struct reader text = sub_reader(r, "text_config", "config.json: text_config.");
+    struct reader vision = reader_sub(r, "vision_config", "config.json: vision_config.");
+    struct reader text = reader_sub(r, "text_config", "config.json: text_config.");
     if (!vision.object || !text.object) {
-        refuse(r, "%s: missing", vision.object ? "text_config" : "vision_config");
+        reader_refuse(r, "%s: missing", vision.object ? "text_config" : "vision_config");
         return;
     }
     read_vision(&c->vision, &vision, 0);
     read_text(&c->text, &text);
-    c->image_token_id = get_int(r, "image_token_id", 151667, 0, INT_MAX);
+    c->image_token_id = reader_int(r, "image_token_id", 151667, 0, INT_MAX);
     if (!*r->failed && c->image_token_id >= c->text.vocab_size)
-        refuse(r, "image_token_id: found %d; an id below vocab_size %d is expected",
-               c->image_token_id, c->text.vocab_size);
+        reader_refuse(r, "image_token_id: found %d; an id below vocab_size %d is expected",
+                      c->image_token_id, c->text.vocab_size);
     c->projector_act = get_activation(r, "projector_hidden_act", "gelu");
     c->feature_keeps_cls =
-        get_word(r, "vision_feature_select_strategy", strategies, "default") == 1;
-    c->tie_word_embeddings = get_bool(r, "tie_word_embeddings", 1);
+        reader_word(r, "vision_feature_select_strategy", strategies, "default") == 1;
+    c->tie_word_embeddings = reader_bool(r, "tie_word_embeddings", 1);
     read_feature_layer(c, r, "vision_feature_layer");
     read_features(c, r);
-    c->image_seq_length = get_int(r, "image_seq_length", 256, 1, 1 << 20);
+    c->image_seq_length = reader_int(r, "image_seq_length", 256, 1, 1 << 20);
     if (!*r->failed && c->image_seq_length != c->n_features_per_tile)
-        refuse(r, "image_seq_length: found %d; a tile of this vision_config becomes %d tokens",
-               c->image_seq_length, c->n_features_per_tile);
+        reader_refuse(r,
+                      "image_seq_length: found %d; a tile of this vision_config becomes %d tokens",
+                      c->image_seq_length, c->n_features_per_tile);
     if (!*r->failed)
         read_eos(c, &text);
-    c->bos_token_id = get_int(&text, "bos_token_id", -1, 0, INT_MAX);
-    c->pad_token_id = get_int(&text, "pad_token_id", -1, -1, INT_MAX);
+    c->bos_token_id = reader_int(&text, "bos_token_id", -1, 0, INT_MAX);
+    c->pad_token_id = reader_int(&text, "pad_token_id", -1, -1, INT_MAX);
 }
 
 /* InternVLChatModel, the original form. Its projector, feature choice and pixel shuffle are fixed;
@@ -467,28 +355,28 @@ static void read_hf(struct model_config *c, const struct reader *r)
 static void read_opengvlab(struct model_config *c, const struct reader *r)
 {
     static const char *const shuffles[] = {"v2", NULL};
-    struct reader vision = sub_reader(r, "vision_config", "config.json: vision_config.");
-    struct reader text = sub_reader(r, "llm_config", "config.json: llm_config.");
+    struct reader vision = reader_sub(r, "vision_config", "config.json: vision_config.");
+    struct reader text = reader_sub(r, "llm_config", "config.json: llm_config.");
     if (!vision.object || !text.object) {
-        refuse(r, "%s: missing", vision.object ? "llm_config" : "vision_config");
+        reader_refuse(r, "%s: missing", vision.object ? "llm_config" : "vision_config");
         return;
     }
     read_vision(&c->vision, &vision, 1);
     read_text(&c->text, &text);
-    get_word(r, "ps_version", shuffles, "v1");
-    int size = get_int(r, "force_image_size", c->vision.image_height, 1, 16384);
+    reader_word(r, "ps_version", shuffles, "v1");
+    int size = reader_int(r, "force_image_size", c->vision.image_height, 1, 16384);
     if (size != c->vision.image_height || size != c->vision.image_width)
-        refuse(r,
-               "force_image_size: found %d, vision_config.image_size is %d x %d; they must agree",
-               size, c->vision.image_height, c->vision.image_width);
+        reader_refuse(
+            r, "force_image_size: found %d, vision_config.image_size is %d x %d; they must agree",
+            size, c->vision.image_height, c->vision.image_width);
     c->image_token_id = -1;
     c->projector_act = ACTIVATION_GELU;
-    c->tie_word_embeddings = get_bool(r, "tie_word_embeddings", 0);
+    c->tie_word_embeddings = reader_bool(r, "tie_word_embeddings", 0);
     read_feature_layer(c, r, "select_layer");
     read_features(c, r);
     c->image_seq_length = c->n_features_per_tile;
-    c->bos_token_id = get_int(&text, "bos_token_id", -1, 0, INT_MAX);
-    c->pad_token_id = get_int(&text, "pad_token_id", -1, -1, INT_MAX);
+    c->bos_token_id = reader_int(&text, "bos_token_id", -1, 0, INT_MAX);
+    c->pad_token_id = reader_int(&text, "pad_token_id", -1, -1, INT_MAX);
 }
 
 static void read_config(struct model_config *c, const struct reader *r)
@@ -497,20 +385,18 @@ static void read_config(struct model_config *c, const struct reader *r)
                                                 "InternVLChatModel", NULL};
     static const char *const types[] = {"internvl", "internvl_chat", NULL};
     static const char *const dtypes[] = {"float32", "bfloat16", "float16", NULL};
-    int is_opengvlab = get_word(r, "model_type", types, "(none)") == 1;
-    const cJSON *list = get(r, "architectures");
+    int is_opengvlab = reader_word(r, "model_type", types, "(none)") == 1;
+    const cJSON *list = reader_get(r, "architectures");
     const char *name = architectures[is_opengvlab];
     const cJSON *first = cJSON_IsArray(list) ? cJSON_GetArrayItem(list, 0) : NULL;
     char buf[64];
     if (list && (!cJSON_IsString(first) || strcmp(first->valuestring, name) != 0))
-        refuse(r,
-               "architectures: found %s; supported: %s (model_type internvl), %s (internvl_chat)",
-               shown(list, buf, sizeof(buf)), architectures[0], architectures[1]);
-    if (get(r, "quantization_config"))
-        refuse(r, "quantization_config: quantised checkpoints are not supported; float32, bfloat16 "
-                  "and float16 tensors are");
-    const char *key = get(r, "dtype") ? "dtype" : "torch_dtype";
-    c->stored_dtype = get_word(r, key, dtypes, "float32") == 1 ? DTYPE_BF16 : DTYPE_F32;
+        reader_refuse(
+            r, "architectures: found %s; supported: %s (model_type internvl), %s (internvl_chat)",
+            json_shown(list, buf, sizeof(buf)), architectures[0], architectures[1]);
+    quantization_config_read(&c->quantization, r);
+    const char *key = reader_get(r, "dtype") ? "dtype" : "torch_dtype";
+    c->stored_dtype = reader_word(r, key, dtypes, "float32") == 1 ? DTYPE_BF16 : DTYPE_F32;
     if (*r->failed)
         return;
     if (is_opengvlab)
@@ -535,7 +421,7 @@ int model_config_parse(struct model_config *c, const char *config, size_t config
     }
     struct reader r = {root, "config.json: ", err, &failed};
     if (!failed && !cJSON_IsObject(root))
-        refuse(&r, "an object is expected");
+        reader_refuse(&r, "an object is expected");
     if (!failed)
         read_config(c, &r);
     r.object = gen; // NULL: every getter gives its fallback

@@ -68,7 +68,7 @@ struct model_config {
     struct vision_config vision;
     struct text_config text;
     enum dtype stored_dtype; // "dtype" / "torch_dtype": what --dtype auto means (F32 or BF16)
-    struct quantization quantization; // of the weights, at load; the caller's to set
+    struct quantization quantization; // the checkpoint's own; quantization_parse() sets another
     int image_token_id, image_seq_length;
     int downsample_k; // 1 / downsample_ratio
     enum activation projector_act;

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -110,4 +111,18 @@ const char *json_printable(const char *s, char *buf, size_t n_bytes)
         buf[i] = (s[i] >= 0x20 && s[i] < 0x7f) ? s[i] : '?';
     buf[i] = 0;
     return buf;
+}
+
+const char *json_shown(const cJSON *v, char *buf, size_t n_bytes)
+{
+    char *text = cJSON_PrintUnformatted(v);
+    json_printable(text ? text : "?", buf, n_bytes);
+    cJSON_free(text);
+    return buf;
+}
+
+int json_is_integer(const cJSON *v, int min, int max)
+{
+    double d = cJSON_IsNumber(v) ? v->valuedouble : NAN;
+    return d >= min && d <= max && d == floor(d);
 }

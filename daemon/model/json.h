@@ -25,5 +25,10 @@ char *json_read_file(const char *path, size_t max_bytes, size_t *n_bytes, struct
 
 /* `s` with every byte outside printable ASCII as '?', cut to the buffer; returned. For messages. */
 const char *json_printable(const char *s, char *buf, size_t n_bytes);
+/* The value as JSON text, printable, cut to the buffer; returned. For messages. */
+const char *json_shown(const cJSON *v, char *buf, size_t n_bytes);
+
+/* 1 for a whole number from min to max; NULL is none. */
+int json_is_integer(const cJSON *v, int min, int max);
 
 #endif

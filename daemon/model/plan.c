@@ -116,14 +116,16 @@ int plan_make(struct plan *p, const struct model_config *c, const struct plan_se
         s->max_vision_tiles < 1)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "limits of sequences, tokens and tiles must be at least 1");
-    struct weight_list list;
-    weight_list_init(&list, c);
+    struct weight_list list = {0};
+    p->settings.weights = NULL; // borrowed for this call
+    if (!s->weights)
+        weight_list_init(&list, c);
     p->n_ranks = layout_world(&s->layout);
     p->ranks = xcalloc((size_t)p->n_ranks, sizeof(*p->ranks));
     for (int i = 0; i < p->n_ranks && rc == 0; i++) {
         rc = topology_init(&p->ranks[i].topology, i, p->n_ranks, &s->layout, err);
         if (rc == 0)
-            rc = plan_rank(&p->ranks[i], p, c, &list, err);
+            rc = plan_rank(&p->ranks[i], p, c, s->weights ? s->weights : &list, err);
     }
     weight_list_release(&list);
     if (rc == 0)

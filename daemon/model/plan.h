@@ -14,12 +14,15 @@
 #include "kernels/error.h"
 #include "parallel/topology.h"
 
+struct weight_list;
+
 struct plan_settings {
     struct layout layout;
-    enum dtype dtype;         // F32 or BF16
-    int32_t page_size;        // tokens
-    uint64_t kv_budget_bytes; // for KV pages, of each language rank
-    int32_t max_model_len;    // tokens of one sequence
+    const struct weight_list *weights; // as the files hold them; NULL: as the config lets expect
+    enum dtype dtype;                  // F32 or BF16
+    int32_t page_size;                 // tokens
+    uint64_t kv_budget_bytes;          // for KV pages, of each language rank
+    int32_t max_model_len;             // tokens of one sequence
     int32_t max_num_seqs, max_num_batched_tokens, max_vision_tiles;
     uint64_t vision_cache_bytes; // of the gateway
 };

@@ -12,21 +12,39 @@ static const char *const names[] = {
     [QUANTIZATION_INT4] = "int4",
     [QUANTIZATION_BITSANDBYTES_FP4] = "bitsandbytes-fp4",
     [QUANTIZATION_BITSANDBYTES_NF4] = "bitsandbytes-nf4",
+    [QUANTIZATION_AWQ] = "awq",
+    [QUANTIZATION_GPTQ] = "gptq",
+    [QUANTIZATION_BITSANDBYTES_4BIT] = "bitsandbytes",
+    [QUANTIZATION_BITSANDBYTES_8BIT] = "bitsandbytes",
+    [QUANTIZATION_COMPRESSED_TENSORS] = "compressed-tensors",
+    [QUANTIZATION_FP8] = "fp8",
 };
+
+int quantization_is_stored(const struct quantization *q)
+{
+    return q->method > QUANTIZATION_BITSANDBYTES_NF4;
+}
 
 int quantization_parse(struct quantization *q, const char *name, int64_t group_size,
                        struct error *err)
 {
-    *q = (struct quantization){.group_size = (int)group_size};
     if (group_size != 32 && group_size != 64 && group_size != 128)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "--quantization-group-size %lld: it must be 32, 64 or 128",
                          (long long)group_size);
-    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
-        if (strcmp(name, names[i]) == 0) {
-            q->method = (enum quantization_method)i;
+    for (int i = QUANTIZATION_NONE; i <= QUANTIZATION_BITSANDBYTES_NF4; i++) {
+        if (strcmp(name, names[i]) != 0)
+            continue;
+        if (quantization_is_stored(q) && i == QUANTIZATION_NONE)
             return 0;
-        }
+        if (quantization_is_stored(q))
+            return error_set(err, ERROR_INVALID_ARGUMENT,
+                             "--quantization %s: the checkpoint is quantised already "
+                             "(quantization_config: %s)",
+                             name, names[q->method]);
+        *q = (struct quantization){.method = (enum quantization_method)i, .group_size = group_size};
+        return 0;
+    }
     return error_set(err, ERROR_INVALID_ARGUMENT,
                      "--quantization %.64s: one of none, int8, int4, bitsandbytes-fp4, "
                      "bitsandbytes-nf4 is expected",
@@ -35,21 +53,22 @@ int quantization_parse(struct quantization *q, const char *name, int64_t group_s
 
 const char *quantization_describe(const struct quantization *q, char *buf, size_t n_bytes)
 {
-    if (q->method == QUANTIZATION_INT4)
-        snprintf(buf, n_bytes, "int4 (groups of %d)", q->group_size);
-    else
-        snprintf(buf, n_bytes, "%s", names[q->method]);
+    int n = snprintf(buf, n_bytes, "%s", names[q->method]);
+    if (quantization_is_stored(q))
+        n += snprintf(buf + n, n_bytes - (size_t)n, ", %s", weight_format_name(q->format));
+    if (q->group_size && (q->method == QUANTIZATION_INT4 || quantization_is_stored(q)))
+        snprintf(buf + n, n_bytes - (size_t)n, " (groups of %lld)", (long long)q->group_size);
     return buf;
 }
 
-static int64_t common_divisor(int64_t a, int64_t b)
+int64_t quantization_flat_group(int64_t in_dim, int64_t group_size)
 {
-    while (b) {
-        int64_t rest = a % b;
-        a = b;
-        b = rest;
+    while (group_size) { // the greatest common divisor
+        int64_t rest = in_dim % group_size;
+        in_dim = group_size;
+        group_size = rest;
     }
-    return a;
+    return in_dim;
 }
 
 enum weight_format quantization_format(const struct quantization *q, enum weight_kind kind,
@@ -72,10 +91,15 @@ enum weight_format quantization_format(const struct quantization *q, enum weight
     case QUANTIZATION_BITSANDBYTES_NF4:
         if (kind == KIND_LM_HEAD)
             return WEIGHT_FLOAT;
-        /* Groups run over the ends of rows that are no multiple of them: every row is then held in
-         * smaller ones that lie in a single group. */
-        *group_size = common_divisor(in_dim, BITSANDBYTES_GROUP);
+        *group_size = quantization_flat_group(in_dim, BITSANDBYTES_GROUP);
         return q->method == QUANTIZATION_BITSANDBYTES_FP4 ? WEIGHT_FP4 : WEIGHT_NF4;
+    case QUANTIZATION_BITSANDBYTES_4BIT:
+        *group_size = quantization_flat_group(in_dim, q->group_size);
+        break;
+    default:
+        *group_size = q->group_size ? q->group_size : in_dim;
     }
-    return WEIGHT_FLOAT;
+    if (kind == KIND_LM_HEAD || (kind == KIND_VISION_LINEAR && !q->with_vision))
+        return WEIGHT_FLOAT;
+    return q->format;
 }

@@ -1,9 +1,11 @@
 /*
  * Which weights of a model are held in fewer bits, and in which format.
  *
- * Asked for at load (--quantization), from a checkpoint of plain floats. Pure: a function of the
- * method and of a weight's kind; weight_list.c writes the answer beside each weight, where plan.c
- * and weights.c read it.
+ * Asked for at load (--quantization), from a checkpoint of plain floats; or the checkpoint's own,
+ * as its config.json says (quantization_config.h). Pure: a function of the method and of a weight's
+ * kind; weight_list.c writes the answer beside each weight, where plan.c and weights.c read it. Of
+ * a quantised checkpoint that answer is what such files usually hold; weights_open() corrects it by
+ * what these files do hold, for single weights are left out by lists of names and patterns.
  *
  *     method              language linears   vision, projector   lm_head   embedding
  *     int8                int8 a row         int8 a row          int8      as --dtype
@@ -29,11 +31,25 @@ enum quantization_method {
     QUANTIZATION_INT4,
     QUANTIZATION_BITSANDBYTES_FP4,
     QUANTIZATION_BITSANDBYTES_NF4,
+    QUANTIZATION_AWQ, // this and those below: the checkpoint's own
+    QUANTIZATION_GPTQ,
+    QUANTIZATION_BITSANDBYTES_4BIT,
+    QUANTIZATION_BITSANDBYTES_8BIT,
+    QUANTIZATION_COMPRESSED_TENSORS,
+    QUANTIZATION_FP8,
 };
 
 struct quantization {
     enum quantization_method method;
-    int group_size; // columns, of INT4
+    int64_t group_size; // columns, of INT4; 0: a whole row
+    /* Of a quantised checkpoint. */
+    enum weight_format format; // of the language model's linears
+    int bits;                  // of a code
+    int64_t group_rows;        // rows that share scales, where FP8 is scaled in blocks; else 0
+    int has_zeros;             // zero points
+    int has_order;             // GPTQ's desc_act: columns of a group lie anywhere in the row
+    int zeros_less_one;        // GPTQ's first format keeps zero points less one
+    int with_vision;           // the vision tower and projector are quantised too
 };
 
 enum weight_kind {
@@ -43,13 +59,20 @@ enum weight_kind {
     KIND_LM_HEAD,
 };
 
-/* --quantization and --quantization-group-size. Error: a name or size that there is not. */
+/* --quantization and --quantization-group-size, into what the checkpoint's config left there.
+ * Error: a name or size that there is not; a name, where the checkpoint is quantised already. */
 int quantization_parse(struct quantization *q, const char *name, int64_t group_size,
                        struct error *err);
-/* "none", "int8", "int4 (groups of 128)", …: for logs, the plan and GetModel. */
+/* 1 when the checkpoint's own files hold codes. */
+int quantization_is_stored(const struct quantization *q);
+/* "none", "int8", "int4 (groups of 128)", "gptq, int4 (groups of 128)", …: for logs, the plan and
+ * GetModel. */
 const char *quantization_describe(const struct quantization *q, char *buf, size_t n_bytes);
 /* How a matrix of in_dim columns is held, WEIGHT_FLOAT for as it is, and columns a group. */
 enum weight_format quantization_format(const struct quantization *q, enum weight_kind kind,
                                        int64_t in_dim, int64_t *group_size);
+/* bitsandbytes' groups run over the ends of rows that are no multiple of them; each row is then
+ * held in smaller groups of so many columns, which lie in a single one of those. */
+int64_t quantization_flat_group(int64_t in_dim, int64_t group_size);
 
 #endif

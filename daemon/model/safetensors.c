@@ -33,8 +33,9 @@ static int read_dtype(const char *name, enum dtype *out)
     static const struct {
         const char *name;
         enum dtype dtype;
-    } known[] = {{"F32", DTYPE_F32}, {"BF16", DTYPE_BF16}, {"F16", DTYPE_F16}, {"I32", DTYPE_I32},
-                 {"I64", DTYPE_I64}, {"U8", DTYPE_U8},     {"BOOL", DTYPE_U8}};
+    } known[] = {{"F32", DTYPE_F32}, {"BF16", DTYPE_BF16}, {"F16", DTYPE_F16},
+                 {"I32", DTYPE_I32}, {"I64", DTYPE_I64},   {"U8", DTYPE_U8},
+                 {"BOOL", DTYPE_U8}, {"I8", DTYPE_I8},     {"F8_E4M3", DTYPE_F8_E4M3}};
     for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++)
         if (strcmp(name, known[i].name) == 0) {
             *out = known[i].dtype;
@@ -80,9 +81,10 @@ static int read_entry(struct safetensors_tensor *t, const cJSON *entry, const ui
                          "%s: tensor %s: dtype, shape and two data_offsets are expected", t->file,
                          t->name);
     if (read_dtype(dtype->valuestring, &t->dtype) != 0)
-        return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "%s: tensor %s: dtype %s is not supported (F32, BF16, F16, I32, I64, U8)",
-                         t->file, t->name, json_printable(dtype->valuestring, buf, sizeof(buf)));
+        return error_set(
+            err, ERROR_INVALID_ARGUMENT,
+            "%s: tensor %s: dtype %s is not supported (F32, BF16, F16, I32, I64, U8, I8, F8_E4M3)",
+            t->file, t->name, json_printable(dtype->valuestring, buf, sizeof(buf)));
     uint64_t begin = 0, end = 0, n_bytes = dtype_size(t->dtype);
     int n_dims = 0;
     const cJSON *v = NULL;
@@ -362,4 +364,15 @@ const char *safetensors_shape(const int64_t *shape, int n_dims, char *buf, size_
     if (n < n_bytes)
         snprintf(buf + n, n_bytes - n, "]");
     return buf;
+}
+
+int safetensors_expect_shape(const struct safetensors_tensor *t, const int64_t *shape, int n_dims,
+                             struct error *err)
+{
+    char expected[96], found[96];
+    if (t->n_dims == n_dims && memcmp(t->shape, shape, (size_t)n_dims * sizeof(*shape)) == 0)
+        return 0;
+    return error_set(err, ERROR_INVALID_ARGUMENT, "%s: tensor %s: shape %s is expected, found %s",
+                     t->file, t->name, safetensors_shape(shape, n_dims, expected, sizeof(expected)),
+                     safetensors_shape(t->shape, t->n_dims, found, sizeof(found)));
 }

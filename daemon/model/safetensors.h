@@ -46,5 +46,8 @@ int safetensors_parse(struct safetensors *s, const uint8_t *bytes, uint64_t n_by
                       const char *file, struct error *err);
 /* "[2, 3]" into buf, returned. */
 const char *safetensors_shape(const int64_t *shape, int n_dims, char *buf, size_t n_bytes);
+/* Error: one line with tensor, expected and found. */
+int safetensors_expect_shape(const struct safetensors_tensor *t, const int64_t *shape, int n_dims,
+                             struct error *err);
 
 #endif

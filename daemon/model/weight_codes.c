@@ -1,5 +1,5 @@
 /*
- * From rows of floats to codes and scales (weight_codes.h).
+ * From a listed weight to codes and scales (weight_codes.h).
  */
 #include "daemon/model/weight_codes.h"
 
@@ -9,22 +9,33 @@
 #include "kernels/cpu_team.h"
 #include "kernels/log.h"
 
-void weight_codes_init(struct quantized *q, const struct weight_spec *as, int64_t n_rows,
-                       struct range columns, uint8_t *codes)
+void weight_codes_init(struct quantized *q, const struct weights *w, const struct weight_spec *as,
+                       int64_t n_rows, struct range columns, uint8_t *codes)
 {
     int64_t first = columns.start / as->group_size;
     q->format = as->format;
     q->out_dim = n_rows;
     q->in_dim = columns.n;
     q->group_size = as->group_size;
-    q->group_phase = columns.start % as->group_size;
-    q->n_groups = (columns.start + columns.n - 1) / as->group_size - first + 1;
     q->codes = codes;
+    if (as->has_order) {
+        int32_t *group_of = xcalloc((size_t)columns.n, sizeof(*group_of));
+        for (int64_t k = 0; k < columns.n; k++)
+            group_of[k] = stored_codes_group(weights_codes(w, as), columns.start + k);
+        q->group_of = group_of;
+        q->n_groups = weights_codes(w, as)->n_groups;
+    } else {
+        q->group_phase = columns.start % as->group_size;
+        q->n_groups = (columns.start + columns.n - 1) / as->group_size - first + 1;
+    }
     q->scales = xcalloc((size_t)(n_rows * q->n_groups), sizeof(float));
+    if (as->has_zeros)
+        q->zeros = xcalloc((size_t)(n_rows * q->n_groups), 1);
 }
 
 void weight_codes_release(struct quantized *q)
 {
+    free((void *)(uintptr_t)q->group_of);
     free(q->scales);
     free(q->zeros);
     *q = (struct quantized){0};
@@ -89,11 +100,13 @@ static void take_row(struct quantized *q, int64_t to, const struct unit *u,
             m->scales[(at + first + g * q->group_size) / u->group_size];
 }
 
-struct quantize_job {
+/* What a team of threads does to the rows of one weight. */
+struct codes_job {
     struct quantized *q;
     int64_t first_row;
     const struct weights *w;
     const struct weight_spec *s;
+    const struct stored_codes *stored; // then no unit
     struct unit unit;
     struct range rows, columns;
     enum dtype dtype;
@@ -101,7 +114,7 @@ struct quantize_job {
 
 static void quantize_work(void *arg, int thread, int n_threads)
 {
-    const struct quantize_job *job = arg;
+    const struct codes_job *job = arg;
     const struct unit *u = &job->unit;
     const int64_t n_floats = u->n_rows * u->n_columns, end = job->rows.start + job->rows.n;
     const int64_t first_unit = job->rows.start / u->n_rows;
@@ -123,19 +136,56 @@ static void quantize_work(void *arg, int thread, int n_threads)
     free(m.scales);
 }
 
-void weight_codes_quantize(struct quantized *q, int64_t first_row, const struct weights *w,
+/* ---- taking a checkpoint's codes ---- */
+
+static void take_work(void *arg, int thread, int n_threads)
+{
+    const struct codes_job *job = arg;
+    int64_t first = job->rows.n * thread / n_threads, end = job->rows.n * (thread + 1) / n_threads;
+    int64_t start = job->rows.start + job->w->sources[job->s - job->w->list.specs].first_row;
+    stored_codes_rows(job->stored, (struct range){start + first, end - first}, job->columns, job->q,
+                      job->first_row + first);
+}
+
+/* ---- either ---- */
+
+uint64_t weight_codes_read(struct quantized *q, int64_t first_row, const struct weights *w,
                            const struct weight_spec *s, const struct weight_spec *as,
                            struct range rows, struct range columns, enum dtype dtype, int n_threads)
 {
-    struct quantize_job job = {.q = q,
-                               .first_row = first_row,
-                               .w = w,
-                               .s = s,
-                               .unit = unit_of(as),
-                               .rows = rows,
-                               .columns = columns,
-                               .dtype = dtype};
+    struct codes_job job = {.q = q,
+                            .first_row = first_row,
+                            .w = w,
+                            .s = s,
+                            .stored = weights_codes(w, s),
+                            .rows = rows,
+                            .columns = columns,
+                            .dtype = dtype};
+    int64_t there = weight_spec_rows(s) - rows.start;
+    if (job.stored)
+        job.rows.n = there < rows.n ? (there > 0 ? there : 0) : rows.n;
+    else
+        job.unit = unit_of(as);
     struct cpu_team *team = cpu_team_open(n_threads);
-    cpu_team_run(team, quantize_work, &job);
+    cpu_team_run(team, job.stored ? take_work : quantize_work, &job);
     cpu_team_close(team);
+    if (job.stored)
+        return weight_spec_quantized_bytes(as, job.rows, columns);
+    const struct safetensors_tensor *t = w->sources[s - w->list.specs].tensor;
+    return (uint64_t)(rows.n * weight_spec_columns(s)) * dtype_size(t ? t->dtype : DTYPE_F32);
+}
+
+uint64_t weight_codes_values(const struct weights *w, const struct weight_spec *s, int64_t row,
+                             struct range columns, float *values)
+{
+    struct quantized q = {0};
+    uint8_t *codes = xcalloc((size_t)columns.n, 1);
+    int64_t first = w->sources[s - w->list.specs].first_row;
+    weight_codes_init(&q, w, s, 1, columns, codes);
+    stored_codes_rows(weights_codes(w, s), (struct range){row + first, 1}, columns, &q, 0);
+    for (int64_t k = 0; k < columns.n; k++)
+        values[k] = quantized_value(&q, 0, k);
+    weight_codes_release(&q);
+    free(codes);
+    return weight_spec_quantized_bytes(s, (struct range){row, 1}, columns);
 }

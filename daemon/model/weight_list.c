@@ -171,9 +171,12 @@ void weight_list_init(struct weight_list *l, const struct model_config *c)
     *l = (struct weight_list){0};
     add_vision(l, c);
     add_language(l, &c->text);
-    for (struct weight_spec *s = l->specs; s < l->specs + l->n; s++)
-        s->format =
-            quantization_format(&c->quantization, s->kind, weight_spec_columns(s), &s->group_size);
+    for (struct weight_spec *s = l->specs; s < l->specs + l->n; s++) {
+        const struct quantization *q = &c->quantization;
+        s->format = quantization_format(q, s->kind, weight_spec_columns(s), &s->group_size);
+        s->has_zeros = s->format != WEIGHT_FLOAT && q->has_zeros;
+        s->has_order = s->format != WEIGHT_FLOAT && q->has_order;
+    }
     qsort(l->specs, (size_t)l->n, sizeof(*l->specs), by_name);
 }
 
@@ -206,10 +209,15 @@ int64_t weight_spec_columns(const struct weight_spec *s)
 uint64_t weight_spec_quantized_bytes(const struct weight_spec *s, struct range rows,
                                      struct range columns)
 {
-    int64_t last = columns.start + columns.n - 1;
-    int64_t n_groups = last / s->group_size - columns.start / s->group_size + 1;
-    return (uint64_t)(rows.n * columns.n) * (uint64_t)weight_format_bits(s->format) / 8 +
-           (uint64_t)(rows.n * n_groups) * sizeof(float);
+    int64_t first = columns.start / s->group_size;
+    int64_t end = (columns.start + columns.n - 1) / s->group_size + 1;
+    if (s->has_order) {
+        first = 0;
+        end = (weight_spec_columns(s) - 1) / s->group_size + 1;
+    }
+    uint64_t bytes = (uint64_t)(rows.n * columns.n) * (uint64_t)weight_format_bits(s->format) / 8;
+    bytes += (uint64_t)(rows.n * (end - first)) * (sizeof(float) + (s->has_zeros ? 1 : 0));
+    return bytes + (s->has_order ? (uint64_t)columns.n * sizeof(int32_t) : 0);
 }
 
 int weight_cut_init(struct weight_cut *cut, const struct text_config *t, int shard, int n_shards,

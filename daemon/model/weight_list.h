@@ -47,6 +47,8 @@ struct weight_spec {
     enum weight_kind kind;
     enum weight_format format;
     int64_t group_size;
+    int has_zeros; // zero points
+    int has_order; // every column names its group, and a shard keeps the scales of all
 };
 
 struct weight_list {
@@ -60,7 +62,7 @@ void weight_list_release(struct weight_list *l); // accepts a zeroed struct
 /* NULL when the model has no such tensor. */
 const struct weight_spec *weight_list_find(const struct weight_list *l, const char *name);
 
-/* Bytes of those rows and columns of a quantised weight: codes and scales. */
+/* Bytes of those rows and columns of a quantised weight: codes, scales and what goes with them. */
 uint64_t weight_spec_quantized_bytes(const struct weight_spec *s, struct range rows,
                                      struct range columns);
 int64_t weight_spec_rows(const struct weight_spec *s);    // shape[0]

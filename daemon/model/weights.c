@@ -11,57 +11,93 @@
 #include "daemon/model/weight_codes.h"
 #include "kernels/log.h"
 
-/* Tensors that some files carry and nothing needs. */
-static int is_inert(const char *name)
+static int ends_with(const char *s, const char *suffix)
 {
-    static const char suffix[] = ".rotary_emb.inv_freq";
-    size_t n = strlen(name), m = sizeof(suffix) - 1;
-    return n >= m && strcmp(name + n - m, suffix) == 0;
+    size_t n = strlen(s), m = strlen(suffix);
+    return n >= m && strcmp(s + n - m, suffix) == 0;
 }
 
-/* Finds a listed tensor under any spelling and checks type and shape. Absent: source stays zero. */
-static int find_source(const struct weights *w, const struct weight_spec *s,
-                       struct weight_source *source, struct error *err)
+/* The biases of zeros that GPTQ's writers give to linears that have none. */
+static int is_zero_bias(const struct safetensors_tensor *t)
 {
-    char name[160], expected[96], found[96];
-    int part = -1;
-    const struct safetensors_tensor *t = NULL;
-    for (int n = 0; n < NAMING_COUNT && !t; n++)
-        t = safetensors_find(
-            &w->files, weight_disk_name(s->name, (enum weight_naming)n, name, sizeof(name), &part));
-    if (!t)
+    int is_zero = ends_with(t->name, ".bias");
+    for (uint64_t i = 0; i < t->n_bytes && is_zero; i++)
+        is_zero = t->data[i] == 0;
+    return is_zero;
+}
+
+/* Tensors that some files carry and nothing needs: scales of activations and of a KV cache in fewer
+ * bits among them, for here both stay floats. */
+static int is_inert(const struct safetensors_tensor *t, const struct quantization *q)
+{
+    static const char *const suffixes[] = {".input_scale", ".output_scale", ".input_zero_point",
+                                           ".k_scale",     ".v_scale",      ".q_scale",
+                                           ".kv_scale",    ".weight_format"};
+    if (ends_with(t->name, ".rotary_emb.inv_freq"))
+        return 1;
+    if (!quantization_is_stored(q))
         return 0;
-    int64_t shape[4];
-    memcpy(shape, s->shape, sizeof(shape));
-    if (part >= 0)
-        shape[0] *= 3;
-    int same = t->n_dims == s->n_dims;
-    for (int i = 0; same && i < s->n_dims; i++)
-        same = t->shape[i] == shape[i];
-    if (!same)
-        return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "%s: tensor %s: shape %s is expected, found %s", t->file, t->name,
-                         safetensors_shape(shape, s->n_dims, expected, sizeof(expected)),
-                         safetensors_shape(t->shape, t->n_dims, found, sizeof(found)));
+    for (size_t i = 0; i < sizeof(suffixes) / sizeof(suffixes[0]); i++)
+        if (ends_with(t->name, suffixes[i]))
+            return 1;
+    return is_zero_bias(t);
+}
+
+/* A listed tensor of floats under one spelling: type and shape. */
+static int check_floats(const struct safetensors_tensor *t, const struct weight_spec *s,
+                        const int64_t *shape, struct error *err)
+{
+    if (safetensors_expect_shape(t, shape, s->n_dims, err) != 0)
+        return -1;
     if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_BF16 && t->dtype != DTYPE_F16)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "%s: tensor %s: float32, bfloat16 or float16 is expected, found %s",
                          t->file, t->name, dtype_name(t->dtype));
-    source->tensor = t;
-    source->first_row = part >= 0 ? part * s->shape[0] : 0;
+    return 0;
+}
+
+/* Finds a listed tensor under any spelling, as floats or codes, and checks type and shape. Absent:
+ * source stays zero. */
+static int find_source(const struct weights *w, const struct weight_spec *s,
+                       const struct quantization *q, struct weight_source *source,
+                       struct error *err)
+{
+    char name[160];
+    int may_be_codes = quantization_is_stored(q) && s->kind != KIND_OTHER;
+    for (int n = 0; n < NAMING_COUNT; n++) {
+        int part = -1, found = 0;
+        int64_t shape[4];
+        weight_disk_name(s->name, (enum weight_naming)n, name, sizeof(name), &part);
+        memcpy(shape, s->shape, sizeof(shape));
+        shape[0] *= part >= 0 ? 3 : 1;
+        source->first_row = part >= 0 ? part * s->shape[0] : 0;
+        if (may_be_codes)
+            found = stored_codes_find(&source->codes, &w->files, name, shape[0], shape[1], q, err);
+        if (found < 0)
+            return -1;
+        source->tensor =
+            found ? source->codes.parts[STORED_CODES] : safetensors_find(&w->files, name);
+        if (source->tensor)
+            return found ? 0 : check_floats(source->tensor, s, shape, err);
+    }
     return 0;
 }
 
 /* Every tensor of the files must have been found by some listed weight. */
-static int check_extra(const struct weights *w, struct error *err)
+static int check_extra(const struct weights *w, const struct quantization *q, struct error *err)
 {
     char *used = xcalloc((size_t)w->files.n_tensors + 1, 1);
     int rc = 0;
-    for (int i = 0; i < w->list.n; i++)
-        if (w->sources[i].tensor)
-            used[w->sources[i].tensor - w->files.tensors] = 1;
+    for (int i = 0; i < w->list.n; i++) {
+        const struct weight_source *source = &w->sources[i];
+        if (source->tensor)
+            used[source->tensor - w->files.tensors] = 1;
+        for (int part = 0; part < STORED_PART_COUNT; part++)
+            if (source->codes.parts[part])
+                used[source->codes.parts[part] - w->files.tensors] = 1;
+    }
     for (int64_t i = 0; i < w->files.n_tensors && rc == 0; i++)
-        if (!used[i] && !is_inert(w->files.tensors[i].name))
+        if (!used[i] && !is_inert(&w->files.tensors[i], q))
             rc = error_set(err, ERROR_INVALID_ARGUMENT,
                            "%s: tensor %s: not expected by config.json, found %lld tensors",
                            w->files.tensors[i].file, w->files.tensors[i].name,
@@ -70,13 +106,26 @@ static int check_extra(const struct weights *w, struct error *err)
     return rc;
 }
 
+/* How the files hold a weight of a quantised checkpoint, whatever config.json let expect. */
+static void correct_spec(struct weight_spec *s, const struct weight_source *source)
+{
+    const struct stored_codes *c = &source->codes;
+    int has_codes = c->parts[STORED_CODES] != NULL;
+    s->format = has_codes ? c->format : WEIGHT_FLOAT;
+    s->group_size = has_codes ? stored_codes_group_size(c) : weight_spec_columns(s);
+    s->has_zeros = has_codes && stored_codes_has_zeros(c);
+    s->has_order = has_codes && c->has_order;
+}
+
 static int check_files(struct weights *w, const struct model_config *c, struct error *err)
 {
     char shape[96];
     for (int i = 0; i < w->list.n; i++) {
-        const struct weight_spec *s = &w->list.specs[i];
-        if (find_source(w, s, &w->sources[i], err) != 0)
+        struct weight_spec *s = &w->list.specs[i];
+        if (find_source(w, s, &c->quantization, &w->sources[i], err) != 0)
             return -1;
+        if (quantization_is_stored(&c->quantization))
+            correct_spec(s, &w->sources[i]);
         int absent = !w->sources[i].tensor;
         if (s->optional)
             w->has_lm_head = !absent;
@@ -88,13 +137,17 @@ static int check_files(struct weights *w, const struct model_config *c, struct e
                              "tensor %s: missing; shape %s is expected, found none", s->name,
                              safetensors_shape(s->shape, s->n_dims, shape, sizeof(shape)));
     }
-    return check_extra(w, err);
+    return check_extra(w, &c->quantization, err);
 }
 
 int weights_open(struct weights *w, const char *dir, const struct model_config *c, int dummy,
                  struct error *err)
 {
     *w = (struct weights){.dummy = dummy, .has_lm_head = !c->tie_word_embeddings};
+    if (dummy && quantization_is_stored(&c->quantization))
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--load-format dummy makes floats: it takes no quantised checkpoint "
+                         "(config.json: quantization_config)");
     weight_list_init(&w->list, c);
     w->sources = xcalloc((size_t)w->list.n, sizeof(*w->sources));
     if (dummy)
@@ -124,10 +177,16 @@ static void *staging(struct weights *w, size_t n_bytes)
     return w->staging;
 }
 
+const struct stored_codes *weights_codes(const struct weights *w, const struct weight_spec *s)
+{
+    const struct stored_codes *c = &w->sources[s - w->list.specs].codes;
+    return c->parts[STORED_CODES] ? c : NULL;
+}
+
 static enum dtype stored_dtype(const struct weights *w, const struct weight_spec *s)
 {
     const struct safetensors_tensor *t = w->sources[s - w->list.specs].tensor;
-    return t ? t->dtype : DTYPE_F32; // dummy weights are made in float32
+    return t && !weights_codes(w, s) ? t->dtype : DTYPE_F32; // dummy weights are made in float32
 }
 
 static uint64_t mix(uint64_t x) // splitmix64's finaliser
@@ -173,6 +232,8 @@ static uint64_t read_row(const struct weights *w, const struct weight_spec *s, i
         dummy_row(dst, s, row, columns);
         return 0;
     }
+    if (weights_codes(w, s))
+        return weight_codes_values(w, s, row, columns, dst);
     int64_t first = (source->first_row + row) * weight_spec_columns(s) + columns.start;
     const uint8_t *from = source->tensor->data + (size_t)first * dtype_size(stored);
     if (stored == dtype) {
@@ -308,19 +369,34 @@ static void pack_floats(struct weights *w, struct backend *b, struct linear *l,
     op_linear_pack(b, l, &weight, bias);
 }
 
+/* 1 when the parts' codes can stand in one weight. */
+static int held_alike(const struct weights *w, const struct linear_parts *p)
+{
+    const struct weight_spec *a = p->specs[0];
+    const struct stored_codes *x = weights_codes(w, a);
+    int alike = 1;
+    for (int i = 1; i < p->n && alike; i++) {
+        const struct weight_spec *b = p->specs[i];
+        const struct stored_codes *y = weights_codes(w, b);
+        alike = a->format == b->format && a->group_size == b->group_size &&
+                a->has_zeros == b->has_zeros && a->has_order == b->has_order;
+        if (alike && a->has_order)
+            alike = memcmp(x->parts[STORED_ORDER]->data, y->parts[STORED_ORDER]->data,
+                           x->parts[STORED_ORDER]->n_bytes) == 0;
+    }
+    return alike;
+}
+
 static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
                        const struct linear_parts *p, const struct weight_spec *as,
                        const struct tensor *bias)
 {
     struct quantized q = {0};
     int64_t row = 0;
-    weight_codes_init(&q, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
-    for (int i = 0; i < p->n; row += p->rows[i++].n) {
-        const struct weight_spec *s = p->specs[i];
-        weight_codes_quantize(&q, row, w, s, as, p->rows[i], p->columns[i], l->dtype, b->n_threads);
-        w->read_bytes +=
-            (uint64_t)(p->rows[i].n * weight_spec_columns(s)) * dtype_size(stored_dtype(w, s));
-    }
+    weight_codes_init(&q, w, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
+    for (int i = 0; i < p->n; row += p->rows[i++].n)
+        w->read_bytes += weight_codes_read(&q, row, w, p->specs[i], as, p->rows[i], p->columns[i],
+                                           l->dtype, b->n_threads);
     op_linear_pack_quantized(b, l, &q, bias);
     weight_codes_release(&q);
 }
@@ -341,7 +417,7 @@ void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum
     }
     float *bias = read_bias(w, &p);
     struct tensor bias_tensor = tensor_1d(bias, DTYPE_F32, p.out);
-    if (as->format == WEIGHT_FLOAT)
+    if (as->format == WEIGHT_FLOAT || !held_alike(w, &p))
         pack_floats(w, b, l, &p, bias ? &bias_tensor : NULL);
     else
         pack_codes(w, b, l, &p, as, bias ? &bias_tensor : NULL);

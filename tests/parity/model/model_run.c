@@ -26,7 +26,8 @@ void model_run_open(struct model_run *r, const char *dir, enum dtype dtype, stru
     const struct quantization quantization = r->config.quantization;
     if (model_config_load(&r->config, dir, &err) != 0)
         die("%s: %s", dir, err.msg);
-    r->config.quantization = quantization;
+    if (quantization.method != QUANTIZATION_NONE)
+        r->config.quantization = quantization;
     if (weights_open(&r->weights, dir, &r->config, 0, &err) != 0)
         die("%s: %s", dir, err.msg);
     r->backend = b;

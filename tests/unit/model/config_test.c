@@ -159,7 +159,7 @@ static const struct {
     {"\"default\",", "\"cls\",", "default, full"},
     {"\"rope_type\": \"default\"", "\"rope_type\": \"llama3\"", "default, dynamic, linear, yarn"},
     {"\"rope_type\": \"default\"", "\"rope_type\": \"linear\"", "factor: missing"},
-    {"\"architectures\"", "\"quantization_config\": {}, \"architectures\"", "quantised"},
+    {"\"architectures\"", "\"quantization_config\": {}, \"architectures\"", "quant_method"},
     {"\"vision_config\"", "\"vision\"", "vision_config: missing"},
     {"\"eos_token_id\": 2", "\"eos_token_id\": 45", "below vocab_size 45"},
     {"\"eos_token_id\": 2", "\"eos_token_id\": [1,2,3,4,5,6,7,8,9]", "up to 8 ids"},

@@ -31,7 +31,7 @@ static void formats_by_kind(void **state)
         {WEIGHT_INT4, WEIGHT_INT8, WEIGHT_INT8},    {WEIGHT_FP4, WEIGHT_FP4, WEIGHT_FLOAT},
         {WEIGHT_NF4, WEIGHT_NF4, WEIGHT_FLOAT},
     };
-    struct quantization q;
+    struct quantization q = {0};
     struct error err;
     int64_t group;
     for (int i = 0; i < 5; i++) {
@@ -71,8 +71,8 @@ static void check_recorded(const struct safetensors *files, const char *name,
         columns.n = spec.shape[1] - columns.start;
     uint8_t *codes = xcalloc((size_t)(rows.n * columns.n), 1);
     struct quantized q = {0};
-    weight_codes_init(&q, &spec, rows.n, columns, codes);
-    weight_codes_quantize(&q, 0, &w, &spec, &spec, rows, columns, DTYPE_F32, 3);
+    weight_codes_init(&q, &w, &spec, rows.n, columns, codes);
+    weight_codes_read(&q, 0, &w, &spec, &spec, rows, columns, DTYPE_F32, 3);
     for (int64_t n = 0; n < rows.n; n++)
         for (int64_t k = 0; k < columns.n; k++) {
             int64_t at = (rows.start + n) * spec.shape[1] + columns.start + k;

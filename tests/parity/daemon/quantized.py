@@ -1,0 +1,112 @@
+"""Quantised checkpoints and --quantization, served in float32: the bits of a daemon on floats of the same values.
+
+The demo model is rewritten into the files of each format, and into float32 files of the values that these stand for
+(quantized_files.py). Answers and log-probabilities of both must be equal, at one shard and at four, where borders of
+shards cut groups; so must those of --quantization on the original, whose grids the files of int8, int4 and
+bitsandbytes repeat.
+"""
+
+import subprocess
+import sys
+import tempfile
+
+import daemon
+import quantized_files as files
+from support import SANITIZED, Client, answer_bits
+
+K_PROJ = "language_model.model.layers.1.self_attn.k_proj.weight"  # left as floats: its q_proj and v_proj are not
+CT = dict(quant_method="compressed-tensors")
+INT8 = dict(num_bits=8, type="int", strategy="channel")
+INT4 = dict(num_bits=4, type="int", strategy="group", group_size=64)
+FP8 = dict(num_bits=8, type="float", strategy="channel")
+NF4, FP4 = files.bitsandbytes("nf4"), files.bitsandbytes("fp4")
+BITSANDBYTES = dict(quant_method="bitsandbytes", load_in_4bit=True)
+
+
+def groups(*weights):
+    return {f"group_{i}": dict(targets=["Linear"], weights=x) for i, x in enumerate(weights)}
+
+
+# name: (which method a tensor gets, quantization_config, arguments of make(), numbers of shards, --quantization)
+ROUND = dict(
+    awq=(files.chosen(files.awq), dict(quant_method="awq", bits=4, group_size=128, version="gemm", zero_point=True),
+         dict(where="text_config", half=True), [1, 4], None),
+    gptq=(files.chosen(files.gptq), dict(quant_method="gptq", bits=4, group_size=32, desc_act=True), dict(half=True),
+          [1, 4], None),
+    fp8=(files.chosen(files.fp8, but=[K_PROJ]),
+         dict(CT, format="float-quantized", ignore=["re:.*vision.*", "lm_head"], config_groups=groups(FP8)), {}, [2], None),
+    int8=(files.chosen(files.int8, files.int8, files.int8),
+          dict(CT, format="int-quantized", config_groups=groups(INT8)), {}, [2], ["int8"]),
+    int4=(files.chosen(files.int4, files.int8, files.int8),
+          dict(CT, format="mixed-precision", config_groups=groups(INT4, INT8)), {}, [4],
+          ["int4", "--quantization-group-size", 64]),
+    nf4=(files.chosen(NF4, NF4),
+         dict(BITSANDBYTES, bnb_4bit_quant_type="nf4"), {}, [2], ["bitsandbytes-nf4"]),
+    fp4=(files.chosen(FP4, FP4), BITSANDBYTES, {}, [], ["bitsandbytes-fp4"]),
+)
+
+
+def weight_bytes(address):
+    """Of all ranks."""
+    client = Client(address)
+    total = sum(x.weight_bytes for x in client.model().ranks)
+    client.close()
+    return total
+
+
+def planned_bytes(model, tensor):
+    """The same by --plan, from the last numbers but three of each rank's line."""
+    plan = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", str(model), "--dtype", "float32",
+                           "--tensor-parallel-size", str(tensor), "--plan"], capture_output=True, text=True, check=True)
+    rows = [x.split() for x in plan.stdout.splitlines()]
+    return sum(float(x[-4]) for x in rows if x and x[0].isdigit()) * 2**20
+
+
+def serve(model, **arguments):
+    """(bits of an answer, bytes of weights)"""
+    with daemon.Daemon(model=model, dtype="float32", **arguments) as d:
+        return answer_bits(d.address), weight_bytes(d.address)
+
+
+def check(name, folder):
+    """What was wrong."""
+    method, config, options, shards, quantization = ROUND[name]
+    quantised, floats = files.make(folder, method, config, **options)
+    expected, dense_bytes = serve(floats)
+    failures = []
+    for tensor in shards[:1] if SANITIZED else shards:
+        got, held_bytes = serve(quantised, tensor=tensor)
+        planned = planned_bytes(quantised, tensor)
+        if got != expected:
+            failures.append(f"{tensor} shards of the quantised checkpoint answer otherwise than its values")
+        if not planned * 0.95 <= held_bytes <= planned * 1.1:  # q, k and v share an order; blocks of 16 rows
+            failures.append(f"{held_bytes} bytes of weights, planned {planned:.0f}")
+        print(f"  {name}, {tensor} shards: {held_bytes} bytes of weights, {planned:.0f} planned, "
+              f"{dense_bytes} as floats of one shard", flush=True)
+    if quantization and serve(daemon.DEMO_MODEL, extra=["--quantization", *quantization])[0] != expected:
+        failures.append(f"--quantization {quantization[0]} answers otherwise than floats of its values")
+    print(f"  {name}: {'; '.join(failures) or 'equal bits'}", flush=True)
+    return failures
+
+
+def check_refusal(model):
+    """Both at once: one line that names both."""
+    done = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", str(model), "--quantization", "int8",
+                           "--plan"], capture_output=True, text=True)
+    good = done.returncode != 0 and "--quantization int8" in done.stderr and "awq" in done.stderr
+    print(f"  awq and --quantization int8: {done.stderr.splitlines()[0] if done.stderr else 'no error'}")
+    return [] if good else ["--quantization on a quantised checkpoint is not refused"]
+
+
+def main():
+    failures = []
+    for name in sys.argv[1:] or ROUND:
+        with tempfile.TemporaryDirectory(prefix="internvld-quantised-") as folder:
+            failures += check(name, folder)
+            if name == "awq":
+                failures += check_refusal(f"{folder}/quantised")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
