@@ -65,11 +65,27 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
 /* cpu_quantized.c */
 void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                                const struct tensor *bias);
-/* Columns [first, first + n_k) of lane `lane` (first even) of n_blocks blocks of sixteen outputs
- * from `block` on, in the layout of a dense weight of l->dtype; block i at dst + i * dst_block
- * bytes. */
-void cpu_expand(const struct cpu_state *s, const struct linear *l, void *dst, size_t dst_block,
-                int64_t block, int n_blocks, int lane, int64_t first, int64_t n_k);
+/* Where things lie in a packed block of a quantised weight, in bytes. */
+struct cpu_quantized_layout {
+    size_t zeros, codes, n_bytes;
+    int64_t lane_unit[LANES_MAX + 1]; // first unit of each lane
+    int unit;                         // k
+    int lanes_are_whole;              // none ends within a unit
+};
+void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *l);
+/* Columns [first, first + n_k) of lane `lane` (first a whole unit) of n_blocks blocks of sixteen
+ * outputs from `block` on, in the layout of a dense weight of l->dtype; block i at dst + i *
+ * dst_block bytes. */
+void cpu_expand(const struct cpu_state *s, const struct linear *l,
+                const struct cpu_quantized_layout *at, void *dst, size_t dst_block, int64_t block,
+                int n_blocks, int lane, int64_t first, int64_t n_k);
+/* 1 where so few rows are multiplied without expanding. */
+int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
+                             const struct cpu_quantized_layout *at, int64_t n_rows);
+/* t->c <- the product of lane `lane`, t->a (bfloat16) having all its steps; t's b is not used. */
+void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
+                            const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
+                            int64_t block, int n_blocks, int lane);
 
 /* cpu_attention.c */
 void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,

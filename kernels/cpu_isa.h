@@ -52,23 +52,42 @@ struct cpu_tile_ops {
 };
 
 /*
- * The weights of one block of sixteen columns of a quantised weight, k in order. Codes of 8 bits
- * lie as [k][16]; of 4 bits as [k / 2][16], the even k in the low half. Their number of k is
- * rounded up to even.
+ * The weights of one block of sixteen columns of a quantised weight, k in order, in units of 64
+ * bytes: sixteen words, word i having the codes of the columns i / 2 and 8 + i / 2 and of the k
+ * that are even or odd as i is. A code of 8 bits is byte 2 p + h of its word, one of 4 bits its
+ * nibble 2 p + h, lowest first: k = 2 p + i % 2 of the unit, column 8 h + i / 2. Integers of 8 bits
+ * are stored with 128 added. Their number of k is rounded up to whole units.
  */
+#define UNIT_BYTES 64
+
 struct expansion {
     const uint8_t *codes;
     const float *scales;     // [n_groups][16]
     const int8_t *zeros;     // [n_groups][16] or NULL
-    const float *table;      // [16] of a format of 4 bits
+    const float *table;      // [16] of NF4 and FP4
     const int32_t *group_of; // [n_k] or NULL: all k belong to the first group
     int64_t n_k;
+};
+
+/* c[r][j] += sum over k of a[r][k] * w[k][j] in the order of TILE_BF16_PAIRS, for one block of
+ * sixteen columns or two, n_k being whole units of one group. */
+#define PRODUCT_ROWS_MAX 4
+struct expand_product {
+    float *c; // [n_rows] rows of c_row
+    int64_t c_row;
+    const uint32_t *a; // pairs of bfloat16: [n_k / 2] rows of a_step, n_rows of each used
+    int64_t a_step;
+    int n_rows, n_blocks;
+    int64_t e_block; // bytes from one block's codes, scales and zeros to the next one's
 };
 
 struct cpu_expand_ops {
     /* dst <- the values as quantized_value() has them: [n_k][16] float32, or rounded as
      * [n_k / 2 rounded up][16][2] bfloat16, a missing odd k being 0. */
     void (*run)(void *dst, const struct expansion *e, enum weight_format format, enum dtype to);
+    /* NULL where the tile takes no bfloat16. */
+    void (*multiply)(const struct expand_product *m, const struct expansion *e,
+                     enum weight_format format);
 };
 
 /* One row's running softmax: m the largest score so far, l the sum of e^(score - m). */

@@ -162,6 +162,8 @@ struct matmul_job {
     int n_blocks_wide;    // blocks of one tile
     uint32_t *packed_x;   // NULL: each thread packs its own
     int64_t chunk;        // steps of a quantised weight expanded at a time, with one panel
+    struct cpu_quantized_layout quantized; // of a quantised weight
+    int multiplies;                        // with a quantised weight that is not expanded
 };
 
 /* Some blocks of the weight: dense in memory, or of a quantised one, expanded whole where several
@@ -244,6 +246,8 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int
         blocks->dense = (const char *)l->packed + (size_t)first * blocks->block_bytes;
         return;
     }
+    if (job->multiplies)
+        return;
     int64_t n_steps = job->n_panels > 1 ? job->steps.n : job->chunk;
     blocks->memory = cpu_scratch_reserve(&job->state->expanded[thread],
                                          row_bytes * (size_t)(n_steps * job->n_blocks_wide));
@@ -252,8 +256,9 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int
         return;
     }
     for (int i = 0; i < l->n_lanes; i++)
-        cpu_expand(job->state, l, blocks->memory + row_bytes * (size_t)job->steps.start[i],
-                   blocks->block_bytes, first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i]);
+        cpu_expand(job->state, l, &job->quantized,
+                   blocks->memory + row_bytes * (size_t)job->steps.start[i], blocks->block_bytes,
+                   first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i]);
     blocks->dense = blocks->memory;
 }
 
@@ -276,6 +281,12 @@ static void compute_lane(const struct matmul_job *job, const uint32_t *packed_x,
                      .prefetch_bytes = blocks->dense ? PREFETCH_BYTES : 0,
                      .c = sums,
                      .c_row = blocks->n * 16};
+    if (job->multiplies) {
+        t.a = packed_x + (row * job->steps.n + start * n_rows) * words;
+        cpu_quantized_multiply(job->state, l, &job->quantized, &t, n_rows, blocks->first, blocks->n,
+                               lane);
+        return;
+    }
     for (int64_t at = start; at == start || at < end; at += t.n_k) {
         t.a = packed_x + (row * job->steps.n + at * n_rows) * words;
         t.accumulate = at > start;
@@ -285,8 +296,9 @@ static void compute_lane(const struct matmul_job *job, const uint32_t *packed_x,
         } else {
             int64_t done = (at - start) * step, left = n_k - done;
             t.n_k = t.n_k < job->chunk ? t.n_k : job->chunk;
-            cpu_expand(job->state, l, blocks->memory, blocks->block_bytes, blocks->first, blocks->n,
-                       lane, done, left < t.n_k * step ? left : t.n_k * step);
+            cpu_expand(job->state, l, &job->quantized, blocks->memory, blocks->block_bytes,
+                       blocks->first, blocks->n, lane, done,
+                       left < t.n_k * step ? left : t.n_k * step);
         }
         job->tile->run(&t, n_rows, blocks->n, job->source);
         if (t.n_k == 0)
@@ -362,7 +374,7 @@ static void matmul_work(void *arg, int thread, int n_threads)
 #define GROUP_BYTES (512 << 10)
 #define GROUP_PANELS_MIN 8
 /* Bytes a block of a quantised weight that is expanded for one panel: four stay in the first-level
- * cache. A whole number of pairs of any type. */
+ * cache. A whole number of units of any format. */
 #define CHUNK_BYTES 4096
 
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
@@ -379,6 +391,10 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
     job.n_panels = (job.n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
     int panel_rows = (int)((job.n_rows + job.n_panels - 1) / job.n_panels);
     job.n_blocks_wide = s->tile->wide_blocks(panel_rows);
+    if (l->format != WEIGHT_FLOAT) {
+        cpu_quantized_layout(&job.quantized, l);
+        job.multiplies = cpu_quantized_multiplies(s, l, &job.quantized, job.n_rows);
+    }
     job.chunk = CHUNK_BYTES / (16 * job.steps.step * (int64_t)dtype_size(l->dtype));
     int64_t words = job.steps.n * words_a_step(&job);
     job.group_panels = GROUP_BYTES / (words * 4 * panel_rows + 1);

@@ -1,14 +1,15 @@
 /*
- * Quantised weights on the CPU: how they are packed, and which part of one is expanded to floats.
+ * Quantised weights on the CPU: how they are packed, and which part of one is expanded to floats
+ * or multiplied.
  *
  *     block of 16 outputs | scales     | group | 16 outputs   float32
  *                         | zeros      | group | 16 outputs   int8, where the format has them
- *                         | codes lane | k     | 16 outputs   8 bits, or two k in a byte
+ *                         | codes lane | unit of 4 or 8 k     64 bytes (kernels/cpu_isa.h)
  *
  * A block lies together, so that a product reads one stream. A lane's columns are padded to whole
- * pairs, as in the dense bfloat16 layout. A group that a lane or a shard cuts serves both sides:
- * scales are found by column, not by lane. Where groups do not begin at whole pairs, or columns
- * are in no order (GPTQ's g_idx), each column carries its group's number.
+ * units. A group that a lane or a shard cuts serves both sides: scales are found by column, not by
+ * lane. Where groups do not begin at whole units, or columns are in no order (GPTQ's g_idx), each
+ * column carries its group's number.
  */
 #include <string.h>
 
@@ -20,51 +21,49 @@ static int64_t round_up(int64_t n, int64_t unit)
     return (n + unit - 1) / unit * unit;
 }
 
-/* Where things lie in a packed block, in bytes. */
-struct block_layout {
-    size_t zeros, codes, n_bytes;
-    int64_t lane_pair[LANES_MAX + 1]; // first pair of each lane
-    int pair_bytes;                   // of 16 columns
-};
-
-static void block_layout_init(struct block_layout *at, const struct linear *l)
+void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *l)
 {
-    at->pair_bytes = weight_format_bits(l->format) * 4;
+    at->unit = UNIT_BYTES / 2 / weight_format_bits(l->format);
     at->zeros = (size_t)l->n_groups * 16 * sizeof(float);
     at->codes = at->zeros + (size_t)(l->has_zeros ? round_up(l->n_groups * 16, 64) : 0);
-    at->lane_pair[0] = 0;
+    at->lane_unit[0] = 0;
+    at->lanes_are_whole = 1;
     for (int i = 0; i < l->n_lanes; i++) {
         int64_t n_k = l->lane_start[i + 1] - l->lane_start[i];
-        at->lane_pair[i + 1] = at->lane_pair[i] + (n_k + 1) / 2;
+        at->lane_unit[i + 1] = at->lane_unit[i] + (n_k + at->unit - 1) / at->unit;
+        at->lanes_are_whole = at->lanes_are_whole && n_k % at->unit == 0;
     }
-    at->n_bytes = at->codes + (size_t)round_up(at->lane_pair[l->n_lanes] * at->pair_bytes, 64);
+    at->n_bytes = at->codes + (size_t)at->lane_unit[l->n_lanes] * UNIT_BYTES;
 }
 
 /* ---- packing ---- */
 
-/* 1 when every pair of a lane lies in one group, and groups follow each other. */
-static int groups_are_regular(const struct linear *l, const struct quantized *q)
+/* 1 when every unit of a lane lies in one group, and groups follow each other. */
+static int groups_are_regular(const struct linear *l, const struct quantized *q,
+                              const struct cpu_quantized_layout *at)
 {
     if (q->group_of)
         return 0;
     if (q->group_size >= q->group_phase + q->in_dim)
         return 1;
-    int regular = q->group_size % 2 == 0;
+    int regular = q->group_size % at->unit == 0;
     for (int i = 0; i < l->n_lanes; i++)
-        regular = regular && (l->lane_start[i] + q->group_phase) % 2 == 0;
+        regular = regular && (l->lane_start[i] + q->group_phase) % at->unit == 0;
     return regular;
 }
 
-/* [lane | k padded to pairs]: a padding column takes the group of the one before it. */
+/* [lane | k padded to units]: padding columns take the group of the one before them. */
 static int32_t *list_groups(struct backend *b, const struct linear *l, const struct quantized *q,
-                            const struct block_layout *at)
+                            const struct cpu_quantized_layout *at)
 {
-    int32_t *of = b->ops->alloc(b, (size_t)at->lane_pair[l->n_lanes] * 2 * sizeof(*of) + 1);
+    const int64_t n = at->lane_unit[l->n_lanes] * at->unit;
+    int32_t *of = b->ops->alloc(b, (size_t)n * sizeof(*of) + 1);
     for (int i = 0; i < l->n_lanes; i++) {
+        int32_t *to = of + at->lane_unit[i] * at->unit;
         for (int64_t k = l->lane_start[i]; k < l->lane_start[i + 1]; k++)
-            of[at->lane_pair[i] * 2 + k - l->lane_start[i]] = (int32_t)quantized_group(q, k);
-        if ((l->lane_start[i + 1] - l->lane_start[i]) % 2)
-            of[at->lane_pair[i + 1] * 2 - 1] = of[at->lane_pair[i + 1] * 2 - 2];
+            *to++ = (int32_t)quantized_group(q, k);
+        for (; to < of + at->lane_unit[i + 1] * at->unit; to++)
+            *to = to[-1];
     }
     return of;
 }
@@ -72,23 +71,25 @@ static int32_t *list_groups(struct backend *b, const struct linear *l, const str
 struct pack_job {
     struct linear *l;
     const struct quantized *q;
-    struct block_layout at;
+    struct cpu_quantized_layout at;
 };
 
 /* One lane's codes of output `row`, which is column j of its block. */
 static void pack_codes(const struct pack_job *job, uint8_t *dst, int64_t row, int lane, int j)
 {
     const struct linear *l = job->l;
-    const uint8_t *codes = job->q->codes + row * l->in_dim;
+    const uint8_t *codes = job->q->codes + row * l->in_dim + l->lane_start[lane];
     const int is_4_bit = weight_format_bits(l->format) == 4;
-    uint8_t *lane_codes = dst + job->at.lane_pair[lane] * job->at.pair_bytes;
-    const int64_t start = l->lane_start[lane], n_k = l->lane_start[lane + 1] - start;
+    const int is_integer = l->format == WEIGHT_INT8 || l->format == WEIGHT_INT8_127;
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    uint8_t *words = dst + job->at.lane_unit[lane] * UNIT_BYTES + (j % 8) * 8;
     for (int64_t k = 0; k < n_k; k++) {
-        uint8_t code = codes[start + k];
+        uint8_t *word = words + k / job->at.unit * UNIT_BYTES + k % 2 * 4;
+        int64_t field = k % job->at.unit / 2 * 2 + j / 8;
         if (is_4_bit)
-            lane_codes[k / 2 * 16 + j] |= (uint8_t)(k % 2 ? code << 4 : code);
+            word[field / 2] |= (uint8_t)(codes[k] << field % 2 * 4);
         else
-            lane_codes[k * 16 + j] = code;
+            word[field] = is_integer ? codes[k] ^ 0x80 : codes[k];
     }
 }
 
@@ -123,15 +124,15 @@ void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct
     l->group_size = q->group_size;
     l->group_phase = q->group_phase;
     l->has_zeros = q->zeros != NULL;
-    block_layout_init(&job.at, l);
-    l->group_of = groups_are_regular(l, q) ? NULL : list_groups(b, l, q, &job.at);
+    cpu_quantized_layout(&job.at, l);
+    l->group_of = groups_are_regular(l, q, &job.at) ? NULL : list_groups(b, l, q, &job.at);
     l->packed_bytes = (size_t)((l->out_dim + 15) / 16) * job.at.n_bytes;
     l->packed = b->ops->alloc(b, l->packed_bytes);
     cpu_parallel(b, l->out_dim * l->in_dim, pack_work, &job);
     cpu_linear_pack_bias(b, l, bias);
 }
 
-/* ---- expanding ---- */
+/* ---- products ---- */
 
 /* Columns of `lane` from `first` on that share one group's scales, at most n_k. */
 static int64_t run_length(const struct linear *l, int lane, int64_t first, int64_t n_k,
@@ -143,28 +144,66 @@ static int64_t run_length(const struct linear *l, int lane, int64_t first, int64
     return left < n_k ? left : n_k;
 }
 
-void cpu_expand(const struct cpu_state *s, const struct linear *l, void *dst, size_t dst_block,
-                int64_t block, int n_blocks, int lane, int64_t first, int64_t n_k)
+/* The n_k columns of one block's lane from `first` on, all of `group` where l has no list. */
+static struct expansion expansion_of(const struct linear *l, const struct cpu_quantized_layout *at,
+                                     int64_t block, int lane, int64_t first, int64_t n_k,
+                                     int64_t group)
 {
-    const float *table = weight_format_table(l->format, l->has_zeros);
+    const uint8_t *from = (const uint8_t *)l->packed + (size_t)block * at->n_bytes;
+    const int64_t unit = at->lane_unit[lane] + first / at->unit;
+    return (struct expansion){
+        .codes = from + at->codes + unit * UNIT_BYTES,
+        .scales = (const float *)(const void *)from + group * 16,
+        .zeros = l->has_zeros ? (const int8_t *)from + at->zeros + group * 16 : NULL,
+        .table = weight_format_table(l->format, l->has_zeros),
+        .group_of = l->group_of ? l->group_of + unit * at->unit : NULL,
+        .n_k = n_k,
+    };
+}
+
+void cpu_expand(const struct cpu_state *s, const struct linear *l,
+                const struct cpu_quantized_layout *at, void *dst, size_t dst_block, int64_t block,
+                int n_blocks, int lane, int64_t first, int64_t n_k)
+{
     const size_t row_bytes = 16 * dtype_size(l->dtype);
-    struct block_layout at;
-    block_layout_init(&at, l);
     for (int i = 0; i < n_blocks; i++) {
-        const uint8_t *from = (const uint8_t *)l->packed + (size_t)(block + i) * at.n_bytes;
-        const uint8_t *codes = from + at.codes;
         char *to = (char *)dst + (size_t)i * dst_block;
         for (int64_t k = 0, n; k < n_k; k += n) {
-            int64_t group = 0, pair = at.lane_pair[lane] + (first + k) / 2;
+            int64_t group = 0;
             n = l->group_of ? n_k : run_length(l, lane, first + k, n_k - k, &group);
-            struct expansion e = {
-                .codes = codes + pair * at.pair_bytes,
-                .scales = (const float *)(const void *)from + group * 16,
-                .zeros = l->has_zeros ? (const int8_t *)from + at.zeros + group * 16 : NULL,
-                .table = table,
-                .group_of = l->group_of ? l->group_of + pair * 2 : NULL,
-                .n_k = n};
+            struct expansion e = expansion_of(l, at, block + i, lane, first + k, n, group);
             s->expand->run(to + (size_t)k * row_bytes, &e, l->format, l->dtype);
+        }
+    }
+}
+
+int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
+                             const struct cpu_quantized_layout *at, int64_t n_rows)
+{
+    return s->expand->multiply && l->dtype == DTYPE_BF16 && n_rows <= PRODUCT_ROWS_MAX &&
+           !l->group_of && at->lanes_are_whole;
+}
+
+void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
+                            const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
+                            int64_t block, int n_blocks, int lane)
+{
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    for (int r = 0; r < n_rows; r++)
+        memset(t->c + r * t->c_row, 0, (size_t)n_blocks * 16 * sizeof(float));
+    for (int i = 0; i < n_blocks; i += 2) {
+        struct expand_product m = {.c = t->c + i * 16,
+                                   .c_row = t->c_row,
+                                   .a_step = t->a_step,
+                                   .n_rows = n_rows,
+                                   .n_blocks = n_blocks - i < 2 ? 1 : 2,
+                                   .e_block = (int64_t)at->n_bytes};
+        for (int64_t k = 0, n; k < n_k; k += n) {
+            int64_t group;
+            n = run_length(l, lane, k, n_k - k, &group);
+            struct expansion e = expansion_of(l, at, block + i, lane, k, n, group);
+            m.a = (const uint32_t *)t->a + k / 2 * t->a_step;
+            s->expand->multiply(&m, &e, l->format);
         }
     }
 }
