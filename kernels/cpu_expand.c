@@ -15,7 +15,7 @@
 #include "kernels/cpu_isa.h"
 #include "kernels/cpu_simd.h"
 
-/* Bytes of codes ahead of the loads. */
+/* Bytes of codes ahead of the loads, of one block. */
 #define PREFETCH_BYTES 2048
 /* Vectors of a pair: the first half of them has the columns 0 … 7, the other 8 … 15. */
 #define PAIR_VECTORS (2 * BLOCK_VECTORS)
@@ -103,29 +103,50 @@ ALWAYS_INLINE vf interleave(const float *even, const float *odd, const int v)
 #endif
 }
 
+/* Sixteen zero points of a group as floats. */
+ALWAYS_INLINE void load_zeros(float *dst, const int8_t *zeros)
+{
+#if VF_N >= 8
+#pragma GCC unroll 2
+    for (int i = 0; i < 16; i += VF_N) {
+        const __m128i *bytes = (const __m128i *)(const void *)(zeros + i);
+#if VF_N == 16
+        vf_store(dst + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes))));
+#else
+        vf_store(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes))));
+#endif
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        dst[i] = zeros[i];
+#endif
+}
+
 ALWAYS_INLINE void grid_init(struct grid *g, const struct expansion *e, int64_t even_group,
                              int64_t odd_group, const enum decoding d)
 {
-    const float offset = d == DECODE_INT4 ? 8.0f : 128.0f; // a stored code less what it means
     float even[16], odd[16];
 #pragma GCC unroll 16
     for (int v = 0; v < PAIR_VECTORS; v++)
         g->scale[v] = interleave(e->scales + even_group * 16, e->scales + odd_group * 16, v);
     if (d == DECODE_FP8 || d == DECODE_TABLE)
         return;
-    for (int j = 0; j < 16; j++) {
-        even[j] = e->zeros ? e->zeros[even_group * 16 + j] : 0.0f;
-        odd[j] = e->zeros ? e->zeros[odd_group * 16 + j] : 0.0f;
+    if (e->zeros) {
+        load_zeros(even, e->zeros + even_group * 16);
+        load_zeros(odd, e->zeros + odd_group * 16);
     }
 #pragma GCC unroll 16
     for (int v = 0; v < PAIR_VECTORS; v++) {
-        vf zero = interleave(even, odd, v);
-        if (d != DECODE_INT4 || !e->zeros)
-            zero += offset; // codes of 4 bits with zero points are stored as they are
+        /* A stored code less what it means: but codes of 4 bits with zero points lie as they are.
+         */
+        vf offset = vf_set(d == DECODE_INT4 ? 8.0f : 128.0f);
+        if (e->zeros)
+            offset = interleave(even, odd, v) + (d == DECODE_INT4 ? 0.0f : 128.0f);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++)
             g->bias[v][i] =
-                zero + (vf)((vu){0} + bits_of_power(bits_of(d) * (v / BLOCK_VECTORS + 2 * i) % 16));
+                offset +
+                (vf)((vu){0} + bits_of_power(bits_of(d) * (v / BLOCK_VECTORS + 2 * i) % 16));
     }
 }
 
@@ -306,7 +327,8 @@ static void run(void *dst, const struct expansion *e, enum weight_format format,
 /* ---- multiplying at once ---- */
 
 #if defined(__AVX512BF16__)
-/* Two blocks' sums at a time hide each other's latency. */
+/* Two blocks' sums at a time hide each other's latency. What the next two need of memory is fetched
+ * meanwhile: a block can be too short for a distance of its own. */
 ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expansion *e,
                                const int n_rows, const int n_blocks, const enum decoding d)
 {
@@ -323,6 +345,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         at.scales = (const float *)(const void *)((const char *)e->scales + b * m->e_block);
         at.zeros = e->zeros ? e->zeros + b * m->e_block : NULL;
         grid_init(&g[b], &at, 0, 0, d);
+        __builtin_prefetch((const char *)at.scales + 2 * m->e_block);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; r++) {
@@ -334,7 +357,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         vu u[2];
 #pragma GCC unroll 2
         for (int b = 0; b < n_blocks; b++) {
-            __builtin_prefetch(codes + b * m->e_block + PREFETCH_BYTES);
+            __builtin_prefetch(codes + (b + 2) * m->e_block);
             u[b] = *(const vu_memory *)(codes + b * m->e_block);
         }
 #pragma GCC unroll 4

@@ -4,6 +4,7 @@
  *   --model NAME    1b, 8b or 78b (one shard of eight and one vision rank); default: all
  *   --op NAME       one op of kernels/backend.h
  *   --format NAME   one format of weights or pages
+ *   --rows N        products of so many rows
  *   --isa NAME      as INTERNVLD_ISA takes it; default: the best
  *   --threads N     default: the processors
  *   --rounds N      default 7
@@ -173,6 +174,8 @@ int main(int argc, char **argv)
             bench.only_op = value;
         else if (strcmp(name, "--format") == 0)
             bench.only_format = value;
+        else if (strcmp(name, "--rows") == 0)
+            bench.only_rows = number(value, 1 << 20);
         else if (strcmp(name, "--isa") == 0)
             isa = value;
         else if (strcmp(name, "--threads") == 0)

@@ -21,6 +21,7 @@ struct bench {
     const struct shapes *shapes;
     int n_rounds;
     const char *only_op, *only_format; // NULL: all
+    int64_t only_rows;                 // of products; 0: all
     FILE *csv;                         // or NULL
 };
 
