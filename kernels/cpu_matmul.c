@@ -158,10 +158,10 @@ struct matmul_job {
     struct steps steps;
     enum tile_source source;
     int64_t n_rows, n_panels;
-    int64_t group_panels; // panels passed over two blocks before the next two are fetched
-    int n_blocks_wide;    // blocks of one tile
-    uint32_t *packed_x;   // NULL: each thread packs its own
-    int64_t chunk;        // steps of a quantised weight expanded at a time, with one panel
+    int64_t n_groups;   // of panels, passed over two blocks before the next two are fetched
+    int n_blocks_wide;  // blocks of one tile
+    uint32_t *packed_x; // NULL: each thread packs its own
+    int64_t chunk;      // steps of a quantised weight expanded at a time, with one panel
     struct cpu_quantized_layout quantized; // of a quantised weight
     int multiplies;                        // with a quantised weight that is not expanded
 };
@@ -180,6 +180,12 @@ struct blocks {
 static int64_t panel_start(const struct matmul_job *job, int64_t panel)
 {
     return job->n_rows * panel / job->n_panels;
+}
+
+/* And the panels into groups. */
+static int64_t group_start(const struct matmul_job *job, int64_t group)
+{
+    return job->n_panels * group / job->n_groups;
 }
 
 /* Words of 4 bytes a row and step: a pair of bfloat16 is one, two float32 of a pair are two. */
@@ -315,6 +321,9 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
     const int n_rows = (int)(panel_start(job, panel + 1) - row), n_blocks = blocks->n;
     float sums[4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     int depth = 0;
+    for (int r = 0; r < n_rows; r++) // y's lines come while the tile is computed
+        for (int i = 0; i < n_blocks; i++)
+            __builtin_prefetch(cpu_row(job->y, row + r) + (block + i) * 16, 1);
     for (int i = 0; i < l->n_lanes; i++) {
         compute_lane(job, packed_x, row, n_rows, blocks, i, sums[depth]);
         depth++;
@@ -350,19 +359,17 @@ static void matmul_work(void *arg, int thread, int n_threads)
         packed_x = own;
     }
     const int64_t n_blocks = n_blocks_of(job->l->out_dim);
-    const int64_t n_groups = (job->n_panels + job->group_panels - 1) / job->group_panels;
     int64_t at, end;
-    cpu_share(n_groups * n_blocks, thread, n_threads, &at, &end);
+    cpu_share(job->n_groups * n_blocks, thread, n_threads, &at, &end);
     while (at < end) {
         int64_t group = at / n_blocks, block = at % n_blocks, n = job->n_blocks_wide;
         if (n > n_blocks - block)
             n = n_blocks - block;
         if (n > end - at)
             n = end - at;
-        int64_t last = (group + 1) * job->group_panels;
         struct blocks blocks;
         blocks_init(&blocks, job, thread, block, (int)n);
-        for (int64_t p = group * job->group_panels; p < last && p < job->n_panels; p++)
+        for (int64_t p = group_start(job, group); p < group_start(job, group + 1); p++)
             compute_tile(job, packed_x, p, &blocks);
         at += n;
     }
@@ -370,8 +377,9 @@ static void matmul_work(void *arg, int thread, int n_threads)
 
 /* Input this small is packed by every thread for itself, which is cheaper than a barrier. */
 #define OWN_PACK_WORDS 16384
-/* Panels that stay in the second-level cache beside two blocks of the weight. */
-#define GROUP_BYTES (512 << 10)
+/* Panels that stay in the second-level cache beside two blocks of the weight: well below a cache of
+ * 1 MiB, whose pages collide (of 512 KiB, a quarter of the rate was lost with two threads). */
+#define GROUP_BYTES (192 << 10)
 #define GROUP_PANELS_MIN 8
 /* Bytes a block of a quantised weight that is expanded for one panel: four stay in the first-level
  * cache. A whole number of units of any format. */
@@ -397,9 +405,10 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
     }
     job.chunk = CHUNK_BYTES / (16 * job.steps.step * (int64_t)dtype_size(l->dtype));
     int64_t words = job.steps.n * words_a_step(&job);
-    job.group_panels = GROUP_BYTES / (words * 4 * panel_rows + 1);
-    if (job.group_panels < GROUP_PANELS_MIN)
-        job.group_panels = GROUP_PANELS_MIN;
+    int64_t group_panels = GROUP_BYTES / (words * 4 * panel_rows + 1);
+    if (group_panels < GROUP_PANELS_MIN)
+        group_panels = GROUP_PANELS_MIN;
+    job.n_groups = (job.n_panels + group_panels - 1) / group_panels;
     if (job.n_rows * words > OWN_PACK_WORDS)
         job.packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job.n_rows * words) * 4);
     cpu_parallel(b, job.n_rows * l->out_dim * l->in_dim, matmul_work, &job);
