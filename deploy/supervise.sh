@@ -10,7 +10,8 @@
 #   --start-limit SECONDS              kill a start that has not written --port-file FILE by then [600]
 #
 # mpirun cannot be left alone: when the link to a host is dead it waits for that host for ever, though all of its
-# ranks here have ended. So when COMMAND has had ranks here and has had none for three seconds, it is killed.
+# ranks here have ended; so it does now and then when a rank died while it came up (parallel/launch_mpirun.c). So when
+# COMMAND has had ranks here and has had none for more than a second (four when it drains), it is killed.
 # A job that fails soon after its start is started again after 1, 2, 4 … 60 seconds.
 set -u
 
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
     --port-file) port_file=$2 && shift ;;
     --start-limit) start_limit=$2 && shift ;;
     -h | --help)
-        sed -n '2,15s/^# \{0,1\}//p' "$0"
+        sed -n '2,16s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
     --)
@@ -57,17 +58,26 @@ ask() {
 }
 trap ask TERM INT HUP USR1
 
-now() { cut -d. -f1 /proc/uptime; }
-nap() { # so that a signal is heard at once
+# These ask /proc twice a second, and start no program where the shell itself can read.
+now() {
+    read -r uptime _ </proc/uptime
+    now=${uptime%%.*}
+}
+trap : CHLD
+nap() { # less when a signal comes, or COMMAND ends
     sleep "$1" &
-    wait $! 2>/dev/null
+    sleeper=$!
+    wait $sleeper 2>/dev/null
+    kill $sleeper 2>/dev/null && wait $sleeper 2>/dev/null
 }
 
 is_alive() { # a zombie is not
-    state=$(sed 's/.*) //; s/ .*//' "/proc/$1/stat" 2>/dev/null) && [ -n "$state" ] && [ "$state" != Z ]
+    { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
+    stat=${stat##*) }
+    [ "${stat%% *}" != Z ]
 }
 has_ranks() { # of mpirun, on this host; a zombie's environment is empty
-    for pid in $(pgrep -P "$1"); do
+    for pid in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
         grep -qsa 'OMPI_COMM_WORLD_RANK=' "/proc/$pid/environ" && return 0
     done
     return 1
@@ -75,26 +85,26 @@ has_ranks() { # of mpirun, on this host; a zombie's environment is empty
 
 # Until COMMAND ends; ends it itself where it would not. Sets `status`.
 watch() {
-    had_ranks=0 n_without=0 started=$(now) is_ready=0
+    had_ranks=0 n_without=0 started=$now is_ready=0
     while is_alive "$child"; do
         if has_ranks "$child"; then
             had_ranks=1 n_without=0
         elif [ $had_ranks = 1 ]; then
             n_without=$((n_without + 1))
         fi
-        if [ $n_without -gt 3 ]; then
+        if [ $n_without -gt $((n_asked > 0 ? 8 : 2)) ]; then
             say "$command_name has no rank left here and does not end (a host that cannot be reached?): killing it"
             kill -KILL "$child" 2>/dev/null
         fi
         if [ -n "$port_file" ] && [ $is_ready = 0 ]; then
             if [ -s "$port_file" ]; then
                 is_ready=1
-            elif [ $(($(now) - started)) -gt "$start_limit" ]; then
+            elif now && [ $((now - started)) -gt "$start_limit" ]; then
                 say "not ready after $start_limit s: killing $command_name"
                 kill -KILL "$child" 2>/dev/null
             fi
         fi
-        nap 1
+        nap 0.5
     done
     wait "$child"
     status=$?
@@ -103,7 +113,8 @@ watch() {
 
 command_name=$(basename "$1") delay=1
 while :; do
-    began=$(now)
+    now
+    began=$now
     [ -z "$port_file" ] || rm -f "$port_file"
     # Its own session: the terminal's Ctrl-C comes to us alone.
     setsid "$@" &
@@ -122,8 +133,9 @@ while :; do
         say "$command_name refused its command line"
         exit 2
     fi
-    [ $(($(now) - began)) -gt 60 ] && delay=1
-    say "$command_name ended with $status after $(($(now) - began)) s: starting it again in $delay s"
+    now
+    [ $((now - began)) -gt 60 ] && delay=1
+    say "$command_name ended with $status after $((now - began)) s: starting it again in $delay s"
     nap $delay
     [ $n_asked -gt 0 ] && exit $status
     delay=$((delay * 2))

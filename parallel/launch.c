@@ -1,14 +1,10 @@
 /*
- * MPI from start to end, and a lone process's way to become a job.
+ * MPI in a rank, from start to end.
  *
- * Owns the only calls of MPI outside comm_mpi.c, and the signals of the process that stays as
- * mpirun's parent. Must not know roles or layouts. What mpirun does with signals was tried: SIGTERM
- * to it ends the ranks before they can drain, SIGUSR1 to it reaches all of them at once.
+ * Owns the only calls of MPI outside comm_mpi.c. Must not know roles or layouts.
  */
 #include "parallel/launch.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <mpi.h>
 #include <signal.h>
@@ -16,8 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include "kernels/clock.h"
@@ -32,7 +27,7 @@ void __lsan_do_leak_check(void) __attribute__((weak)); // now, and not at exit
 
 #define N_TIME_ROUNDS 8
 #define FINALIZE_LIMIT_S 10
-#define ABORT_TIMEOUT_S 2 // for MPI_Abort() to do its work, then the process just ends
+#define ABORT_TIMEOUT_MS 300 // for MPI_Abort() to do its work, then the process just ends
 
 static struct {
     int n_on_host, index_on_host;
@@ -42,142 +37,6 @@ int launch_is_job(void)
 {
     return getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMIX_RANK") != NULL;
 }
-
-/* ---- the parent of mpirun ---- */
-
-static int n_cores(void)
-{
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : (int)n;
-}
-
-/* NULL-terminated; the words are borrowed, the array is the caller's. All ranks are on this host:
- * shared memory carries the tensors, mpirun and its ranks talk over loopback (though Open MPI 4's
- * mpirun opens a port of its own on every address, and has no setting against that). */
-static char **mpirun_words(char *n_ranks, char *self, int yield, char **argv)
-{
-    char *const fixed[] = {
-        "mpirun", "-n", n_ranks, "--oversubscribe", "--bind-to", "none", "--stdin", "none",
-        "--quiet",
-        /* When a rank is dead the others get SIGTERM after this many seconds, SIGKILL after twice
-         * as many: a moment for the gateway to end its streams. */
-        "--mca", "odls_base_sigkill_timeout", "1", //
-        "--mca", "btl", "self,vader",              //
-        "--mca", "oob_tcp_if_include", "lo",       //
-        /* Containers forbid a process to read another's memory. */
-        "--mca", "btl_vader_single_copy_mechanism", "none", //
-        "--mca", "mpi_yield_when_idle", yield ? "1" : "0"};
-    size_t n_fixed = sizeof(fixed) / sizeof(fixed[0]), n_argv = 0;
-    while (argv[n_argv])
-        n_argv++;
-    char **words = xcalloc(n_fixed + n_argv + 2, sizeof(*words));
-    memcpy(words, fixed, sizeof(fixed));
-    words[n_fixed] = self;
-    for (size_t i = 1; i < n_argv; i++)
-        words[n_fixed + i] = argv[i];
-    return words;
-}
-
-/* In the child: never returns. Its own process group keeps the terminal's Ctrl-C from mpirun, which
- * would end the job at once; PDEATHSIG ends it when this process's parent is killed. */
-static _Noreturn void exec_mpirun(char **words, const sigset_t *mask, pid_t parent, int report_fd)
-{
-    int null_fd = open("/dev/null", O_RDONLY);
-    if (null_fd >= 0)
-        dup2(null_fd, STDIN_FILENO);
-    setpgid(0, 0);
-    setenv("HOME", "/", 0); /* PMIx 4 follows a null pointer to the home of an unknown user */
-    setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
-    setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
-    sigprocmask(SIG_SETMASK, mask, NULL);
-    prctl(PR_SET_PDEATHSIG, SIGTERM);
-    if (getppid() != parent)
-        _exit(1);
-    execvp(words[0], words);
-    int error = errno;
-    if (write(report_fd, &error, sizeof(error)) < 0)
-        _exit(126);
-    _exit(127);
-}
-
-static pid_t start_mpirun(char **words, const sigset_t *mask)
-{
-    int fds[2], error = 0;
-    pid_t parent = getpid();
-    if (pipe2(fds, O_CLOEXEC))
-        die("pipe: %s", strerror(errno));
-    pid_t child = fork();
-    if (child < 0)
-        die("fork: %s", strerror(errno));
-    if (child == 0)
-        exec_mpirun(words, mask, parent, fds[1]);
-    close(fds[1]);
-    ssize_t n;
-    do
-        n = read(fds[0], &error, sizeof(error));
-    while (n < 0 && errno == EINTR);
-    close(fds[0]);
-    if (n == 0) /* closed by a successful exec */
-        return child;
-    waitpid(child, NULL, 0);
-    if (error == ENOENT)
-        die("mpirun is not on PATH: install Open MPI (Debian: openmpi-bin)");
-    die("mpirun cannot be started: %s", strerror(error));
-}
-
-/* Exit status to leave with, or -1 while mpirun runs. */
-static int mpirun_status(pid_t child)
-{
-    int status;
-    pid_t pid = waitpid(child, &status, WNOHANG);
-    if (pid < 0)
-        die("waitpid: %s", strerror(errno));
-    if (pid == 0)
-        return -1;
-    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-}
-
-static void forward_stop(pid_t child, int signal_number, int n_asked)
-{
-    static const int forwarded[] = {SIGUSR1, SIGTERM, SIGKILL}; // drain; kill; kill mpirun itself
-    int as = forwarded[n_asked < 2 ? n_asked : 2];
-    log_info("launch", "%s: %s", strsignal(signal_number),
-             n_asked == 0 ? "the job drains (once more to kill it)" : "killing the job");
-    kill(child, as);
-}
-
-int launch_mpirun(int n_ranks, char **argv)
-{
-    char n_text[16], self[PATH_MAX];
-    sigset_t set, old;
-    ssize_t n = readlink("/proc/self/exe", self, sizeof(self) - 1);
-    if (n < 0)
-        die("/proc/self/exe: %s", strerror(errno));
-    self[n] = '\0';
-    snprintf(n_text, sizeof(n_text), "%d", n_ranks);
-
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
-    sigaddset(&set, SIGUSR1);
-    sigaddset(&set, SIGCHLD);
-    sigprocmask(SIG_BLOCK, &set, &old);
-    char **words = mpirun_words(n_text, self, n_ranks > n_cores(), argv);
-    pid_t child = start_mpirun(words, &old);
-    free(words);
-
-    int status, n_asked = 0;
-    while ((status = mpirun_status(child)) < 0) {
-        int signal_number;
-        if (sigwait(&set, &signal_number) == 0 && signal_number != SIGCHLD)
-            forward_stop(child, signal_number, n_asked++);
-    }
-    sigprocmask(SIG_SETMASK, &old, NULL);
-    return status;
-}
-
-/* ---- a rank ---- */
 
 static void check(int rc, const char *what)
 {
@@ -300,11 +159,23 @@ void launch_finalize(void)
     launch_limit_off();
 }
 
+static volatile sig_atomic_t abort_status;
+
+static void leave(int signal_number)
+{
+    (void)signal_number;
+    _exit(abort_status);
+}
+
 _Noreturn void launch_abort(int status)
 {
+    /* mpirun may be gone, or be ending the job already: it hears nobody while it waits for ranks to
+     * die, and kills those that wait for it only seconds later. */
+    const struct itimerval limit = {.it_value = {.tv_usec = ABORT_TIMEOUT_MS * 1000}};
     int initialized = 0, finalized = 0;
-    signal(SIGALRM, SIG_DFL);
-    alarm(ABORT_TIMEOUT_S); /* mpirun may be gone */
+    abort_status = status;
+    signal(SIGALRM, leave);
+    setitimer(ITIMER_REAL, &limit, NULL);
     MPI_Initialized(&initialized);
     MPI_Finalized(&finalized);
     if (initialized && !finalized)

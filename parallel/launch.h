@@ -16,8 +16,9 @@ int launch_is_job(void);
  * For a lone process: starts `mpirun -n n_ranks <argv>` as a child, stays as its parent, forwards
  * SIGTERM and SIGINT to it as SIGUSR1 (which mpirun hands to every rank at once; the gateway
  * drains), waits, and returns the exit status to leave with. A second SIGTERM or SIGINT kills the
- * job. Root and oversubscription are allowed to mpirun; ranks are not bound (--bind-to none). Dies
- * when mpirun is not on PATH, with the package's name.
+ * job. An mpirun that stays when every rank has ended is killed after 3 s. Root and
+ * oversubscription are allowed to mpirun; ranks are not bound (--bind-to none). Dies when mpirun is
+ * not on PATH, with the package's name.
  */
 int launch_mpirun(int n_ranks, char **argv);
 
@@ -39,6 +40,7 @@ int64_t launch_clock_offset(int rank, int world, int64_t *error_ns);
 int launch_shares_clock(void);
 /* The end of MPI. When other ranks do not come within 10 s the process ends with status 1. */
 void launch_finalize(void);
-_Noreturn void launch_abort(int status); // MPI_Abort
+/* MPI_Abort, or a plain exit when that takes longer than 0.3 s. */
+_Noreturn void launch_abort(int status);
 
 #endif

@@ -9,7 +9,6 @@
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -19,6 +18,7 @@
 #include <unistd.h>
 
 #include "kernels/log.h"
+#include "parallel/process.h"
 
 #define OTHERS_WAIT_S 1             // for rank 0 to have spoken
 #define ENVIRONMENT_BYTES (1 << 20) // of a process; a longer one is cut
@@ -35,21 +35,6 @@ static struct {
 
 /* ---- the ranks of this host ---- */
 
-/* Bytes read, with a NUL behind them; 0 when there is no such file any more. */
-static size_t read_file(const char *path, char *to, size_t n_bytes)
-{
-    size_t n = 0;
-    ssize_t got = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) {
-        while (n < n_bytes - 1 && (got = read(fd, to + n, n_bytes - 1 - n)) > 0)
-            n += (size_t)got;
-        close(fd);
-    }
-    to[n] = '\0';
-    return n;
-}
-
 static const char *value_of(const char *environment, size_t n_bytes, const char *name)
 {
     size_t n_name = strlen(name);
@@ -59,15 +44,10 @@ static const char *value_of(const char *environment, size_t n_bytes, const char 
     return NULL;
 }
 
-/* "T (stopped)" and the like from /proc/PID/stat, whose second word may hold anything in
- * parentheses; NULL for a process that runs or sleeps. */
-static const char *trouble_of(const char *pid)
+/* NULL for a process that runs or sleeps. */
+static const char *trouble_of(pid_t pid)
 {
-    char path[64], stat[512];
-    snprintf(path, sizeof(path), "/proc/%.16s/stat", pid);
-    read_file(path, stat, sizeof(stat));
-    const char *name_end = strrchr(stat, ')');
-    char state = name_end && name_end[1] == ' ' ? name_end[2] : '?';
+    char state = process_state(pid);
     return state == 'T' || state == 't' ? "stopped" : state == 'D' ? "stuck in the kernel" : NULL;
 }
 
@@ -75,12 +55,12 @@ static const char *trouble_of(const char *pid)
 static void look_at(const char *pid, const char *job, char *environment, char *text, size_t n_text)
 {
     char path[64];
-    const char *trouble = trouble_of(pid), *its_job, *rank;
+    const char *trouble = trouble_of((pid_t)atoi(pid)), *its_job, *rank;
     size_t n, used = strlen(text);
     if (!trouble)
         return;
     snprintf(path, sizeof(path), "/proc/%.16s/environ", pid);
-    n = read_file(path, environment, ENVIRONMENT_BYTES);
+    n = process_read(path, environment, ENVIRONMENT_BYTES);
     its_job = value_of(environment, n, "PMIX_NAMESPACE");
     rank = value_of(environment, n, "PMIX_RANK");
     if (its_job && rank && strcmp(its_job, job) == 0)

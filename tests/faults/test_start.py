@@ -1,9 +1,11 @@
 """What goes wrong before a rank is watched. A rank that hangs while the ranks find each other: the job ends by itself
 when --start-timeout is over, says which rank is stopped, and leaves nothing. (A rank that hangs at the very end is
-campaign.py, phase drain.) And a user that the system does not know, without a home: systemd's dynamic users."""
+campaign.py, phase drain.) An mpirun that stays though its ranks have ended is ended by its parent. And a user that the
+system does not know, without a home: systemd's dynamic users."""
 
 import contextlib
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,10 +14,20 @@ import threading
 import time
 
 import daemon
-from support import main, unittest
+from support import SANITIZED, main, unittest
 
 START_TIMEOUT_S = 4
 UNKNOWN = 54321  # a user id
+N_AT_ONCE = 4  # one in three of them leaves an mpirun that hangs
+MPIRUN_WITHOUT_END = """#!/bin/sh
+sleep 0.5 &
+exec sleep 1000
+"""
+MPIRUN_WITH_A_RANK = """#!/bin/sh
+sleep 5 &
+wait
+exit 3
+"""
 N_TRIES = 10  # a rank may be in before the signal comes
 
 
@@ -66,6 +78,49 @@ class HungStart(unittest.TestCase):
 
     def test_worker(self):
         self.hang(2)
+
+
+class StaleLauncher(unittest.TestCase):
+    def run_under(self, mpirun):
+        """A lone internvld whose mpirun is this script; its status and what it says."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "mpirun"
+            path.write_text(mpirun)
+            path.chmod(0o755)
+            done = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", daemon.DEMO_MODEL],
+                                  env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}, capture_output=True,
+                                  text=True, timeout=60)
+        return done.returncode, done.stderr
+
+    def test_is_ended(self):
+        status, log = self.run_under(MPIRUN_WITHOUT_END)
+        self.assertEqual(status, 128 + signal.SIGKILL, log)
+        self.assertIn("every rank has ended and mpirun has not", log)
+
+    def test_is_left_alone(self):
+        """While a rank lives; the status is mpirun's."""
+        self.assertEqual(self.run_under(MPIRUN_WITH_A_RANK), (3, ""))
+
+    def test_rank_dies_connecting(self):
+        """The death that makes mpirun 4.1 hang at its own end; whether it does is left to the scheduler."""
+        if SANITIZED:
+            self.skipTest("a sanitizer has to be loaded before anything else")
+        os.environ["LD_PRELOAD"] = os.environ["INTERNVLD_DIES_CONNECTING"]
+        os.environ["INTERNVLD_TEST_DIES"] = "2"
+        try:
+            jobs = [DiesAtStart() for _ in range(N_AT_ONCE)]
+        finally:
+            del os.environ["LD_PRELOAD"], os.environ["INTERNVLD_TEST_DIES"]
+        for job in jobs:
+            self.assertNotEqual(job.wait(60), 0, job.log())
+            self.assertEqual(job.wait_gone(5), {}, job.log())
+        n_hung = sum("every rank has ended and mpirun has not" in job.log() for job in jobs)
+        print(f"  a rank died while it connected: {n_hung} of {N_AT_ONCE} mpiruns hung and were killed", flush=True)
+
+
+class DiesAtStart(daemon.Daemon):
+    def _wait_for_address(self, port_file, limit_s=0):
+        return None  # there will be none
 
 
 class UnknownUser(unittest.TestCase):

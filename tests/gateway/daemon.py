@@ -147,6 +147,15 @@ class Daemon:
             self.wait()
         return self.status
 
+    def wait_gone(self, limit_s):
+        """Until no process of the job is left; what still is after limit_s is killed and returned."""
+        end = time.monotonic() + limit_s
+        while (left := self.processes()) and time.monotonic() < end:
+            time.sleep(0.05)
+        if left:
+            self.kill()
+        return left
+
     def kill(self):
         for pid in self.processes():
             try:
