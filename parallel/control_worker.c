@@ -19,9 +19,10 @@
 #include "kernels/log.h"
 #include "parallel/control_wire.h"
 
-/* Silence is counted in looks, so that a pause of the whole machine is one look and no silence. */
+/* Silence is counted in looks, so that a pause of the whole machine is one look and no silence; but
+ * a look that took longer, because others had the cores, counts for two. */
 #define LOOK_MS 300
-#define N_SILENT_LOOKS_MAX 6
+#define SILENCE_MAX_MS 1800
 
 struct received {
     struct received *next;
@@ -93,16 +94,19 @@ static void gateway_closed(struct worker_end *w, const char *why)
 static void wait_for_gateway(struct worker_end *w)
 {
     struct pollfd p = {.fd = w->fd, .events = POLLIN};
-    int n_silent = 0;
+    int64_t silent_ms = 0;
     for (;;) {
+        int64_t looked_ms = control_now_ms();
         int n = poll(&p, 1, LOOK_MS);
+        looked_ms = control_now_ms() - looked_ms;
         if (n > 0)
             return;
         if (n < 0 && errno != EINTR)
             die("poll: %s", strerror(errno));
-        if (n == 0 && ++n_silent >= N_SILENT_LOOKS_MAX) {
+        silent_ms += looked_ms < 2 * LOOK_MS ? looked_ms : 2 * LOOK_MS;
+        if (n == 0 && silent_ms >= SILENCE_MAX_MS) {
             gateway_closed(w, "it has been silent for 1.8 s");
-            n_silent = 0; /* it may end, and takes its time */
+            silent_ms = 0; /* it may end, and takes its time */
         }
     }
 }
