@@ -7,6 +7,8 @@ install(FILES proto/internvl/v1/internvl.proto DESTINATION ${CMAKE_INSTALL_DATAD
 
 # The client library is static and its messages come from libinternvld_proto, so both are installed.
 install(TARGETS internvld_proto ARCHIVE)
+# Where it is installed says where the rest is: `cmake --install --prefix` and packages choose that later.
+file(RELATIVE_PATH INTERNVL_PC_TO_PREFIX "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
 configure_file(cmake/internvl.pc.in ${CMAKE_BINARY_DIR}/internvl.pc @ONLY)
 install(FILES ${CMAKE_BINARY_DIR}/internvl.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 
@@ -48,7 +50,8 @@ set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "distributed inference daemon for the Inte
 set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
 set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
-set(CPACK_DEBIAN_PACKAGE_DEPENDS "openmpi-bin, procps")
+set(CPACK_DEBIAN_PACKAGE_DEPENDS "openmpi-bin")
+set(CPACK_DEBIAN_PACKAGE_SUGGESTS "libgrpc-dev, libprotobuf-c-dev, pkg-config, slurm-client") # programs in C; deploy/slurm
 set(CPACK_DEBIAN_PACKAGE_SECTION science)
 file(WRITE ${CMAKE_BINARY_DIR}/package/conffiles "/etc/default/internvld\n")
 set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA ${CMAKE_BINARY_DIR}/package/conffiles)

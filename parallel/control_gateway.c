@@ -362,14 +362,15 @@ static struct message *check_peer(struct gateway_end *g, struct peer *p, int64_t
 }
 
 /* Everything that had come is read by now, so silence is silence; unless it was this process that
- * slept, which is told from the time since the last call. */
+ * slept, which is told from the time since the last call: of that, SLEPT_MS count. */
 static struct message *check_peers(struct gateway_end *g)
 {
     int64_t now_ms = control_now_ms(), slept_ms = now_ms - g->last_next_ms;
     g->last_next_ms = now_ms;
-    if (slept_ms > SLEPT_MS)
-        for (int r = 1; r < g->topology.world; r++)
-            g->peers[r].alive_ms = now_ms;
+    for (int r = 1; r < g->topology.world && slept_ms > SLEPT_MS; r++) {
+        int64_t alive_ms = g->peers[r].alive_ms + slept_ms - SLEPT_MS;
+        g->peers[r].alive_ms = alive_ms < now_ms ? alive_ms : now_ms;
+    }
     for (int r = 1; r < g->topology.world; r++) {
         struct message *m = check_peer(g, &g->peers[r], now_ms);
         if (m)

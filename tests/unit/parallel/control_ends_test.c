@@ -206,6 +206,27 @@ static void test_silent_peer_is_lost(void **state)
     close_pair(&p);
 }
 
+/* A gateway that seldom gets a core: what it slept is no silence, or little of it, but rank 2 is
+ * noticed in the end, and rank 1, which answers meanwhile, is not. */
+static void test_silent_peer_of_a_slow_gateway_is_lost(void **state)
+{
+    (void)state;
+    struct pair p;
+    struct message *m = NULL;
+    const struct timespec slept = {.tv_nsec = 700000000};
+    int n = 0;
+    open_pair(&p);
+    for (; !m && n < 30; n++) {
+        nanosleep(&slept, NULL);
+        m = control_next(&p.gateway);
+    }
+    assert_in_range(n, 3, 29);
+    assert_int_equal(m->type, CONTROL_LOST);
+    assert_int_equal(m->rank, 2);
+    message_unref(m);
+    close_pair(&p);
+}
+
 static void test_closed_peer_is_lost(void **state)
 {
     (void)state;
@@ -310,6 +331,7 @@ int main(void)
         cmocka_unit_test(test_big_both_ways),
         cmocka_unit_test(test_peer_that_reads_nothing),
         cmocka_unit_test(test_silent_peer_is_lost),
+        cmocka_unit_test(test_silent_peer_of_a_slow_gateway_is_lost),
         cmocka_unit_test(test_closed_peer_is_lost),
         cmocka_unit_test(test_stopped_peer_is_not_lost),
         cmocka_unit_test(test_close_sends_what_is_queued),
