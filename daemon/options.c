@@ -72,8 +72,8 @@ static const struct option table[] = {
      "none|int8|int4|bitsandbytes-fp4|bitsandbytes-nf4", 0, 0,
      "Hold the matrices in fewer bits, made from the checkpoint's floats while loading. int8: a "
      "scale a row. int4: the language model's in groups of --quantization-group-size, the vision "
-     "tower's, the projector's and lm_head as int8. bitsandbytes: its 4-bit formats in groups of "
-     "64, lm_head as it is; fp4 is what load_in_4bit=True means. Embeddings stay as they are. "
+     "tower's, the projector's, lm_head and the embeddings as int8. bitsandbytes: its 4-bit formats "
+     "in groups of 64, lm_head and embeddings as they are; fp4 is what load_in_4bit=True means. "
      "Checkpoints that are quantised already (AWQ, GPTQ, bitsandbytes, compressed-tensors, FP8) "
      "are known by their quantization_config and take no other."},
     {NULL, "--quantization-group-size", NULL, OPTION_NUMBER, FIELD(quantization_group_size),

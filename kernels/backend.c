@@ -110,6 +110,16 @@ void op_embed(struct backend *b, struct tensor *y, const struct tensor *table, c
         b->ops->embed(b, y, table, ids, first_row);
 }
 
+void op_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
+                        const int32_t *ids, int32_t first_row)
+{
+    CHECK(is_activation(b, y));
+    CHECK(table->format != WEIGHT_FLOAT && table->n_lanes == 1);
+    CHECK(table->in_dim == tensor_n_cols(y));
+    if (!is_empty(y))
+        b->ops->embed_quantized(b, y, table, ids, first_row);
+}
+
 void op_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
                      const int32_t *rows)
 {

@@ -119,6 +119,10 @@ struct backend_ops {
      * the table give 0 (another shard owns them). ids [n_tokens] in back-end memory. */
     void (*embed)(struct backend *b, struct tensor *y, const struct tensor *table,
                   const int32_t *ids, int32_t first_row);
+    /* The same from the rows of a quantised weight of one lane: y <- value, rounded to its dtype.
+     */
+    void (*embed_quantized)(struct backend *b, struct tensor *y, const struct linear *table,
+                            const int32_t *ids, int32_t first_row);
     /* y[rows[i]] <- x[i] for each i with rows[i] >= 0; x [n, dim], y [n_tokens, dim], rows [n]. */
     void (*scatter_rows)(struct backend *b, struct tensor *y, const struct tensor *x,
                          const int32_t *rows);
@@ -201,6 +205,8 @@ void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct 
 void op_linear_free(struct backend *b, struct linear *l);
 void op_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
               int32_t first_row);
+void op_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
+                        const int32_t *ids, int32_t first_row);
 void op_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
                      const int32_t *rows);
 void op_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,

@@ -187,6 +187,7 @@ static const struct backend_ops cpu_ops = {
     .linear_free = cpu_linear_free,
     .matmul = cpu_matmul,
     .embed = cpu_embed,
+    .embed_quantized = cpu_embed_quantized,
     .scatter_rows = cpu_scatter_rows,
     .gather_rows = cpu_gather_rows,
     .rms_norm = cpu_rms_norm,

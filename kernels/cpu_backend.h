@@ -110,6 +110,8 @@ void cpu_rope(struct backend *b, struct tensor *q, struct tensor *k, const float
 /* cpu_move.c */
 void cpu_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
                int32_t first_row);
+void cpu_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
+                         const int32_t *ids, int32_t first_row);
 void cpu_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *x,
                       const int32_t *rows);
 void cpu_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,

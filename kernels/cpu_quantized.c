@@ -1,6 +1,6 @@
 /*
- * Quantised weights on the CPU: how they are packed, and which part of one is expanded to floats
- * or multiplied.
+ * Quantised weights on the CPU: how they are packed, which part of one is expanded to floats or
+ * multiplied, and rows of one as floats.
  *
  *     block of 16 outputs | scales     | group | 16 outputs   float32
  *                         | zeros      | group | 16 outputs   int8, where the format has them
@@ -206,4 +206,57 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
             s->expand->multiply(&m, &e, l->format);
         }
     }
+}
+
+/* ---- rows ---- */
+
+#define COLUMNS_TOGETHER 256 // expanded on the stack, sixteen outputs of them
+
+struct embed_job {
+    const struct cpu_state *state;
+    struct tensor *y;
+    const struct linear *table;
+    struct cpu_quantized_layout at;
+    const int32_t *ids;
+    int32_t first_row;
+};
+
+/* Of each block of sixteen rows only one is wanted: what is thrown away is little beside the layers
+ * that a token passes. */
+static void embed_row(const struct embed_job *job, int64_t i)
+{
+    float expanded[COLUMNS_TOGETHER * 16] __attribute__((aligned(64)));
+    const struct linear *l = job->table;
+    const int64_t row = (int64_t)job->ids[i] - job->first_row, j = row % 16;
+    const uint16_t *pairs = (const uint16_t *)(const void *)expanded; // [k / 2, 16 outputs, 2]
+    float *y = cpu_row(job->y, i);
+    if (row < 0 || row >= l->out_dim) {
+        memset(y, 0, (size_t)l->in_dim * sizeof(float));
+        return;
+    }
+    for (int64_t first = 0, n; first < l->in_dim; first += n) {
+        n = l->in_dim - first < COLUMNS_TOGETHER ? l->in_dim - first : COLUMNS_TOGETHER;
+        cpu_expand(job->state, l, &job->at, expanded, sizeof(expanded), row / 16, 1, 0, first, n);
+        for (int64_t k = 0; k < n; k++)
+            y[first + k] = l->dtype == DTYPE_F32 ? expanded[k * 16 + j]
+                                                 : bf16_to_f32(pairs[k / 2 * 32 + j * 2 + k % 2]);
+    }
+}
+
+static void embed_work(void *arg, int thread, int n_threads)
+{
+    const struct embed_job *job = arg;
+    int64_t first, end;
+    cpu_share(tensor_n_rows(job->y), thread, n_threads, &first, &end);
+    for (int64_t i = first; i < end; i++)
+        embed_row(job, i);
+}
+
+void cpu_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
+                         const int32_t *ids, int32_t first_row)
+{
+    struct embed_job job = {
+        .state = cpu_state(b), .y = y, .table = table, .ids = ids, .first_row = first_row};
+    cpu_quantized_layout(&job.at, table);
+    cpu_parallel(b, tensor_n_elements(y) * 16, embed_work, &job);
 }

@@ -52,7 +52,7 @@ void expert_layer_bind(struct expert_layer *e, struct weights *w, struct backend
                        enum dtype dtype, const char *prefix, const struct weight_cut *cut,
                        const struct text_config *t)
 {
-    struct weight_parts router = {prefix, {"mlp.gate"}, 0, NULL};
+    struct weight_parts router = {prefix, {"mlp.gate"}, 0};
     size_t n = (size_t)t->n_experts;
     e->n_experts = t->n_experts;
     e->gate_up = xcalloc(n, sizeof(*e->gate_up));
@@ -61,8 +61,8 @@ void expert_layer_bind(struct expert_layer *e, struct weights *w, struct backend
     for (int i = 0; i < e->n_experts; i++) {
         char p[96];
         snprintf(p, sizeof(p), "%smlp.experts.%d.", prefix, i);
-        struct weight_parts gate_up = {p, {"gate_proj", "up_proj"}, 0, NULL};
-        struct weight_parts down = {p, {"down_proj"}, 0, NULL};
+        struct weight_parts gate_up = {p, {"gate_proj", "up_proj"}, 0};
+        struct weight_parts down = {p, {"down_proj"}, 0};
         weights_linear(w, b, &e->gate_up[i], dtype, &gate_up, cut, t, NULL);
         weights_linear(w, b, &e->down[i], dtype, &down, cut, t, &cut->expert.column_lanes);
     }

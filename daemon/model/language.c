@@ -260,9 +260,12 @@ static void embed(struct step *s)
     struct backend *b = m->backend;
     const struct batch *batch = s->batch;
     int64_t dim = m->config->hidden_size;
-    int32_t n = 0;
+    int32_t n = 0, first_row = (int32_t)m->cut.vocab.start;
     upload(m, m->scratch.ids, batch->token_ids, s->n);
-    op_embed(b, &s->x, &m->embedding, m->scratch.ids, (int32_t)m->cut.vocab.start);
+    if (m->embedding_codes.packed)
+        op_embed_quantized(b, &s->x, &m->embedding_codes, m->scratch.ids, first_row);
+    else
+        op_embed(b, &s->x, &m->embedding, m->scratch.ids, first_row);
     all_reduce(s, &s->x);
     for (int32_t r = 0; r < batch->n_tokens; r++)
         if (batch->feature_rows[r] >= 0) {

@@ -71,9 +71,10 @@ struct language_model {
     int32_t *kv_of_head; // [heads of this shard] local kv head
 
     struct tensor embedding;       // [vocab.n, dim] on the first stage
+    struct linear embedding_codes; // the same instead, where it is quantised
     struct language_layer *layers; // [layer_range.n]
     float *final_norm;             // [dim] on the last stage
-    struct linear lm_head;         // [vocab.n, dim] on the last stage
+    struct linear lm_head;         // [vocab.n, dim] on the last stage; may be embedding_codes
     struct kv_cache kv;
 
     void *scratch_base;

@@ -65,11 +65,10 @@ static void bind_layer(struct language_model *m, struct weights *w, enum dtype d
     const struct text_config *t = m->config;
     char p[64];
     snprintf(p, sizeof(p), "language_model.model.layers.%d.", i);
-    struct weight_parts qkv = {
-        p, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, 1, NULL};
-    struct weight_parts output = {p, {"self_attn.o_proj"}, 0, NULL};
-    struct weight_parts gate_up = {p, {"mlp.gate_proj", "mlp.up_proj"}, 1, NULL};
-    struct weight_parts down = {p, {"mlp.down_proj"}, 0, NULL};
+    struct weight_parts qkv = {p, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, 1};
+    struct weight_parts output = {p, {"self_attn.o_proj"}, 0};
+    struct weight_parts gate_up = {p, {"mlp.gate_proj", "mlp.up_proj"}, 1};
+    struct weight_parts down = {p, {"mlp.down_proj"}, 0};
     l->input_norm = vector(m, w, p, "input_layernorm.weight");
     weights_linear(w, m->backend, &l->qkv, dtype, &qkv, &m->cut, t, NULL);
     l->q_norm = vector(m, w, p, "self_attn.q_norm.weight");
@@ -88,14 +87,27 @@ static void bind_layer(struct language_model *m, struct weights *w, enum dtype d
     l->window = t->sliding_window && i >= t->first_window_layer ? t->sliding_window : 0;
 }
 
-/* lm_head, or the embedding where the checkpoint ties them. */
+/* Rows of the embedding as they are, or in fewer bits. */
+static void bind_embedding(struct language_model *m, struct weights *w, enum dtype dtype)
+{
+    static const char name[] = "language_model.model.embed_tokens.weight";
+    struct weight_parts parts = {"language_model.model.", {"embed_tokens"}, 0};
+    if (weight_list_find(&w->list, name)->format == WEIGHT_FLOAT)
+        m->embedding = weights_table(w, m->backend, name, m->cut.vocab, dtype);
+    else
+        weights_linear(w, m->backend, &m->embedding_codes, dtype, &parts, &m->cut, m->config, NULL);
+}
+
+/* lm_head, or the embedding where the checkpoint ties them: of a quantised one the same memory. */
 static void bind_lm_head(struct language_model *m, struct weights *w, enum dtype dtype)
 {
-    struct weight_parts own = {"language_model.", {"lm_head"}, 0, NULL};
-    struct weight_parts tied = {
-        "language_model.model.", {"embed_tokens"}, 0, "language_model.lm_head.weight"};
-    weights_linear(w, m->backend, &m->lm_head, dtype, w->has_lm_head ? &own : &tied, &m->cut,
-                   m->config, NULL);
+    struct weight_parts own = {"language_model.", {"lm_head"}, 0};
+    struct weight_parts tied = {"language_model.model.", {"embed_tokens"}, 0};
+    if (!w->has_lm_head && m->embedding_codes.packed)
+        m->lm_head = m->embedding_codes;
+    else
+        weights_linear(w, m->backend, &m->lm_head, dtype, w->has_lm_head ? &own : &tied, &m->cut,
+                       m->config, NULL);
 }
 
 static void allocate_host(struct language_model *m)
@@ -144,8 +156,7 @@ void language_init(struct language_model *m, const struct model_config *c, struc
         m->kv_of_head[h] =
             layer_shard_kv_of_head(&m->cut.dense, text->n_heads, text->n_kv_heads, h);
     if (m->stage == 0)
-        m->embedding =
-            weights_table(w, b, "language_model.model.embed_tokens.weight", m->cut.vocab, dtype);
+        bind_embedding(m, w, dtype);
     m->layers = xcalloc((size_t)m->layer_range.n + 1, sizeof(*m->layers));
     for (int64_t j = 0; j < m->layer_range.n; j++)
         bind_layer(m, w, dtype, &m->layers[j], (int)(m->layer_range.start + j));
@@ -193,10 +204,12 @@ void language_release(struct language_model *m)
     }
     if (m->embedding.data)
         op_free(b, m->embedding.data);
-    if (m->final_norm) {
+    if (m->final_norm)
         op_free(b, m->final_norm);
+    if (m->lm_head.packed && m->lm_head.packed != m->embedding_codes.packed)
         op_linear_free(b, &m->lm_head);
-    }
+    if (m->embedding_codes.packed)
+        op_linear_free(b, &m->embedding_codes);
     free(m->layers);
     *m = (struct language_model){0};
 }

@@ -10,8 +10,7 @@
 #include "daemon/model/weight_list.h"
 #include "kernels/log.h"
 
-/* 1 when the rank holds `s`. lm_head is held whether or not the checkpoint ties it: the tied one is
- * packed a second time. */
+/* 1 when the rank holds `s`. */
 static int holds(const struct topology *t, const struct weight_spec *s, int n_layers)
 {
     struct range layers = {0, 0};
@@ -29,6 +28,17 @@ static int holds(const struct topology *t, const struct weight_spec *s, int n_la
         return s->layer >= layers.start && s->layer < layers.start + layers.n;
     }
     return 0;
+}
+
+/* lm_head is held whether or not the checkpoint ties it: the tied one is packed a second time, but
+ * where the embedding, being quantised, serves as it is. */
+static int is_embedding_again(const struct topology *t, const struct weight_spec *s,
+                              const struct model_config *c, const struct weight_list *list)
+{
+    const struct weight_spec *embedding =
+        weight_list_find(list, "language_model.model.embed_tokens.weight");
+    return s->kind == KIND_LM_HEAD && c->tie_word_embeddings && t->stage == 0 &&
+           embedding->format != WEIGHT_FLOAT;
 }
 
 /* Matrices are kept at the run's dtype, or quantised; norms, biases and other vectors as float32.
@@ -61,7 +71,8 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
         weight_cut_init(&cut, t, topology->shard, s->layout.tensor_parallel, err) != 0)
         return -1;
     for (int i = 0; i < list->n; i++)
-        if (holds(topology, &list->specs[i], t->n_layers))
+        if (holds(topology, &list->specs[i], t->n_layers) &&
+            !is_embedding_again(topology, &list->specs[i], c, list))
             r->weight_bytes += held_bytes(&list->specs[i], &cut, t, s->dtype);
     if (topology->role == ROLE_GATEWAY)
         r->scratch_bytes = s->vision_cache_bytes;

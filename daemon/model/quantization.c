@@ -89,7 +89,7 @@ enum weight_format quantization_format(const struct quantization *q, enum weight
         return WEIGHT_INT4;
     case QUANTIZATION_BITSANDBYTES_FP4:
     case QUANTIZATION_BITSANDBYTES_NF4:
-        if (kind == KIND_LM_HEAD)
+        if (kind == KIND_LM_HEAD || kind == KIND_EMBEDDING)
             return WEIGHT_FLOAT;
         *group_size = quantization_flat_group(in_dim, BITSANDBYTES_GROUP);
         return q->method == QUANTIZATION_BITSANDBYTES_FP4 ? WEIGHT_FP4 : WEIGHT_NF4;
@@ -99,7 +99,7 @@ enum weight_format quantization_format(const struct quantization *q, enum weight
     default:
         *group_size = q->group_size ? q->group_size : in_dim;
     }
-    if (kind == KIND_LM_HEAD || (kind == KIND_VISION_LINEAR && !q->with_vision))
-        return WEIGHT_FLOAT;
-    return q->format;
+    int is_converted =
+        kind == KIND_LANGUAGE_LINEAR || (kind == KIND_VISION_LINEAR && q->with_vision);
+    return is_converted ? q->format : WEIGHT_FLOAT;
 }

@@ -7,9 +7,9 @@
  * a quantised checkpoint that answer is what such files usually hold; weights_open() corrects it by
  * what these files do hold, for single weights are left out by lists of names and patterns.
  *
- *     method              language linears   vision, projector   lm_head   embedding
- *     int8                int8 a row         int8 a row          int8      as --dtype
- *     int4                int4 a group       int8 a row          int8      as --dtype
+ *     method              language linears   vision, projector   lm_head, embedding
+ *     int8                int8 a row         int8 a row          int8 a row
+ *     int4                int4 a group       int8 a row          int8 a row
  *     bitsandbytes-nf4    nf4                nf4                 as --dtype: not converted by
  *     bitsandbytes-fp4    fp4                fp4                 Transformers' default either
  *
@@ -53,10 +53,11 @@ struct quantization {
 };
 
 enum weight_kind {
-    KIND_OTHER,           // norms, biases, tables, the convolution, the router
+    KIND_OTHER,           // norms, biases, positions, the convolution, the router
     KIND_LANGUAGE_LINEAR, // experts too
     KIND_VISION_LINEAR,   // the projector too
     KIND_LM_HEAD,
+    KIND_EMBEDDING,
 };
 
 /* --quantization and --quantization-group-size, into what the checkpoint's config left there.

@@ -71,7 +71,7 @@ static float *vector(struct weights *w, struct backend *b, const char *prefix, c
 static void linear(struct weights *w, struct backend *b, struct linear *l, enum dtype dtype,
                    const char *prefix, const char *name)
 {
-    struct weight_parts parts = {prefix, {name}, 1, NULL};
+    struct weight_parts parts = {prefix, {name}, 1};
     weights_linear(w, b, l, dtype, &parts, NULL, NULL, NULL);
 }
 
@@ -80,8 +80,7 @@ static void bind_layer(struct vision_layer *l, struct weights *w, struct backend
 {
     char p[64];
     snprintf(p, sizeof(p), "vision_tower.encoder.layer.%d.", i);
-    struct weight_parts qkv = {
-        p, {"attention.q_proj", "attention.k_proj", "attention.v_proj"}, 1, NULL};
+    struct weight_parts qkv = {p, {"attention.q_proj", "attention.k_proj", "attention.v_proj"}, 1};
     l->norm_before = vector(w, b, p, "layernorm_before.weight");
     l->norm_before_bias = vector(w, b, p, "layernorm_before.bias");
     weights_linear(w, b, &l->qkv, dtype, &qkv, NULL, NULL, NULL);

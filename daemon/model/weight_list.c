@@ -136,7 +136,7 @@ static void add_language(struct weight_list *l, const struct text_config *t)
     int64_t dim = t->hidden_size, q = (int64_t)t->n_heads * t->head_dim,
             kv = (int64_t)t->n_kv_heads * t->head_dim;
     struct section first = {l, "language_model.model.", HOME_FIRST, -1};
-    add(&first, AXIS_VOCAB, "embed_tokens.weight", t->vocab_size, dim, 0, 0);
+    add(&first, AXIS_VOCAB, "embed_tokens.weight", t->vocab_size, dim, 0, 0)->kind = KIND_EMBEDDING;
     for (int i = 0; i < t->n_layers; i++) {
         char prefix[48];
         snprintf(prefix, sizeof(prefix), "language_model.model.layers.%d.", i);

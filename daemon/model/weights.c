@@ -388,9 +388,9 @@ static int held_alike(const struct weights *w, const struct linear_parts *p)
 }
 
 static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
-                       const struct linear_parts *p, const struct weight_spec *as,
-                       const struct tensor *bias)
+                       const struct linear_parts *p, const struct tensor *bias)
 {
+    const struct weight_spec *as = p->specs[0];
     struct quantized q = {0};
     int64_t row = 0;
     weight_codes_init(&q, w, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
@@ -407,7 +407,6 @@ void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum
 {
     struct linear_parts p;
     find_parts(&p, w, parts, cut, t);
-    const struct weight_spec *as = parts->held_as ? required(w, parts->held_as) : p.specs[0];
     *l = (struct linear){.out_dim = p.out, .in_dim = p.in, .dtype = dtype, .n_lanes = 1};
     l->lane_start[1] = p.in;
     if (lanes) {
@@ -417,10 +416,10 @@ void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum
     }
     float *bias = read_bias(w, &p);
     struct tensor bias_tensor = tensor_1d(bias, DTYPE_F32, p.out);
-    if (as->format == WEIGHT_FLOAT || !held_alike(w, &p))
+    if (p.specs[0]->format == WEIGHT_FLOAT || !held_alike(w, &p))
         pack_floats(w, b, l, &p, bias ? &bias_tensor : NULL);
     else
-        pack_codes(w, b, l, &p, as, bias ? &bias_tensor : NULL);
+        pack_codes(w, b, l, &p, bias ? &bias_tensor : NULL);
     w->n_bytes += l->packed_bytes + (bias ? (uint64_t)p.out * sizeof(float) : 0);
     free(bias);
 }

@@ -60,7 +60,6 @@ struct weight_parts {
     const char *prefix;
     const char *names[3]; // NULL-terminated when fewer
     int with_bias;
-    const char *held_as; // the listed weight that tells the format instead, or NULL
 };
 void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum dtype dtype,
                     const struct weight_parts *parts, const struct weight_cut *cut,

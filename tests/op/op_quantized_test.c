@@ -130,6 +130,50 @@ static void test_equals_dense(void **state)
     }
 }
 
+/* Rows of a quantised weight; ids of other shards give zeros. */
+static void check_embed(struct backend *b, const struct shape *s, enum dtype dtype,
+                        enum weight_format f, int variant)
+{
+    enum { FIRST = 100 };
+    const int32_t ids[] = {FIRST, FIRST + s->n - 1, FIRST + s->n / 2, FIRST - 1, FIRST + s->n, -1};
+    const int n = sizeof(ids) / sizeof(ids[0]);
+    struct quantized q = random_weight(s, f, variant);
+    struct tensor w = dequantized(&q), want = op_case_matrix(n, s->k), y = op_case_strided(n, s->k);
+    struct linear l = op_case_linear(s->n, s->k, dtype, 1);
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < s->k; k++) {
+            float value = i < 3 ? ((float *)w.data)[(ids[i] - FIRST) * s->k + k] : 0;
+            ((float *)want.data)[i * s->k + k] =
+                dtype == DTYPE_F32 ? value : bf16_to_f32(f32_to_bf16(value));
+        }
+    op_linear_pack_quantized(b, &l, &q, NULL);
+    op_embed_quantized(b, &y, &l, ids, FIRST);
+    op_case_compare("embed_quantized", &y, want.data, 0);
+    op_linear_free(b, &l);
+    release(&q);
+    free(w.data);
+    free(want.data);
+    free(y.data);
+}
+
+static void test_embed(void **state)
+{
+    (void)state;
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 2);
+        if (!b)
+            continue;
+        op_case_seed(6);
+        for (int s = 0; s < N_SHAPES; s++)
+            for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++)
+                for (int variant = 0; variant < 4; variant += f == WEIGHT_INT4 ? 1 : WITH_ORDER) {
+                    check_embed(b, &shapes[s], DTYPE_F32, (enum weight_format)f, variant);
+                    check_embed(b, &shapes[s], DTYPE_BF16, (enum weight_format)f, variant);
+                }
+        backend_close(b);
+    }
+}
+
 /* A packed weight takes the bytes of its codes and scales, and a lane's padding to a whole unit of
  * 64 bytes for sixteen outputs: these lanes have odd lengths. */
 static void test_packed_bytes(void **state)
@@ -186,6 +230,7 @@ int op_quantized_tests(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_equals_dense),
+        cmocka_unit_test(test_embed),
         cmocka_unit_test(test_packed_bytes),
         cmocka_unit_test(test_quantize_group),
     };

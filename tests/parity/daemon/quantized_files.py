@@ -143,13 +143,13 @@ def is_one_of(name, kinds):
     return name.endswith(".weight") and any(k in name for k in kinds) and "norm" not in name
 
 
-def chosen(language, vision=None, lm_head=None, but=()):
+def chosen(language, vision=None, vocabulary=None, but=()):
     """Which method a tensor of the demo model gets; None: it stays as it is."""
     def method(name):
         if name in but:
             return None
-        if name == "language_model.lm_head.weight":
-            return lm_head
+        if name in ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"):
+            return vocabulary
         if name.startswith("language_model."):
             return language if is_one_of(name, LANGUAGE) else None
         return vision if is_one_of(name, VISION) else None

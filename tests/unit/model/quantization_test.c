@@ -25,18 +25,20 @@ static const char *const methods[] = {"none", "int8", "int4", "bitsandbytes-fp4"
 static void formats_by_kind(void **state)
 {
     (void)state;
-    static const enum weight_format expected[][3] = {
-        /* language, vision, lm_head */
-        {WEIGHT_FLOAT, WEIGHT_FLOAT, WEIGHT_FLOAT}, {WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8},
-        {WEIGHT_INT4, WEIGHT_INT8, WEIGHT_INT8},    {WEIGHT_FP4, WEIGHT_FP4, WEIGHT_FLOAT},
-        {WEIGHT_NF4, WEIGHT_NF4, WEIGHT_FLOAT},
+    static const enum weight_format expected[][4] = {
+        /* language, vision, lm_head, embedding */
+        {WEIGHT_FLOAT, WEIGHT_FLOAT, WEIGHT_FLOAT, WEIGHT_FLOAT},
+        {WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8},
+        {WEIGHT_INT4, WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8},
+        {WEIGHT_FP4, WEIGHT_FP4, WEIGHT_FLOAT, WEIGHT_FLOAT},
+        {WEIGHT_NF4, WEIGHT_NF4, WEIGHT_FLOAT, WEIGHT_FLOAT},
     };
     struct quantization q = {0};
     struct error err;
     int64_t group;
     for (int i = 0; i < 5; i++) {
         assert_int_equal(quantization_parse(&q, methods[i], 32, &err), 0);
-        for (int kind = 0; kind < 3; kind++)
+        for (int kind = 0; kind < 4; kind++)
             assert_int_equal(quantization_format(
                                  &q, (enum weight_kind)(KIND_LANGUAGE_LINEAR + kind), 96, &group),
                              expected[i][kind]);
@@ -110,16 +112,11 @@ static void bitsandbytes_values(void **state)
 }
 
 /* The language model and vision tower take what the plan says, up to blocks of sixteen rows. */
-static void plan_is_what_is_taken(void **state)
+static void check_plan(const char *dir, const struct model_config *config)
 {
-    (void)state;
     static const float mean[3] = {0, 0, 0}, std[3] = {1, 1, 1};
-    char dir[4096];
-    struct model_config c;
     struct error err;
-    tiny_config_parse(&c);
-    make_directory(dir, sizeof(dir));
-    write_checkpoint(dir, &c, &(struct checkpoint_options){0});
+    struct model_config c = *config;
     for (int i = 0; i < 5; i++) {
         struct plan plan;
         struct weights w;
@@ -138,9 +135,10 @@ static void plan_is_what_is_taken(void **state)
         vision_init(&vision, &c, &w, b, DTYPE_F32, 2, mean, std);
         language_init(&language, &c, &w, b, DTYPE_F32, &plan.ranks[2].topology, NULL, &limits);
         uint64_t planned[2] = {plan.ranks[1].weight_bytes, plan.ranks[2].weight_bytes};
-        printf("  %-18s vision %llu bytes, planned %llu; language %llu, planned %llu\n", methods[i],
-               (unsigned long long)vision.weight_bytes, (unsigned long long)planned[0],
-               (unsigned long long)language.weight_bytes, (unsigned long long)planned[1]);
+        printf("  %-18s vision %llu bytes, planned %llu; language%s %llu, planned %llu\n",
+               methods[i], (unsigned long long)vision.weight_bytes, (unsigned long long)planned[0],
+               c.tie_word_embeddings ? ", tied" : "", (unsigned long long)language.weight_bytes,
+               (unsigned long long)planned[1]);
         assert_in_range(vision.weight_bytes, planned[0], planned[0] * 5 / 4);
         assert_in_range(language.weight_bytes, planned[1], planned[1] * 5 / 4);
         language_release(&language);
@@ -149,6 +147,21 @@ static void plan_is_what_is_taken(void **state)
         backend_close(b);
         plan_release(&plan);
     }
+}
+
+static void plan_is_what_is_taken(void **state)
+{
+    (void)state;
+    struct checkpoint_options tied = {.leave_out = "language_model.lm_head.weight"};
+    char dir[4096];
+    struct model_config c;
+    tiny_config_parse(&c);
+    make_directory(dir, sizeof(dir));
+    write_checkpoint(dir, &c, &(struct checkpoint_options){0});
+    check_plan(dir, &c);
+    c.tie_word_embeddings = 1;
+    write_checkpoint(dir, &c, &tied);
+    check_plan(dir, &c);
     remove_directory(dir);
 }
 

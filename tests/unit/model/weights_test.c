@@ -99,7 +99,7 @@ static void packed_qkv(void **state)
     for (int n = 0; n < NAMING_COUNT; n++) {
         struct weights w;
         struct linear l;
-        struct weight_parts parts = {prefix, {"q_proj", "k_proj", "v_proj"}, 1, NULL};
+        struct weight_parts parts = {prefix, {"q_proj", "k_proj", "v_proj"}, 1};
         open_good(&w, &(struct checkpoint_options){.naming = (enum weight_naming)n});
         weights_linear(&w, backend, &l, DTYPE_F32, &parts, NULL, NULL, NULL);
         check_linear(&l, names, whole, whole, 16);
@@ -125,7 +125,7 @@ static void shards_read_their_own_bytes(void **state)
         struct weight_cut cut;
         struct linear l;
         struct weight_parts parts = {
-            prefix, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, 1, NULL};
+            prefix, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, 1};
         assert_int_equal(weight_cut_init(&cut, &config.text, shard, 4, &err), 0);
         struct range heads = {shard * 8, 8}, kv = {shard * 4, 4}, all = {0, 32};
         uint64_t before = w.read_bytes;
@@ -134,7 +134,7 @@ static void shards_read_their_own_bytes(void **state)
         check_linear(&l, q, (struct range[]){heads, kv, kv}, (struct range[]){all, all, all}, 32);
         op_linear_free(backend, &l);
 
-        parts = (struct weight_parts){prefix, {"self_attn.o_proj"}, 0, NULL};
+        parts = (struct weight_parts){prefix, {"self_attn.o_proj"}, 0};
         before = w.read_bytes;
         weights_linear(&w, backend, &l, DTYPE_F32, &parts, &cut, &config.text,
                        &cut.dense.head_lanes);
@@ -143,7 +143,7 @@ static void shards_read_their_own_bytes(void **state)
         check_linear(&l, o, &all, &heads, 32);
         op_linear_free(backend, &l);
 
-        parts = (struct weight_parts){prefix, {"mlp.down_proj"}, 0, NULL};
+        parts = (struct weight_parts){prefix, {"mlp.down_proj"}, 0};
         weights_linear(&w, backend, &l, DTYPE_F32, &parts, &cut, &config.text,
                        &cut.dense.column_lanes);
         check_linear(&l, down, &all, &cut.dense.columns, 48);
