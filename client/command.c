@@ -69,6 +69,7 @@ static const struct subcommand {
      "a list of {\"type\": \"text\" | \"image\" | \"video\", \"text\" | \"path\"}, paths relative "
      "to the file.\n"
      "Or a .tsv table with index, image (base64), question, answer, and A, B, … for choices.\n"
+     "Several answers are a list; the best counts.\n"
      "A reply is correct when it equals the answer after stripping white space and lowercasing "
      "both,\n"
      "or, where there are choices, when it names the right letter (see --score).\n"

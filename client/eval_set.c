@@ -70,16 +70,32 @@ static const char *member(const cJSON *object, const char *name)
     return cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, name));
 }
 
-/* A text or a list of texts. */
-static void add_answers(struct eval_question *q, const cJSON *answer)
+/* A text, or a number, which becomes a text in its place; NULL for anything else. */
+static const char *text_in(cJSON *parent, cJSON *item)
 {
-    const cJSON *item, *list = cJSON_IsArray(answer) ? answer : NULL;
-    if (cJSON_IsString(answer))
-        add_answer(q, answer->valuestring);
-    cJSON_ArrayForEach(item, list)
-    {
-        if (cJSON_IsString(item))
-            add_answer(q, item->valuestring);
+    char *printed = cJSON_IsNumber(item) ? cJSON_PrintUnformatted(item) : NULL;
+    if (printed) {
+        cJSON *text = cJSON_CreateString(printed);
+        free(printed);
+        if (cJSON_IsArray(parent))
+            cJSON_ReplaceItemViaPointer(parent, item, text);
+        else
+            cJSON_ReplaceItemInObjectCaseSensitive(parent, item->string, text);
+        item = text;
+    }
+    return cJSON_GetStringValue(item);
+}
+
+static void add_answers(struct eval_question *q, cJSON *root)
+{
+    cJSON *answer = cJSON_GetObjectItemCaseSensitive(root, "answer");
+    cJSON *parent = cJSON_IsArray(answer) ? answer : root;
+    cJSON *item = cJSON_IsArray(answer) ? answer->child : answer, *next;
+    for (; item; item = next) {
+        next = parent == answer ? item->next : NULL;
+        const char *text = text_in(parent, item);
+        if (text)
+            add_answer(q, text);
     }
 }
 
@@ -102,16 +118,18 @@ static const char *add_line(struct eval_set *s, const char *line, enum eval_scor
     if (!root)
         return "not JSON";
     struct eval_question *q = add_question(s);
-    const char *id = member(root, "id"), *category = member(root, "category");
+    const char *id = text_in(root, cJSON_GetObjectItemCaseSensitive(root, "id")),
+               *category = member(root, "category");
     const char *scorer = member(root, "score");
     q->root = root;
     q->id = id ? id : "";
     q->category = category ? category : "all";
     q->key = hash_text(q->key, line);
-    add_answers(q, cJSON_GetObjectItemCaseSensitive(root, "answer"));
-    if (q->expected.n_answers == 0 ||
-        !cJSON_IsArray(cJSON_GetObjectItemCaseSensitive(root, "messages")))
-        return "no \"answer\" or no \"messages\"";
+    add_answers(q, root);
+    if (q->expected.n_answers == 0)
+        return "\"answer\" is not a text, a number or a list of such";
+    if (!cJSON_IsArray(cJSON_GetObjectItemCaseSensitive(root, "messages")))
+        return "no \"messages\"";
     if (add_choices(&q->expected, cJSON_GetObjectItemCaseSensitive(root, "choices")))
         return "\"choices\" is not a list of at most 26 texts";
     if (scorer && eval_scorer_parse(scorer, &q->expected.scorer))
@@ -143,7 +161,7 @@ static int load_lines(struct eval_set *s, const char *path, size_t limit, enum e
 #define COLUMNS_MAX 256
 struct table {
     char *rest; // NULL at the end
-    const char *fields[COLUMNS_MAX];
+    char *fields[COLUMNS_MAX];
     size_t n_fields;
 };
 
@@ -188,13 +206,61 @@ static int next_row(struct table *t)
     return 0;
 }
 
-static const char *field_named(const struct table *header, const struct table *row,
-                               const char *name)
+/* NULL where there is none, or "nan". */
+static char *find_field(const struct table *header, const struct table *row, const char *name)
 {
     for (size_t i = 0; i < header->n_fields && i < row->n_fields; i++)
         if (strcmp(header->fields[i], name) == 0)
-            return strcmp(row->fields[i], "nan") == 0 ? "" : row->fields[i];
-    return "";
+            return strcmp(row->fields[i], "nan") == 0 ? NULL : row->fields[i];
+    return NULL;
+}
+
+static const char *field_named(const struct table *header, const struct table *row,
+                               const char *name)
+{
+    const char *field = find_field(header, row, name);
+    return field ? field : "";
+}
+
+/* The quote that ends the text which begins with the quote *s, or NULL. */
+static char *quoted_end(char *s)
+{
+    char quote = *s;
+    if (quote != '\'' && quote != '"')
+        return NULL;
+    for (s++; *s && *s != quote; s++)
+        s += *s == '\\' && s[1];
+    return *s ? s : NULL;
+}
+
+/* Several answers are written as a list of Python: ['12 %', "it's 12"]. */
+static int is_answer_list(char *s)
+{
+    char due = '['; /* in front of the next text */
+    while (*s == due) {
+        s += 1 + strspn(s + 1, " \n");
+        char *end = quoted_end(s);
+        if (!end)
+            return 0;
+        s = end + 1 + strspn(end + 1, " \n");
+        due = ',';
+    }
+    return due == ',' && strcmp(s, "]") == 0;
+}
+
+/* Cuts and unquotes it in place. */
+static void add_answer_list(struct eval_question *q, char *list)
+{
+    for (char *s = strpbrk(list, "'\""), *end; s; s = strpbrk(end + 1, "'\"")) {
+        char *out = s + 1;
+        end = quoted_end(s);
+        for (char *in = s + 1; in < end; in++) {
+            in += *in == '\\';
+            *out++ = *in;
+        }
+        *out = '\0';
+        add_answer(q, s + 1);
+    }
 }
 
 static void add_row(struct eval_set *s, const struct table *header, const struct table *row,
@@ -214,9 +280,13 @@ static void add_row(struct eval_set *s, const struct table *header, const struct
         if (*choice)
             q->expected.n_choices = (size_t)(name[0] - 'A') + 1;
     }
-    add_answer(q, field_named(header, row, "answer"));
     for (size_t i = 0; i < row->n_fields; i++)
         q->key = hash_text(q->key, row->fields[i]);
+    char *answer = find_field(header, row, "answer");
+    if (answer && is_answer_list(answer))
+        add_answer_list(q, answer);
+    else
+        add_answer(q, answer ? answer : "");
     choose_scorer(&q->expected, score);
 }
 

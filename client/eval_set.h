@@ -2,11 +2,13 @@
  * The questions of an evaluation, from JSONL or from the field's TSV.
  *
  * JSONL, a question a line: {"id", "category", "messages": [{"role", "content"}], "answer": text or
- * [text, …]}, and where wanted "choices": [text, …] (named A, B, …) and "score": "exact" |
- * "choice" | "number" | "anls".
+ * [text, …]}, numbers being texts, and where wanted "choices": [text, …] (named A, B, …) and
+ * "score": "exact" | "choice" | "number" | "anls".
+ *
  * TSV (a name that ends in .tsv), a header line and tabs, fields quoted as in CSV: index, image
- * (base64, a list of such, or the index of the row that has the same picture), question, answer,
- * and where there are category, hint, image_path, A, B, C, … (MMBench, MMMU and their kin).
+ * (base64, a list of such, or the index of the row that has the same picture), question, answer (or
+ * a list of such, in quotes), and where there are category, hint, image_path, A, B, C, … (MMBench,
+ * MMMU and their kin).
  *
  * Owns what was read. Knows nothing of replies.
  */

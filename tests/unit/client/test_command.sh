@@ -56,7 +56,7 @@ expect 1 'internvl: evaluate: NOT_FOUND: ' evaluate "$directory/none.jsonl"
 printf '{"answer": "a", "messages": []}\nnot json\n' >"$directory/bad.jsonl"
 expect 1 'bad.jsonl:2: not JSON' evaluate "$directory/bad.jsonl"
 printf '\n{"messages": []}\n' >"$directory/bad.jsonl"
-expect 1 'bad.jsonl:2: no "answer"' evaluate "$directory/bad.jsonl"
+expect 1 'bad.jsonl:2: "answer" is not a text' evaluate "$directory/bad.jsonl"
 printf '\n' >"$directory/bad.jsonl"
 expect 1 'holds no question' evaluate "$directory/bad.jsonl"
 printf '{"answer": "a", "messages": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}]}\n' \

@@ -34,15 +34,20 @@ static void lines(void **state)
     assert_int_equal(load(".jsonl",
                           "{\"id\":\"a\",\"messages\":[],\"answer\":\"x\"}\n\n"
                           "{\"messages\":[],\"answer\":[\"x\",\"y\"],\"choices\":[\"x\",\"z\"]}\n"
-                          "{\"messages\":[],\"answer\":\"1\",\"score\":\"number\"}\n",
+                          "{\"id\":7,\"messages\":[],\"answer\":1.5,\"score\":\"number\"}\n"
+                          "{\"messages\":[],\"answer\":[2,\"two\",null,3]}\n",
                           0),
                      0);
-    assert_int_equal(set.n_questions, 3);
+    assert_int_equal(set.n_questions, 4);
     assert_string_equal(set.questions[0].id, "a");
     assert_int_equal(set.questions[0].expected.scorer, SCORE_EXACT);
     assert_int_equal(set.questions[1].expected.n_answers, 2);
     assert_int_equal(set.questions[1].expected.scorer, SCORE_CHOICE);
     assert_int_equal(set.questions[2].expected.scorer, SCORE_NUMBER);
+    assert_string_equal(set.questions[2].id, "7");
+    assert_string_equal(set.questions[2].expected.answers[0], "1.5");
+    assert_int_equal(set.questions[3].expected.n_answers, 3);
+    assert_string_equal(set.questions[3].expected.answers[2], "3");
     assert_true(set.questions[0].key != set.questions[1].key);
 }
 
@@ -82,9 +87,37 @@ static void table(void **state)
     conversation_release(&c);
 }
 
+static void listed_answers(void **state)
+{
+    static const struct {
+        const char *field, *answers[3];
+    } cases[] = {{"['12 %', \"it's\" ,'a\\'b']", {"12 %", "it's", "a'b"}},
+                 {"[\"one\"]", {"one"}},
+                 {"['one'", {"['one'"}},
+                 {"['one'] or two", {"['one'] or two"}},
+                 {"[]", {"[]"}},
+                 {"['a' 'b']", {"['a' 'b']"}},
+                 {"[1, 2]", {"[1, 2]"}},
+                 {"['x\\", {"['x\\"}}};
+    char text[256];
+    (void)state;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        snprintf(text, sizeof(text), "index\tquestion\tanswer\n1\tx\t%s\n", cases[i].field);
+        assert_int_equal(load(".tsv", text, 0), 0);
+        const struct eval_expected *e = &set.questions[0].expected;
+        for (size_t j = 0; j < 3 && cases[i].answers[j]; j++) {
+            assert_true(j < e->n_answers);
+            assert_string_equal(e->answers[j], cases[i].answers[j]);
+        }
+        assert_true(e->n_answers == 3 || !cases[i].answers[e->n_answers]);
+    }
+}
+
 static void refused(void **state)
 {
     (void)state;
+    assert_int_equal(load(".jsonl", "{\"messages\":[],\"answer\":true}", 0), -1);
+    assert_non_null(strstr(err.msg, "\"answer\" is not a text, a number or a list of such"));
     assert_int_equal(load(".tsv", "index\tquestion\tanswer\n1\tx\n", 0), -1);
     assert_non_null(strstr(err.msg, "row 1 has 2 fields, the header has 3"));
     assert_int_equal(load(".tsv", "index\tquestion\tanswer\n1\t\tx\n", 0), -1);
@@ -124,10 +157,8 @@ static int release(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(lines),
-        cmocka_unit_test(table),
-        cmocka_unit_test(refused),
-        cmocka_unit_test(base64),
+        cmocka_unit_test(lines),   cmocka_unit_test(table),  cmocka_unit_test(listed_answers),
+        cmocka_unit_test(refused), cmocka_unit_test(base64),
     };
     return cmocka_run_group_tests_name("eval_set", tests, NULL, release);
 }

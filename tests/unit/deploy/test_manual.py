@@ -1,4 +1,5 @@
-"""The installed manual pages and shell completion name exactly the options that --help does, both ways.
+"""The installed manual pages and shell completion name exactly the options that --help does, both ways. And a program
+in C is built against the installed client library, found by pkg-config.
 
     test_manual.py CMAKE BUILD
 
@@ -32,6 +33,23 @@ def help_commands(program):
     return re.findall(r"^  ([a-z]+)  ", say(program, "--help"), re.M)
 
 
+CLIENT = r"""
+#include <internvl_client.h>
+#include <stdio.h>
+
+int main(void)
+{
+    struct internvl_error err = {0};
+    struct internvl_client *c = internvl_connect(&(struct internvl_options){.address = "unix:/nowhere"}, &err);
+    struct internvl_generate_request request = {.prompt = {.token_ids = (uint32_t[]){1}, .n_token_ids = 1}};
+    int rc = internvl_generate(c, &request, NULL, NULL, NULL, &err);
+    internvl_close(c);
+    printf("%s %d %s\n", internvl_version(), rc, internvl_code_name(err.code));
+    return 0;
+}
+"""
+
+
 class Manual(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -58,6 +76,16 @@ class Manual(unittest.TestCase):
         script = 'source "$1"; shift; COMP_WORDS=("$@" "--"); COMP_CWORD=$#; _internvl; printf "%s\\n" "${COMPREPLY[@]}"'
         return set(say("bash", "-c", script, "bash", self.share / "bash-completion/completions" / program.name,
                        program, *words).split())
+
+    @unittest.skipIf(os.environ.get("INTERNVLD_SANITIZED"), "the library would need the sanitizer's options too")
+    def test_client_library(self):
+        folder, = self.root.glob(f"{PREFIX}/lib*/**/pkgconfig")
+        options = subprocess.run(["pkg-config", "--cflags", "--libs", "internvl"], check=True, capture_output=True,
+                                 text=True, env={**os.environ, "PKG_CONFIG_PATH": str(folder)}).stdout.split()
+        source, program = self.root / "client.c", self.root / "client"
+        source.write_text(CLIENT)
+        say("cc", "-std=c11", "-Wall", "-Wextra", "-Werror", source, *options, "-o", program)
+        self.assertRegex(say(program), r"^\d+\.\d+\.\d+ -1 UNAVAILABLE$")
 
     def test_daemon(self):
         options = help_options(self.daemon)
