@@ -44,13 +44,13 @@ ALWAYS_INLINE void load_block(vf *v, const void *b, enum tile_source source)
     }
 }
 
-ALWAYS_INLINE void load_pair_block(vf *even, vf *odd, const void *b)
+/* The even or the odd k of a pair. */
+ALWAYS_INLINE void load_half_block(vf *v, const void *b, const int is_odd)
 {
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_VECTORS; i++) {
         vu u = *(const vu_memory *)((const uint16_t *)b + i * 2 * VF_N);
-        even[i] = (vf)(u << 16);
-        odd[i] = (vf)(u & 0xffff0000u);
+        v[i] = is_odd ? (vf)(u & 0xffff0000u) : (vf)(u << 16);
     }
 }
 
@@ -86,25 +86,29 @@ ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_
     for (int i = 0; i < n_blocks; i++)
         b[i] = t->blocks ? t->blocks[i] : (const char *)t->b + (size_t)(i * t->b_block) * element;
     for (int64_t k = 0; k < t->n_k; k++) {
-        vf even[TILE_BLOCKS_MAX * BLOCK_VECTORS], odd[TILE_BLOCKS_MAX * BLOCK_VECTORS];
+        vf v[TILE_BLOCKS_MAX * BLOCK_VECTORS];
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++) {
             if (n_rows <= 4 && source != TILE_BF16)
                 __builtin_prefetch(b[i] + t->prefetch_bytes);
             if (source == TILE_BF16_PAIRS)
-                load_pair_block(even + i * BLOCK_VECTORS, odd + i * BLOCK_VECTORS, b[i]);
+                load_half_block(v + i * BLOCK_VECTORS, b[i], 1);
             else
-                load_block(even + i * BLOCK_VECTORS, b[i], source);
-            b[i] += step_bytes;
+                load_block(v + i * BLOCK_VECTORS, b[i], source);
         }
         if (source == TILE_BF16_PAIRS) {
-            add_step(acc, a + t->a_step, odd, n_rows, n_vectors);
-            add_step(acc, a, even, n_rows, n_vectors);
-            a += 2 * t->a_step;
-        } else {
-            add_step(acc, a, even, n_rows, n_vectors);
-            a += t->a_step;
+            add_step(acc, a + t->a_step, v, n_rows, n_vectors);
+            /* The pairs are loaded again: with both halves at once, sixteen registers do not do. */
+            __asm__ volatile("" ::: "memory");
+#pragma GCC unroll 16
+            for (int i = 0; i < n_blocks; i++)
+                load_half_block(v + i * BLOCK_VECTORS, b[i], 0);
         }
+        add_step(acc, a, v, n_rows, n_vectors);
+        a += source == TILE_BF16_PAIRS ? 2 * t->a_step : t->a_step;
+#pragma GCC unroll 16
+        for (int i = 0; i < n_blocks; i++)
+            b[i] += step_bytes;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
