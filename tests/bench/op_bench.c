@@ -2,7 +2,7 @@
  * How near every op comes to what this machine can do: op_bench [option...]
  *
  *   --model NAME    1b, 8b or 78b (one shard of eight and one vision rank); default: all
- *   --op NAME       one op of kernels/backend.h
+ *   --op NAME       one op of kernels/backend.h, or "limits": the machine's alone
  *   --format NAME   one format of weights or pages
  *   --rows N        products of so many rows
  *   --isa NAME      as INTERNVLD_ISA takes it; default: the best

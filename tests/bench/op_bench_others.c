@@ -357,9 +357,28 @@ static void measure_copy_pages(const struct bench *bench)
     op_free(bench->b, c.kv.v);
 }
 
+static void run_nothing(void *arg)
+{
+    (void)arg;
+}
+
+/* The limits alone, for who has something else to hold beside them; only where asked for. */
+static void measure_limits(const struct bench *bench)
+{
+    static const char *const formats[] = {"float32", "bfloat16"};
+    for (int i = 0; i < 2; i++) {
+        if (!bench->only_op || !bench_wants(bench, "limits", formats[i]))
+            continue;
+        struct op_case op = {.op = "limits", .what = "", .format = formats[i], .run = run_nothing};
+        op.is_bf16 = i;
+        bench_measure(bench, &op);
+    }
+}
+
 void bench_others(const struct bench *bench)
 {
     const struct shapes *s = bench->shapes;
+    measure_limits(bench);
     static const struct load loads[] = {
         {1, 1, 1024}, {1, 1, 8192}, {16, 1, 1024}, {1, 512, 512}, {1, 512, 4096},
     };
