@@ -427,13 +427,13 @@ static void head_rows(const struct full_job *job, struct full_head *h, int64_t f
 static void full_work(void *arg, int thread, int n_threads)
 {
     const struct full_job *job = arg;
-    const int64_t n = job->n_tokens, n_items = job->n_tiles * job->n_heads * job->n_splits;
+    (void)n_threads;
+    const int64_t n = job->n_tokens;
     const int max_rows = job->state->tile->max_rows;
     struct full_head h;
     head_reserve(job, &h, thread);
-    int64_t first, end;
-    cpu_share(n_items, thread, n_threads, &first, &end);
-    for (int64_t item = first; item < end; item++) {
+    int64_t item, end;
+    while (cpu_parts_take(job->state, thread, 1, &item, &end)) {
         const int64_t head_index = item / job->n_splits;
         const int64_t first_row = head_index / job->n_heads * n;
         const int64_t column = head_index % job->n_heads * job->head_dim;
@@ -460,5 +460,6 @@ void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q
     job.probs = probs;
     int64_t n_heads_total = n_tiles * n_heads;
     job.n_splits = (int32_t)((b->n_threads + n_heads_total - 1) / n_heads_total);
+    cpu_parts_init(job.state, n_heads_total * job.n_splits);
     cpu_parallel(b, tensor_n_rows(q) * job.n_tokens * tensor_n_cols(q), full_work, &job);
 }

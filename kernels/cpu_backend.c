@@ -88,6 +88,27 @@ void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int
         cpu_team_run(cpu_state(b)->team, work, arg);
 }
 
+void cpu_parts_init(struct cpu_state *s, int64_t n)
+{
+    for (int i = 0; i < s->n_threads; i++) {
+        int64_t first;
+        cpu_share(n, i, s->n_threads, &first, &s->parts[i].end);
+        atomic_store_explicit(&s->parts[i].next, first, memory_order_relaxed);
+    }
+}
+
+int cpu_parts_take(struct cpu_state *s, int thread, int64_t most, int64_t *first, int64_t *end)
+{
+    for (int i = 0; i < s->n_threads; i++) {
+        struct cpu_part *part = &s->parts[(thread + i) % s->n_threads];
+        *first = atomic_fetch_add_explicit(&part->next, most, memory_order_relaxed);
+        *end = part->end - *first < most ? part->end : *first + most;
+        if (*first < *end)
+            return 1;
+    }
+    return 0;
+}
+
 static const char *cpu_describe(const struct backend *b)
 {
     return cpu_state(b)->description;
@@ -169,6 +190,7 @@ static void cpu_close(struct backend *b)
     }
     free(s->thread);
     free(s->expanded);
+    free(s->parts);
     free(s);
     free(b);
 }
@@ -216,6 +238,10 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     s->vector = chosen->vector;
     s->thread = xcalloc((size_t)n_threads, sizeof(*s->thread));
     s->expanded = xcalloc((size_t)n_threads, sizeof(*s->expanded));
+    s->parts = aligned_alloc(64, (size_t)n_threads * sizeof(*s->parts));
+    if (!s->parts)
+        die("out of memory");
+    s->n_threads = n_threads;
     s->team = n_threads > 1 ? cpu_team_open(n_threads) : NULL;
     snprintf(s->description, sizeof(s->description), "cpu %s, %d thread%s", chosen->title,
              n_threads, n_threads == 1 ? "" : "s");

@@ -7,6 +7,8 @@
 #ifndef INTERNVLD_KERNELS_CPU_BACKEND_H
 #define INTERNVLD_KERNELS_CPU_BACKEND_H
 
+#include <stdatomic.h>
+
 #include "kernels/backend.h"
 #include "kernels/cpu_isa.h"
 #include "kernels/cpu_team.h"
@@ -14,6 +16,12 @@
 struct cpu_scratch {
     void *memory; // aligned to 64; grows, never shrinks
     size_t n_bytes;
+};
+
+/* The items of an op that are still to be taken from one thread's part of them. */
+struct cpu_part {
+    _Alignas(64) _Atomic int64_t next;
+    int64_t end;
 };
 
 struct cpu_state {
@@ -24,6 +32,8 @@ struct cpu_state {
     struct cpu_scratch shared;    // filled by all threads of an op
     struct cpu_scratch *thread;   // [n_threads] each its thread's own
     struct cpu_scratch *expanded; // [n_threads] the part of a quantised weight a thread works on
+    struct cpu_part *parts;       // [n_threads] of the items of the op that runs
+    int n_threads;
     char description[64];
 };
 
@@ -46,6 +56,13 @@ static inline void cpu_share(int64_t n, int thread, int n_threads, int64_t *firs
     *first = n * thread / n_threads;
     *end = n * (thread + 1) / n_threads;
 }
+
+/* The items [0, n) are to be taken: called before cpu_parallel(). */
+void cpu_parts_init(struct cpu_state *s, int64_t n);
+/* The next items, up to `most` together, of the thread's own part, which is contiguous and the same
+ * at every step; when that is empty, of the others', whose threads another process may have put
+ * aside. 0: all are taken. */
+int cpu_parts_take(struct cpu_state *s, int thread, int64_t most, int64_t *first, int64_t *end);
 
 /* Row i of a tensor of float32, seen as [n_rows, n_cols]. */
 static inline float *cpu_row(const struct tensor *t, int64_t i)

@@ -340,10 +340,8 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
                               e->residual ? cpu_row(e->residual, row + r) + column : NULL);
 }
 
-/*
- * A thread's tiles are a contiguous run of (group of panels, block): with one group, that is a
- * contiguous part of the weight, the same at every step.
- */
+/* The items are (group of panels, block): with one group, a thread's part of them is a contiguous
+ * part of the weight. */
 static void matmul_work(void *arg, int thread, int n_threads)
 {
     const struct matmul_job *job = arg;
@@ -360,18 +358,17 @@ static void matmul_work(void *arg, int thread, int n_threads)
     }
     const int64_t n_blocks = n_blocks_of(job->l->out_dim);
     int64_t at, end;
-    cpu_share(job->n_groups * n_blocks, thread, n_threads, &at, &end);
-    while (at < end) {
-        int64_t group = at / n_blocks, block = at % n_blocks, n = job->n_blocks_wide;
-        if (n > n_blocks - block)
-            n = n_blocks - block;
-        if (n > end - at)
-            n = end - at;
-        struct blocks blocks;
-        blocks_init(&blocks, job, thread, block, (int)n);
-        for (int64_t p = group_start(job, group); p < group_start(job, group + 1); p++)
-            compute_tile(job, packed_x, p, &blocks);
-        at += n;
+    while (cpu_parts_take(job->state, thread, job->n_blocks_wide, &at, &end)) {
+        while (at < end) {
+            int64_t group = at / n_blocks, block = at % n_blocks, n = end - at;
+            if (n > n_blocks - block)
+                n = n_blocks - block;
+            struct blocks blocks;
+            blocks_init(&blocks, job, thread, block, (int)n);
+            for (int64_t p = group_start(job, group); p < group_start(job, group + 1); p++)
+                compute_tile(job, packed_x, p, &blocks);
+            at += n;
+        }
     }
 }
 
@@ -411,5 +408,6 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
     job.n_groups = (job.n_panels + group_panels - 1) / group_panels;
     if (job.n_rows * words > OWN_PACK_WORDS)
         job.packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job.n_rows * words) * 4);
+    cpu_parts_init(s, job.n_groups * n_blocks_of(l->out_dim));
     cpu_parallel(b, job.n_rows * l->out_dim * l->in_dim, matmul_work, &job);
 }
