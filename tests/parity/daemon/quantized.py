@@ -6,9 +6,12 @@ shards cut groups; so must those of --quantization on the original, whose grids 
 bitsandbytes repeat.
 """
 
+import pathlib
 import subprocess
 import sys
 import tempfile
+
+import numpy
 
 import daemon
 import quantized_files as files
@@ -89,13 +92,32 @@ def check(name, folder):
     return failures
 
 
-def check_refusal(model):
-    """Both at once: one line that names both."""
-    done = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", str(model), "--quantization", "int8",
-                           "--plan"], capture_output=True, text=True)
-    good = done.returncode != 0 and "--quantization int8" in done.stderr and "awq" in done.stderr
-    print(f"  awq and --quantization int8: {done.stderr.splitlines()[0] if done.stderr else 'no error'}")
-    return [] if good else ["--quantization on a quantised checkpoint is not refused"]
+def check_refusals(model):
+    """One line that names what is wrong, whether or not anything is loaded. `model` has AWQ's files."""
+    failures = []
+    tensors = files.read_any(model / "model.safetensors")
+    o_proj = "language_model.model.layers.0.self_attn.o_proj"
+
+    def refused(what, words, spoil=None, extra=()):
+        if spoil:
+            files.write(model / "model.safetensors", spoil)
+        done = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", str(model), "--plan", *extra],
+                              capture_output=True, text=True)
+        good = done.returncode != 0 and all(x in done.stderr.splitlines()[0] for x in words)
+        print(f"  {what}: {done.stderr.splitlines()[0] if done.stderr else 'no error'}{'' if good else '  FAILED'}")
+        failures.extend([] if good else [what])
+
+    refused("an option besides", ["--quantization int8", "awq"], extra=["--quantization", "int8"])
+    refused("random weights", ["--load-format dummy", "quantization_config"], extra=["--load-format", "dummy"])
+    bias = numpy.zeros(256, numpy.float16)
+    files.write(model / "model.safetensors", tensors | {f"{o_proj}.bias": ("F16", bias)})
+    planned_bytes(model, 1)  # zeros are taken
+    refused("a bias that the model has not", [f"{o_proj}.bias", "not expected"],
+            tensors | {f"{o_proj}.bias": ("F16", bias + 1)})
+    refused("no zero points", [f"{o_proj}.qzeros"], {k: v for k, v in tensors.items() if k != f"{o_proj}.qzeros"})
+    refused("an embedding of another type", ["embed_tokens.qweight", "float16"],
+            {k.replace("embed_tokens.weight", "embed_tokens.qweight"): v for k, v in tensors.items()})
+    return failures
 
 
 def main():
@@ -104,7 +126,7 @@ def main():
         with tempfile.TemporaryDirectory(prefix="internvld-quantised-") as folder:
             failures += check(name, folder)
             if name == "awq":
-                failures += check_refusal(f"{folder}/quantised")
+                failures += check_refusals(pathlib.Path(folder) / "quantised")
     sys.exit(1 if failures else 0)
 
 

@@ -27,18 +27,21 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 # ---- safetensors ----
 
-def read(path):
+KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8", "U8": "u1", "I8": "i1", "F8_E4M3": "u1"}
+
+
+def read_any(path):
+    """{name: (type, array)}"""
     raw = path.read_bytes()
     n = int.from_bytes(raw[:8], "little")
-    out = {}
-    for name, x in json.loads(raw[8:8 + n]).items():
-        if name == "__metadata__":
-            continue
-        data = raw[8 + n + x["data_offsets"][0]:8 + n + x["data_offsets"][1]]
-        assert x["dtype"] == "BF16", "the demo model is stored in bfloat16"
-        floats = (numpy.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        out[name] = floats.reshape(x["shape"])
-    return out
+    return {name: (x["dtype"], numpy.frombuffer(raw[8 + n + x["data_offsets"][0]:8 + n + x["data_offsets"][1]],
+                                                KINDS[x["dtype"]]).reshape(x["shape"]))
+            for name, x in json.loads(raw[8:8 + n]).items() if name != "__metadata__"}
+
+
+def read(path):
+    """The demo model's, as float32: it is stored in bfloat16."""
+    return {name: (x.astype("<u4") << 16).view("<f4") for name, (kind, x) in read_any(path).items()}
 
 
 def write(path, tensors):

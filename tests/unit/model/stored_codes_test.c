@@ -115,13 +115,14 @@ static void check_part(const struct recorded *r, const struct alone *a,
                        struct range columns)
 {
     float *values = values_of(a, rows, columns, 3);
-    for (int64_t n = 0; n < rows.n && rows.start + n < expected->shape[0]; n++)
+    int64_t first = a->source.first_row + rows.start;
+    for (int64_t n = 0; n < rows.n && first + n < expected->shape[0]; n++)
         for (int64_t k = 0; k < columns.n; k++) {
             float want, got = values[n * columns.n + k];
-            int64_t at = (rows.start + n) * r->in + columns.start + k;
+            int64_t at = (first + n) * r->in + columns.start + k;
             memcpy(&want, expected->data + (size_t)at * sizeof(want), sizeof(want));
             if (got != want)
-                fail_msg("%s [%d, %d]: %.9g, recorded %.9g", r->name, (int)(rows.start + n),
+                fail_msg("%s [%d, %d]: %.9g, recorded %.9g", r->name, (int)(first + n),
                          (int)(columns.start + k), (double)got, (double)want);
         }
     free(values);
@@ -148,6 +149,12 @@ static void recorded_values(void **state)
         check_part(r, &a, expected, (struct range){3, r->out - 3}, odd); // a shard's
         check_part(r, &a, expected, (struct range){0, r->out - 2}, (struct range){17, 3});
         check_part(r, &a, expected, (struct range){1, 1}, all);
+        struct alone third = a; // as k in a packed attn.qkv
+        third.w.list.specs = &third.spec;
+        third.w.sources = &third.source;
+        third.source.first_row = 2;
+        third.spec.shape[0] = r->out - 4;
+        check_part(r, &third, expected, (struct range){1, r->out - 5}, odd);
         float *one = xcalloc((size_t)r->in, sizeof(*one)), *same = NULL;
         weight_codes_values(&a.w, &a.spec, 2, odd, one);
         same = values_of(&a, (struct range){2, 1}, odd, 1);
