@@ -36,6 +36,7 @@ static void print_model(const struct internvl_model *m, enum internvl_health hea
     printf("  %-26s %s\n", "name", m->name);
     printf("  %-26s %s\n", "architecture", m->architecture);
     printf("  %-26s %s\n", "dtype", m->dtype);
+    printf("  %-26s %s\n", "quantization", m->quantization);
     printf("  %-26s %u text, %u vision\n", "layers", m->text_layers, m->vision_layers);
     print_count("vocabulary", m->vocab_size);
     printf("  %-26s %u x %u pixels, %u tokens\n", "tile", m->tile_width, m->tile_height,
@@ -180,6 +181,7 @@ static void write_json(const struct internvl_model *m, enum internvl_health heal
     json_bool(j, "serving", health == INTERNVL_HEALTH_SERVING);
     json_string(j, "architecture", m->architecture);
     json_string(j, "dtype", m->dtype);
+    json_string(j, "quantization", m->quantization);
     json_uint(j, "vocab_size", m->vocab_size);
     json_uint(j, "text_layers", m->text_layers);
     json_uint(j, "vision_layers", m->vision_layers);

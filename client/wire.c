@@ -686,6 +686,7 @@ void wire_read_model(const Internvl__V1__GetModelResponse *m, struct internvl_mo
     out->version = own_string(m->version);
     out->architecture = own_string(m->architecture);
     out->dtype = own_string(m->dtype);
+    out->quantization = own_string(m->quantization);
     out->vocab_size = m->vocab_size;
     out->text_layers = m->text_layers;
     out->vision_layers = m->vision_layers;

@@ -8,6 +8,7 @@
 #include "kernels/log.h"
 
 #define ROLE_BYTES 64
+#define QUANTIZATION_BYTES 48
 
 static const char *architecture_name(enum text_architecture a)
 {
@@ -76,7 +77,8 @@ static void fill_load(const struct gateway *g, Internvl__V1__Load *out)
     out->uptime_ms = (clock_now_ns() - g->start_ns) / 1000000u;
 }
 
-static void fill_model(const struct gateway *g, Internvl__V1__GetModelResponse *out)
+static void fill_model(const struct gateway *g, Internvl__V1__GetModelResponse *out,
+                       char quantization[QUANTIZATION_BYTES])
 {
     const struct model_config *m = g->model;
     const struct layout *l = &g->topology->layout;
@@ -85,6 +87,8 @@ static void fill_model(const struct gateway *g, Internvl__V1__GetModelResponse *
     out->version = INTERNVLD_VERSION;
     out->architecture = (char *)(uintptr_t)architecture_name(m->text.architecture);
     out->dtype = (char *)(uintptr_t)g->options->dtype_name;
+    quantization_describe(&m->quantization, quantization, QUANTIZATION_BYTES);
+    out->quantization = quantization;
     out->vocab_size = (uint32_t)m->text.vocab_size;
     out->text_layers = (uint32_t)m->text.n_layers;
     out->vision_layers = (uint32_t)m->vision.n_layers;
@@ -106,6 +110,7 @@ void model_info_message(void *arg, struct rpc_call *c)
     Internvl__V1__GetModelResponse response = INTERNVL__V1__GET_MODEL_RESPONSE__INIT;
     Internvl__V1__Limits limits;
     Internvl__V1__Load load;
+    char quantization[QUANTIZATION_BYTES];
 
     if (rpc_take_message(c, &internvl__v1__get_model_request__descriptor, 16, &scratch, &err)) {
         Internvl__V1__RankInfo *ranks = xcalloc(world, sizeof(*ranks));
@@ -116,7 +121,7 @@ void model_info_message(void *arg, struct rpc_call *c)
             fill_rank(g, (int)i, &ranks[i], roles[i]);
             pointers[i] = &ranks[i];
         }
-        fill_model(g, &response);
+        fill_model(g, &response, quantization);
         fill_limits(g, &limits);
         fill_load(g, &load);
         response.n_ranks = world;

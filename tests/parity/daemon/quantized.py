@@ -49,12 +49,12 @@ ROUND = dict(
 )
 
 
-def weight_bytes(address):
-    """Of all ranks."""
+def told(address):
+    """(bytes of weights of all ranks, what the weights are said to be held in)"""
     client = Client(address)
-    total = sum(x.weight_bytes for x in client.model().ranks)
+    model = client.model()
     client.close()
-    return total
+    return sum(x.weight_bytes for x in model.ranks), model.quantization
 
 
 def planned_bytes(model, tensor):
@@ -66,25 +66,27 @@ def planned_bytes(model, tensor):
 
 
 def serve(model, **arguments):
-    """(bits of an answer, bytes of weights)"""
+    """(bits of an answer, bytes of weights, their quantization)"""
     with daemon.Daemon(model=model, dtype="float32", **arguments) as d:
-        return answer_bits(d.address), weight_bytes(d.address)
+        return answer_bits(d.address), *told(d.address)
 
 
 def check(name, folder):
     """What was wrong."""
     method, config, options, shards, quantization = ROUND[name]
     quantised, floats = files.make(folder, method, config, **options)
-    expected, dense_bytes = serve(floats)
+    expected, dense_bytes, none = serve(floats)
     failures = []
     for tensor in shards[:1] if SANITIZED else shards:
-        got, held_bytes = serve(quantised, tensor=tensor)
+        got, held_bytes, said = serve(quantised, tensor=tensor)
         planned = planned_bytes(quantised, tensor)
         if got != expected:
             failures.append(f"{tensor} shards of the quantised checkpoint answer otherwise than its values")
         if not planned * 0.95 <= held_bytes <= planned * 1.1:  # q, k and v share an order; blocks of 16 rows
             failures.append(f"{held_bytes} bytes of weights, planned {planned:.0f}")
-        print(f"  {name}, {tensor} shards: {held_bytes} bytes of weights, {planned:.0f} planned, "
+        if none != "none" or not said.startswith(config["quant_method"]):
+            failures.append(f"quantization is said to be {said}, and {none} of floats")
+        print(f"  {name} ({said}), {tensor} shards: {held_bytes} bytes of weights, {planned:.0f} planned, "
               f"{dense_bytes} as floats of one shard", flush=True)
     if quantization and serve(daemon.DEMO_MODEL, extra=["--quantization", *quantization])[0] != expected:
         failures.append(f"--quantization {quantization[0]} answers otherwise than floats of its values")
