@@ -130,6 +130,8 @@ static int settings_make(struct settings *s, struct error *err)
         .max_num_batched_tokens = (int32_t)o->max_num_batched_tokens,
         .max_vision_tiles = (int32_t)o->max_vision_tiles,
         .vision_cache_bytes = (uint64_t)o->vision_cache_bytes,
+        .media_store_bytes = (uint64_t)o->media_store_bytes,
+        .cpu_isa = getenv("INTERNVLD_ISA"),
     };
     if (plan_weights(s, &p, err))
         return -1;

@@ -64,11 +64,22 @@ void backend_close(struct backend *b)
 void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
                     const struct tensor *bias)
 {
+    CHECK(tensor_n_rows(w) == l->out_dim);
+    op_linear_pack_rows(b, l, 0, w, bias);
+}
+
+void op_linear_pack_rows(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
+                         const struct tensor *bias)
+{
     CHECK(linear_is_sound(l));
     CHECK(is_float(w->dtype));
-    CHECK(tensor_n_rows(w) == l->out_dim && tensor_n_cols(w) == l->in_dim);
-    CHECK(bias == NULL || (is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim));
-    b->ops->linear_pack(b, l, w, bias);
+    CHECK(tensor_n_cols(w) == l->in_dim);
+    CHECK(first >= 0 && first % LINEAR_PACK_ROWS == 0 && (first == 0 || l->packed != NULL));
+    CHECK(tensor_n_rows(w) <= l->out_dim - first);
+    CHECK(tensor_n_rows(w) % LINEAR_PACK_ROWS == 0 || tensor_n_rows(w) == l->out_dim - first);
+    CHECK(bias == NULL ||
+          (first == 0 && is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim));
+    b->ops->linear_pack(b, l, first, w, bias);
 }
 
 void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
@@ -269,6 +280,14 @@ void op_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, c
 void *op_alloc(struct backend *b, size_t n_bytes)
 {
     return b->ops->alloc(b, n_bytes);
+}
+
+void *op_alloc_resident(struct backend *b, size_t n_bytes)
+{
+    void *p = b->ops->alloc(b, n_bytes);
+    if (b->ops->touch)
+        b->ops->touch(b, p, n_bytes);
+    return p;
 }
 
 void op_free(struct backend *b, void *p)

@@ -96,16 +96,18 @@ struct backend_ops {
 
     void *(*alloc)(struct backend *b,
                    size_t n_bytes); // zeroed, aligned to 64, dies when out of memory
+    /* Makes zeroed memory resident; NULL where alloc() does. */
+    void (*touch)(struct backend *b, void *p, size_t n_bytes);
     void (*free)(struct backend *b, void *p);
     void (*upload)(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
     void (*download)(struct backend *b, void *host_dst, const void *src,
                      size_t n_bytes); // synchronises
     void (*sync)(struct backend *b);
 
-    /* Packs host weight `w` [out_dim, in_dim] (F32, BF16 or F16; F16 is widened to F32 unless
-     * l->dtype is BF16) into l->packed. l's dims, dtype and lanes are set by the caller. `bias`
-     * [out_dim] host tensor or NULL. */
-    void (*linear_pack)(struct backend *b, struct linear *l, const struct tensor *w,
+    /* Packs rows [first, first + n) of a host weight, `w` [n, in_dim] (F32, BF16 or F16; F16 is
+     * widened to F32 unless l->dtype is BF16), into l->packed, which begins with first = 0. l's
+     * dims, dtype and lanes are set by the caller. `bias` [out_dim] host tensor or NULL. */
+    void (*linear_pack)(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                         const struct tensor *bias);
     /* The same of a quantised weight: `q` has l's dims, its scales are finite. */
     void (*linear_pack_quantized)(struct backend *b, struct linear *l, const struct quantized *q,
@@ -191,6 +193,9 @@ struct backend {
  * this processor lacks dies. n_threads >= 1. The caller closes it. */
 struct backend *backend_cpu_open(int n_threads, const char *isa);
 void backend_close(struct backend *b);
+/* What products of up to n_rows rows of in_dim columns take of the process's memory beyond their
+ * operands, with a weight of `dtype`; `isa` as above. */
+size_t backend_cpu_matmul_bytes(const char *isa, int64_t n_rows, int64_t in_dim, enum dtype dtype);
 /* 1 when this processor has the instruction-set path `isa`. */
 int backend_cpu_has(const char *isa);
 
@@ -199,6 +204,11 @@ void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, cons
                const struct epilogue *e /* NULL: none */);
 void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
                     const struct tensor *bias);
+/* The same a part at a time: rows [first, first + n) of the weight are w [n, in_dim]; parts begin
+ * at multiples of LINEAR_PACK_ROWS, the first at 0, which brings the bias. */
+#define LINEAR_PACK_ROWS 16
+void op_linear_pack_rows(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
+                         const struct tensor *bias);
 /* Dies where the back end takes no quantised weights. */
 void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                               const struct tensor *bias);
@@ -237,6 +247,8 @@ void op_copy(struct backend *b, struct tensor *y, const struct tensor *x);
 void op_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
                    int32_t n);
 void *op_alloc(struct backend *b, size_t n_bytes);
+/* The same, and from now on nobody else can have that memory: what steps need is there. */
+void *op_alloc_resident(struct backend *b, size_t n_bytes);
 void op_free(struct backend *b, void *p);
 void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
 void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes);

@@ -66,7 +66,7 @@ static const struct isa *isa_choose(const char *name)
 void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)
 {
     if (n_bytes > s->n_bytes) {
-        n_bytes = (n_bytes + n_bytes / 4 + 63) / 64 * 64;
+        n_bytes = (n_bytes + 63) / 64 * 64;
         free(s->memory);
         s->memory = aligned_alloc(64, n_bytes);
         if (!s->memory)
@@ -149,10 +149,18 @@ static void *cpu_alloc(struct backend *b, size_t n_bytes)
             die("out of memory: %zu bytes asked: %s", n_bytes, strerror(errno));
         uintptr_t at = ((uintptr_t)block.base + BLOCK_HEADER + HUGE_PAGE - 1) / HUGE_PAGE;
         p = (char *)(at * HUGE_PAGE);
-        madvise(p, n_bytes, MADV_HUGEPAGE); // advice: without it, only slower
+        size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE; // what is left takes no more than it needs
+        madvise(p, whole, MADV_HUGEPAGE);               // advice: without it, only slower
+        madvise(p + whole, HUGE_PAGE, MADV_NOHUGEPAGE);
     }
     memcpy(p - BLOCK_HEADER, &block, sizeof(block));
     return p;
+}
+
+static void cpu_touch(struct backend *b, void *p, size_t n_bytes)
+{
+    (void)b;
+    memset(p, 0, n_bytes);
 }
 
 static void cpu_free(struct backend *b, void *p)
@@ -200,6 +208,7 @@ static const struct backend_ops cpu_ops = {
     .describe = cpu_describe,
     .close = cpu_close,
     .alloc = cpu_alloc,
+    .touch = cpu_touch,
     .free = cpu_free,
     .upload = cpu_transfer,
     .download = cpu_transfer,
@@ -226,6 +235,11 @@ static const struct backend_ops cpu_ops = {
     .copy = cpu_copy,
     .copy_pages = cpu_copy_pages,
 };
+
+size_t backend_cpu_matmul_bytes(const char *isa, int64_t n_rows, int64_t in_dim, enum dtype dtype)
+{
+    return cpu_matmul_bytes(isa_choose(isa)->tile, n_rows, in_dim, dtype);
+}
 
 struct backend *backend_cpu_open(int n_threads, const char *isa)
 {

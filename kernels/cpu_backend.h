@@ -71,10 +71,13 @@ static inline float *cpu_row(const struct tensor *t, int64_t i)
 }
 
 /* cpu_matmul.c */
-void cpu_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+void cpu_linear_pack(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                      const struct tensor *bias);
 /* l->bias <- `bias` [out_dim] as float32, or NULL. */
 void cpu_linear_pack_bias(struct backend *b, struct linear *l, const struct tensor *bias);
+/* Of the packed input of any product of this size: backend_cpu_matmul_bytes(). */
+size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
+                        enum dtype dtype);
 void cpu_linear_free(struct backend *b, struct linear *l);
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                 const struct epilogue *e);

@@ -47,6 +47,7 @@ static int64_t n_blocks_of(int64_t out_dim)
 
 struct pack_job {
     struct linear *l;
+    int64_t first_row; // of the weight, in w
     const struct tensor *w;
     struct steps steps;
 };
@@ -93,15 +94,17 @@ static void pack_work(void *arg, int thread, int n_threads)
     const struct steps *s = &job->steps;
     const size_t element = dtype_size(job->w->dtype);
     const int64_t block_elements = s->n * s->step * 16;
+    const int64_t n_rows = tensor_n_rows(job->w);
     int64_t first, end;
-    cpu_share(n_blocks_of(l->out_dim), thread, n_threads, &first, &end);
+    cpu_share(n_blocks_of(n_rows), thread, n_threads, &first, &end);
     for (int64_t block = first; block < end; block++) {
         const void *rows[16] = {0};
-        for (int j = 0; j < 16 && block * 16 + j < l->out_dim; j++)
+        for (int j = 0; j < 16 && block * 16 + j < n_rows; j++)
             rows[j] = (const char *)job->w->data +
                       (size_t)((block * 16 + j) * job->w->row_stride) * element;
         for (int i = 0; i < l->n_lanes; i++) {
-            int64_t at = block * block_elements + s->start[i] * s->step * 16;
+            int64_t at =
+                (job->first_row / 16 + block) * block_elements + s->start[i] * s->step * 16;
             if (l->dtype == DTYPE_F32)
                 pack_lane_f32((float *)l->packed + at, rows, job->w->dtype, l->lane_start[i],
                               l->lane_start[i + 1]);
@@ -112,17 +115,19 @@ static void pack_work(void *arg, int thread, int n_threads)
     }
 }
 
-void cpu_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+void cpu_linear_pack(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                      const struct tensor *bias)
 {
-    struct pack_job job = {.l = l, .w = w};
+    struct pack_job job = {.l = l, .first_row = first, .w = w};
     steps_init(&job.steps, l);
-    size_t block_bytes = (size_t)(job.steps.n * job.steps.step * 16) * dtype_size(l->dtype);
-    l->format = WEIGHT_FLOAT;
-    l->packed_bytes = (size_t)n_blocks_of(l->out_dim) * block_bytes;
-    l->packed = b->ops->alloc(b, l->packed_bytes);
-    cpu_parallel(b, l->out_dim * l->in_dim, pack_work, &job);
-    cpu_linear_pack_bias(b, l, bias);
+    if (first == 0) {
+        size_t block_bytes = (size_t)(job.steps.n * job.steps.step * 16) * dtype_size(l->dtype);
+        l->format = WEIGHT_FLOAT;
+        l->packed_bytes = (size_t)n_blocks_of(l->out_dim) * block_bytes;
+        l->packed = b->ops->alloc(b, l->packed_bytes);
+        cpu_linear_pack_bias(b, l, bias);
+    }
+    cpu_parallel(b, tensor_n_elements(w), pack_work, &job);
 }
 
 void cpu_linear_pack_bias(struct backend *b, struct linear *l, const struct tensor *bias)
@@ -192,6 +197,13 @@ static int64_t group_start(const struct matmul_job *job, int64_t group)
 static int words_a_step(const struct matmul_job *job)
 {
     return job->l->dtype == DTYPE_BF16 && !job->tile->takes_bf16 ? 2 : 1;
+}
+
+size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
+                        enum dtype dtype)
+{
+    size_t per_k = dtype == DTYPE_BF16 && tile->takes_bf16 ? 2 : 4; // words_a_step() of a pair
+    return (size_t)n_rows * (size_t)(in_dim + LANES_MAX) * per_k;
 }
 
 /* Enough for cache-friendly transposition, small enough for the stack. */

@@ -140,7 +140,7 @@ __device__ __forceinline__ float activate(float x, enum activation act)
 /* ---- the ops, by file ---- */
 
 /* cuda_matmul.cu */
-void cuda_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                       const struct tensor *bias);
 void cuda_linear_free(struct backend *b, struct linear *l);
 void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,

@@ -50,39 +50,47 @@ static size_t weight_bytes(const struct linear *l)
     return (n + 255) / 256 * 256;
 }
 
-void cuda_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
+/* A copy of the bias in bfloat16 follows the weights: cuBLASLt wants it in y's type. */
+static void pack_bias(struct backend *b, struct linear *l, const struct tensor *bias)
+{
+    float *wide = (float *)xcalloc((size_t)l->out_dim, sizeof(float));
+    uint16_t *half = (uint16_t *)xcalloc((size_t)l->out_dim, sizeof(uint16_t));
+
+    tensor_widen(wide, bias->data, bias->dtype, l->out_dim);
+    for (int64_t i = 0; i < l->out_dim; i++)
+        half[i] = f32_to_bf16(wide[i]);
+    l->bias = (float *)b->ops->alloc(b, (size_t)l->out_dim * sizeof(float));
+    b->ops->upload(b, l->bias, wide, (size_t)l->out_dim * sizeof(float));
+    b->ops->upload(b, (char *)l->packed + weight_bytes(l), half,
+                   (size_t)l->out_dim * sizeof(uint16_t));
+    b->ops->sync(b);
+    free(half);
+    free(wide);
+}
+
+void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                       const struct tensor *bias)
 {
     struct cuda_state *s = cuda_state_of(b);
     size_t row_bytes = (size_t)l->in_dim * dtype_size(l->dtype);
-    int64_t rows_at_once = (int64_t)(s->staging_bytes / row_bytes);
-    float *buffer =
-        (float *)xcalloc((size_t)(l->in_dim > l->out_dim ? l->in_dim : l->out_dim), sizeof(float));
+    int64_t n_rows = tensor_n_rows(w), rows_at_once = (int64_t)(s->staging_bytes / row_bytes);
+    float *buffer = (float *)xcalloc((size_t)l->in_dim, sizeof(float));
 
     if (rows_at_once < 1)
         BUG("a weight's row of %zu bytes is larger than the staging buffer", row_bytes);
-    /* A copy of the bias in bfloat16 follows the weights: cuBLASLt wants it in y's type. */
-    l->packed_bytes = weight_bytes(l) + (bias ? (size_t)l->out_dim * sizeof(uint16_t) : 0);
-    l->packed = b->ops->alloc(b, l->packed_bytes);
-    for (int64_t first = 0; first < l->out_dim; first += rows_at_once) {
-        int64_t n = l->out_dim - first < rows_at_once ? l->out_dim - first : rows_at_once;
-        convert_rows(s->staging, l->dtype, w, first, n, buffer);
-        b->ops->upload(b, (char *)l->packed + (size_t)first * row_bytes, s->staging,
+    if (first == 0) {
+        l->packed_bytes = weight_bytes(l) + (bias ? (size_t)l->out_dim * sizeof(uint16_t) : 0);
+        l->packed = b->ops->alloc(b, l->packed_bytes);
+        l->bias = NULL;
+        if (bias)
+            pack_bias(b, l, bias);
+    }
+    for (int64_t row = 0; row < n_rows; row += rows_at_once) {
+        int64_t n = n_rows - row < rows_at_once ? n_rows - row : rows_at_once;
+        convert_rows(s->staging, l->dtype, w, row, n, buffer);
+        b->ops->upload(b, (char *)l->packed + (size_t)(first + row) * row_bytes, s->staging,
                        (size_t)n * row_bytes);
         b->ops->sync(b); // the staging buffer is pinned: it is read when the copy runs
-    }
-    l->bias = NULL;
-    if (bias) {
-        uint16_t *half = (uint16_t *)xcalloc((size_t)l->out_dim, sizeof(uint16_t));
-        tensor_widen(buffer, bias->data, bias->dtype, l->out_dim);
-        for (int64_t i = 0; i < l->out_dim; i++)
-            half[i] = f32_to_bf16(buffer[i]);
-        l->bias = (float *)b->ops->alloc(b, (size_t)l->out_dim * sizeof(float));
-        b->ops->upload(b, l->bias, buffer, (size_t)l->out_dim * sizeof(float));
-        b->ops->upload(b, (char *)l->packed + weight_bytes(l), half,
-                       (size_t)l->out_dim * sizeof(uint16_t));
-        b->ops->sync(b);
-        free(half);
     }
     free(buffer);
 }

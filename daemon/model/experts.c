@@ -25,6 +25,14 @@ void expert_scratch_lay_out(struct expert_scratch *s, struct carve *c, const str
     s->rows = carve(c, n, sizeof(int32_t));
 }
 
+size_t expert_scratch_host_bytes(const struct text_config *t, int64_t max_tokens)
+{
+    size_t n = (size_t)max_tokens, k = (size_t)t->n_experts_per_token, dim = (size_t)t->hidden_size;
+    if (!t->n_experts)
+        return 0;
+    return n * sizeof(float) * ((size_t)t->n_experts + (k + 1) * dim + 2 * k + 2);
+}
+
 void expert_scratch_allocate_host(struct expert_scratch *s, const struct text_config *t,
                                   int64_t max_tokens)
 {

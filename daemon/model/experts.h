@@ -38,6 +38,8 @@ struct expert_scratch { // in back-end memory but for the host's part; n = max_t
 /* Adds to the back end's carve; nothing for a model without experts. */
 void expert_scratch_lay_out(struct expert_scratch *s, struct carve *c, const struct text_config *t,
                             const struct weight_cut *cut, int64_t max_tokens);
+/* What expert_scratch_allocate_host() takes. */
+size_t expert_scratch_host_bytes(const struct text_config *t, int64_t max_tokens);
 void expert_scratch_allocate_host(struct expert_scratch *s, const struct text_config *t,
                                   int64_t max_tokens);
 void expert_scratch_free_host(struct expert_scratch *s); // accepts a zeroed struct

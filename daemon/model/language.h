@@ -110,6 +110,12 @@ struct language_output {
 size_t language_scratch_bytes(const struct text_config *t, const struct weight_cut *cut,
                               int n_shards, int is_last, const struct language_limits *limits);
 
+/* Host memory of the same; `samples`: of the rank that draws the tokens. */
+size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,
+                           int samples, const struct language_limits *limits);
+/* The widest input of the shard's products, with as many rows as a step has tokens. */
+int64_t language_widest_input(const struct text_config *t, const struct weight_cut *cut);
+
 /* Binds this rank's part. Dies when T does not divide the heads (checked earlier by plan_make()).
  */
 void language_init(struct language_model *m, const struct model_config *c, struct weights *w,

@@ -51,6 +51,31 @@ size_t language_scratch_bytes(const struct text_config *t, const struct weight_c
     return sum.used_bytes;
 }
 
+size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,
+                           int samples, const struct language_limits *limits)
+{
+    size_t n = (size_t)limits->max_tokens, vocab = (size_t)cut->vocab.n * (size_t)n_shards;
+    size_t n_bytes = n * (size_t)t->head_dim * sizeof(float) + 4 * n * sizeof(int32_t);
+    n_bytes += expert_scratch_host_bytes(t, limits->max_tokens);
+    if (samples)
+        n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
+                   (size_t)t->vocab_size * sizeof(float) + sampler_bytes(t->vocab_size) +
+                   (size_t)limits->max_sequences * sizeof(struct sample_result);
+    return n_bytes;
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+int64_t language_widest_input(const struct text_config *t, const struct weight_cut *cut)
+{
+    int64_t heads = cut->dense.heads.n * t->head_dim;
+    int64_t columns = larger(cut->dense.columns.n, t->n_experts ? cut->expert.columns.n : 0);
+    return larger(t->hidden_size, larger(heads, columns));
+}
+
 static float *vector(struct language_model *m, struct weights *w, const char *prefix,
                      const char *name)
 {
@@ -169,7 +194,7 @@ void language_init(struct language_model *m, const struct model_config *c, struc
     kv_cache_init(&m->kv, b, (int)m->layer_range.n, (int)m->cut.dense.kv_heads.n, text->head_dim,
                   limits->page_size, limits->n_pages, dtype);
     m->scratch_bytes = language_scratch_bytes(text, &m->cut, m->n_shards, is_last, limits);
-    m->scratch_base = op_alloc(b, m->scratch_bytes);
+    m->scratch_base = op_alloc_resident(b, m->scratch_bytes);
     struct carve c2 = {.base = m->scratch_base};
     lay_out(&m->scratch, &c2, text, &m->cut, m->n_shards, is_last, limits);
     allocate_host(m);

@@ -2,8 +2,10 @@
  * The memory of every rank, before anything is allocated.
  *
  * Pure arithmetic over the config, the layout and the settings: the base of `internvld --plan`, and
- * where the number of KV pages comes from. Weight bytes are the stored elements at the run's dtype
- * (a back end's packing may round up a little); activations are float32.
+ * where the number of KV pages comes from. The total of a rank is the most memory that it holds
+ * with every page and the largest step in use (VmHWM of its process, on the CPU), whatever the
+ * requests; it holds it within 2 % where weights and pages are most of it. Not in it: what waiting
+ * requests keep in the gateway, and captured tensors on their way.
  */
 #ifndef INTERNVLD_MODEL_PLAN_H
 #define INTERNVLD_MODEL_PLAN_H
@@ -24,15 +26,19 @@ struct plan_settings {
     uint64_t kv_budget_bytes;          // for KV pages, of each language rank
     int32_t max_model_len;             // tokens of one sequence
     int32_t max_num_seqs, max_num_batched_tokens, max_vision_tiles;
-    uint64_t vision_cache_bytes; // of the gateway
+    uint64_t vision_cache_bytes, media_store_bytes; // of the gateway
+    const char *cpu_isa;                            // backend_cpu_open()'s
 };
 
 struct plan_rank {
     struct topology topology;
-    uint64_t weight_bytes, scratch_bytes; // the gateway's scratch: the vision cache
-    uint64_t page_bytes;                  // of one KV page over the rank's layers; 0 for others
-    uint64_t kv_bytes;                    // n_pages * page_bytes
+    uint64_t weight_bytes;
+    uint64_t scratch_bytes; // of steps; the gateway's: its caches
+    uint64_t page_bytes;    // of one KV page over the rank's layers; 0 for others
+    uint64_t kv_bytes;      // n_pages * page_bytes
+    uint64_t process_bytes; // the program, its libraries, their buffers
 };
+uint64_t plan_rank_bytes(const struct plan_rank *r);
 
 struct plan {
     struct plan_settings settings;

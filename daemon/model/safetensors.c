@@ -336,6 +336,14 @@ int safetensors_parse(struct safetensors *s, const uint8_t *bytes, uint64_t n_by
     return -1;
 }
 
+void safetensors_forget(const struct safetensors *s)
+{
+    for (int i = 0; i < s->n_files; i++) {
+        if (s->files[i].mapped)
+            madvise((void *)(uintptr_t)s->files[i].mapped, s->files[i].n_bytes, MADV_DONTNEED);
+    }
+}
+
 void safetensors_release(struct safetensors *s)
 {
     for (int i = 0; i < s->n_files; i++) {

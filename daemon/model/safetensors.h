@@ -41,6 +41,8 @@ int safetensors_open(struct safetensors *s, const char *path, struct error *err)
 void safetensors_release(struct safetensors *s); // accepts a zeroed struct
 /* NULL when there is no such tensor. Borrowed. */
 const struct safetensors_tensor *safetensors_find(const struct safetensors *s, const char *name);
+/* What has been read of the mappings is no longer this process's memory; it can be read again. */
+void safetensors_forget(const struct safetensors *s);
 /* The same checks on bytes in memory (fuzzing); `bytes` must outlive *s. */
 int safetensors_parse(struct safetensors *s, const uint8_t *bytes, uint64_t n_bytes,
                       const char *file, struct error *err);

@@ -12,7 +12,7 @@
 #define QK_NORM_EPS 1e-6f   // InternVLVisionRMSNorm's default, not layer_norm_eps
 #define PROJECTOR_EPS 1e-5f // nn.LayerNorm's default
 
-/* ---- scratch ---- */
+/* ---- memory ---- */
 
 /* More rows than this at once make no product faster; larger batches are cut. */
 #define SCRATCH_TOKENS 8192
@@ -57,6 +57,23 @@ size_t vision_scratch_bytes(const struct model_config *c, int max_tiles)
     struct carve sum = {0};
     lay_out(&s, &sum, c, scratch_tiles(&c->vision, max_tiles));
     return sum.used_bytes;
+}
+
+size_t vision_host_bytes(const struct model_config *c, int max_tiles)
+{
+    const struct vision_config *v = &c->vision;
+    size_t tile = (size_t)v->n_channels * (size_t)v->image_height * (size_t)v->image_width;
+    size_t features = (size_t)c->n_features_per_tile * (size_t)c->text.hidden_size;
+    size_t table = (size_t)(1 + v->n_patches) * (size_t)v->hidden_size;
+    return (table + (size_t)max_tiles * (tile + 2 * features)) * sizeof(float);
+}
+
+void vision_largest_input(const struct model_config *c, int max_tiles, int64_t *n_rows,
+                          int64_t *n_columns)
+{
+    const struct vision_config *v = &c->vision;
+    *n_rows = (int64_t)scratch_tiles(v, max_tiles) * (v->n_patches + 1);
+    *n_columns = v->intermediate_size > v->hidden_size ? v->intermediate_size : v->hidden_size;
 }
 
 /* ---- weights ---- */
@@ -124,7 +141,7 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
     linear(w, b, &m->linear_2, dtype, "multi_modal_projector.", "linear_2");
     m->weight_bytes = w->n_bytes - before;
     m->scratch_bytes = vision_scratch_bytes(c, max_tiles);
-    m->scratch_base = op_alloc(b, m->scratch_bytes);
+    m->scratch_base = op_alloc_resident(b, m->scratch_bytes);
     struct carve carve = {.base = m->scratch_base};
     lay_out(&m->scratch, &carve, c, scratch_tiles(v, max_tiles));
 }

@@ -68,6 +68,12 @@ struct vision_model {
  * VISION_MAX_SCALE. */
 size_t vision_scratch_bytes(const struct model_config *c, int max_tiles);
 
+/* Host memory: the table of positions, a batch of tiles, its features and their message. */
+size_t vision_host_bytes(const struct model_config *c, int max_tiles);
+/* The largest input of a product: rows, and columns. */
+void vision_largest_input(const struct model_config *c, int max_tiles, int64_t *n_rows,
+                          int64_t *n_columns);
+
 /* Binds from `w`. pixel_mean and pixel_std are borrowed and may be NULL when no U8 tile will come.
  */
 void vision_init(struct vision_model *m, const struct model_config *c, struct weights *w,

@@ -11,6 +11,8 @@
 #include "daemon/model/weight_codes.h"
 #include "kernels/log.h"
 
+#define STAGING_BYTES (4 << 20)
+
 static int ends_with(const char *s, const char *suffix)
 {
     size_t n = strlen(s), m = strlen(suffix);
@@ -287,26 +289,38 @@ float *weights_vector(struct weights *w, struct backend *b, const char *name)
     return p;
 }
 
+/* Large weights pass through the staging memory in parts of so many rows. */
+static int64_t rows_at_once(int64_t n_columns)
+{
+    int64_t n = STAGING_BYTES / (n_columns * (int64_t)sizeof(float));
+    return n < LINEAR_PACK_ROWS ? LINEAR_PACK_ROWS : n / LINEAR_PACK_ROWS * LINEAR_PACK_ROWS;
+}
+
 struct tensor weights_table(struct weights *w, struct backend *b, const char *name,
                             struct range rows, enum dtype dtype)
 {
     const struct weight_spec *s = required(w, name);
     struct range columns = {0, weight_spec_columns(s)};
-    int64_t n = rows.n * columns.n;
+    size_t row_bytes = (size_t)columns.n * dtype_size(dtype);
+    struct tensor t = tensor_2d(op_alloc(b, (size_t)rows.n * row_bytes), dtype, rows.n, columns.n);
     enum dtype host_dtype = stored_dtype(w, s) == dtype ? dtype : DTYPE_F32;
-    void *host = staging(w, (size_t)n * dtype_size(host_dtype));
-    read_slice(w, s, rows, columns, host, host_dtype);
-    if (host_dtype != dtype) // only F32 -> BF16 is left; in place, front to back
-        for (int64_t i = 0; i < n; i++) {
-            float f;
-            memcpy(&f, (char *)host + (size_t)i * sizeof(f), sizeof(f));
-            uint16_t h = f32_to_bf16(f);
-            memcpy((char *)host + (size_t)i * sizeof(h), &h, sizeof(h));
-        }
-    size_t n_bytes = (size_t)n * dtype_size(dtype);
-    struct tensor t = tensor_2d(op_alloc(b, n_bytes), dtype, rows.n, columns.n);
-    op_upload(b, t.data, host, n_bytes);
-    w->n_bytes += n_bytes;
+    for (int64_t done = 0; done < rows.n; done += rows_at_once(columns.n)) {
+        struct range part = {rows.start + done, rows_at_once(columns.n)};
+        part.n = part.n < rows.n - done ? part.n : rows.n - done;
+        int64_t n = part.n * columns.n;
+        void *host = staging(w, (size_t)n * dtype_size(host_dtype));
+        read_slice(w, s, part, columns, host, host_dtype);
+        if (host_dtype != dtype) // only F32 -> BF16 is left; in place, front to back
+            for (int64_t i = 0; i < n; i++) {
+                float f;
+                memcpy(&f, (char *)host + (size_t)i * sizeof(f), sizeof(f));
+                uint16_t h = f32_to_bf16(f);
+                memcpy((char *)host + (size_t)i * sizeof(h), &h, sizeof(h));
+            }
+        op_upload(b, (char *)t.data + (size_t)done * row_bytes, host, (size_t)part.n * row_bytes);
+        safetensors_forget(&w->files);
+    }
+    w->n_bytes += (uint64_t)rows.n * row_bytes;
     return t;
 }
 
@@ -353,20 +367,36 @@ static float *read_bias(struct weights *w, const struct linear_parts *p)
     return bias;
 }
 
+/* Rows [first, first + n) of the stacked parts into host [n, in]. */
+static void read_stacked(struct weights *w, const struct linear_parts *p, int64_t first, int64_t n,
+                         char *host, enum dtype dtype)
+{
+    int64_t begin = 0; // of the part
+    for (int i = 0; i < p->n; begin += p->rows[i++].n) {
+        int64_t from = first > begin ? first : begin, end = begin + p->rows[i].n;
+        end = end < first + n ? end : first + n;
+        if (from < end)
+            read_slice(w, p->specs[i], (struct range){p->rows[i].start + from - begin, end - from},
+                       p->columns[i], host + (size_t)((from - first) * p->in) * dtype_size(dtype),
+                       dtype);
+    }
+}
+
 static void pack_floats(struct weights *w, struct backend *b, struct linear *l,
                         const struct linear_parts *p, const struct tensor *bias)
 {
     enum dtype dtype = stored_dtype(w, p->specs[0]);
-    int64_t row = 0;
     for (int i = 1; i < p->n; i++)
         if (stored_dtype(w, p->specs[i]) != dtype)
             dtype = DTYPE_F32;
-    char *host = staging(w, (size_t)(p->out * p->in) * dtype_size(dtype));
-    for (int i = 0; i < p->n; row += p->rows[i++].n)
-        read_slice(w, p->specs[i], p->rows[i], p->columns[i],
-                   host + (size_t)(row * p->in) * dtype_size(dtype), dtype);
-    struct tensor weight = tensor_2d(host, dtype, p->out, p->in);
-    op_linear_pack(b, l, &weight, bias);
+    for (int64_t first = 0; first < p->out; first += rows_at_once(p->in)) {
+        int64_t n = rows_at_once(p->in) < p->out - first ? rows_at_once(p->in) : p->out - first;
+        char *host = staging(w, (size_t)(n * p->in) * dtype_size(dtype));
+        read_stacked(w, p, first, n, host, dtype);
+        struct tensor rows = tensor_2d(host, dtype, n, p->in);
+        op_linear_pack_rows(b, l, first, &rows, first ? NULL : bias);
+        safetensors_forget(&w->files);
+    }
 }
 
 /* 1 when the parts' codes can stand in one weight. */
@@ -398,6 +428,7 @@ static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
         w->read_bytes += weight_codes_read(&q, row, w, p->specs[i], as, p->rows[i], p->columns[i],
                                            l->dtype, b->n_threads);
     op_linear_pack_quantized(b, l, &q, bias);
+    safetensors_forget(&w->files);
     weight_codes_release(&q);
 }
 

@@ -61,11 +61,21 @@ def refusal(model, tensor, pipeline, vision=1):
     return plan.stderr.strip() if plan.returncode else None
 
 
+def planned(*arguments):
+    """What --plan says of each rank: {"role": ..., "weights": bytes, "KV": ..., "scratch", "process", "total"}."""
+    text = subprocess.run([program("INTERNVLD_DAEMON"), *map(str, arguments), "--plan"], check=True,
+                          capture_output=True, text=True).stdout
+    rows = [x.split() for x in text.splitlines() if x.split()[0].isdigit()]
+    names = ("weights", "KV", "scratch", "process", "total")
+    return [{"role": x[1], **{n: float(v) * (1 << 20) for n, v in zip(names, x[-len(names):])}} for x in rows]
+
+
 class Daemon:
     """with Daemon(tensor=2) as d: … d.address …; leaving the block drains it."""
 
     def __init__(self, model=DEMO_MODEL, tensor=1, pipeline=1, vision=1, dtype=None, extra=()):
         self.mark = uuid.uuid4().hex
+        self.status = 0  # nothing to end yet
         folder = pathlib.Path(tempfile.mkdtemp(prefix="internvld-test-"))
         atexit.register(self._clean_up, folder)
         self.log_path, port_file = folder / "log", folder / "address"

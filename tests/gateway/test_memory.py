@@ -1,32 +1,55 @@
-"""Memory that a prompt's length times the vocabulary must not decide: the vocabulary projection goes in chunks of rows.
+"""Memory, on models of random weights with the real vocabulary: what the plan says, and what a prompt must not decide.
 
-A model of one small layer and the real vocabulary, with random weights. Logits of 4000 positions at once would be
-2.3 GiB; the peak of no process may grow by more than 64 MiB from a prompt of 64 tokens to one of 4000, each with a
-label on every row.
+The plan: a few layers of InternVL3-1B's shapes, every KV page taken, every row of logits, a full batch of tiles. The
+peak of each rank that holds weights lies within 2 % below its plan, and never above.
+
+The vocabulary projection goes in chunks of rows: logits of 4000 positions at once would be 2.3 GiB; the peak of no
+process may grow by more than 64 MiB from a prompt of 64 tokens to one of 4000, each with a label on every row.
 """
 
 import json
 import pathlib
+import random
 import shutil
 import tempfile
 
 import daemon
-from support import SANITIZED, Client, main, pb, unittest
+from support import SANITIZED, Client, chat, main, pb, png, unittest
 
 CHECKPOINT = daemon.ROOT / "tests/data/reference/checkpoints/ln-1b-style"
 VOCAB, N_SHORT, N_LONG = 151674, 64, 4000
 LIMIT_BYTES = 64 << 20
 TEXT = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
             vocab_size=VOCAB)
+TEXT_1B = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+               num_hidden_layers=2, vocab_size=VOCAB)
+VISION_1B = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=6,
+                 image_size=[448, 448])
+KV_BYTES, N_CONTEXT, N_TILES = 4 << 20, 2048, 2  # two sequences of N_CONTEXT tokens
+N_LOGIT_ROWS = 128  # twice what the vocabulary projection takes at once
+PLAN_SHARE = 0.02
 
 
-def make_checkpoint(folder):
+def change_json(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def make_checkpoint(folder, text, vision=None):
     """The reference's tokenizer and processor files, and a config of other sizes; no weights."""
     for path in CHECKPOINT.iterdir():
         if path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
     config = json.loads((CHECKPOINT / "config.json").read_text())
-    config["text_config"].update(TEXT)
+    config["text_config"].update(text)
+    if vision:
+        config["vision_config"].update(vision)
+        height, width = vision["image_size"]
+        patch = config["vision_config"]["patch_size"][0]
+        n_features = int((height // patch) * (width // patch) * config["downsample_ratio"] ** 2)
+        config["image_seq_length"] = n_features
+        change_json(folder / "processor_config.json", image_seq_length=n_features)
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            change_json(folder / name, size={"height": height, "width": width})
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -41,9 +64,42 @@ def peaks(d):
 
 @unittest.skipIf(SANITIZED, "a sanitizer's own memory hides the program's")
 class Memory(unittest.TestCase):
+    def fill(self, d):
+        """Everything that the plan counts: pages, rows of logits, tiles."""
+        client, numbers = Client(d.address), random.Random(1)
+        for _ in range(2):
+            ids = [numbers.randrange(1, 1000) for _ in range(N_CONTEXT - 1)]
+            labels = [-100] * (len(ids) - N_LOGIT_ROWS) + ids[-N_LOGIT_ROWS:]
+            client.forward(pb.Prompt(tokens=pb.TokenPrompt(token_ids=ids)), [], labels=labels)
+        side = 2 * VISION_1B["image_size"][0]  # no two tiles alike: each is encoded
+        rows = b"".join(b"\0" + numbers.randbytes(3 * side) for _ in range(side))
+        answer = client.generate(chat("What is it?", png(side, side, rows)), max_tokens=1)
+        self.assertGreater(answer.done.usage.prompt_tokens, N_TILES * 256)
+        client.close()
+
+    def check_plan(self, **layout):
+        with tempfile.TemporaryDirectory(prefix="internvld-plan-") as folder:
+            make_checkpoint(pathlib.Path(folder), TEXT_1B, VISION_1B)
+            with daemon.Daemon(model=folder, dtype="bfloat16", **layout, extra=(
+                    "--load-format", "dummy", "--max-model-len", N_CONTEXT, "--kv-cache-memory-bytes", KV_BYTES,
+                    "--max-vision-tiles", N_TILES)) as d:
+                plan = daemon.planned(*d.command[1:])
+                self.fill(d)
+                peak = peaks(d)
+        for rank, planned in enumerate(plan):
+            role, n_bytes = planned["role"], planned["total"]
+            print(f"rank {rank} ({role}): {n_bytes / (1 << 20):.1f} MiB planned, {peak[rank] / (1 << 20):.1f} taken, "
+                  f"{100 * (peak[rank] / n_bytes - 1):+.1f} %", flush=True)
+            self.assertLessEqual(peak[rank], n_bytes, f"rank {rank}")
+            if role != "gateway":  # its caches are as full as requests make them
+                self.assertGreaterEqual(peak[rank], n_bytes * (1 - PLAN_SHARE), f"rank {rank}")
+
+    def test_the_plan(self):
+        self.check_plan(tensor=2)
+
     def test_labels_of_a_long_prompt(self):
         with tempfile.TemporaryDirectory(prefix="internvld-vocabulary-") as folder:
-            make_checkpoint(pathlib.Path(folder))
+            make_checkpoint(pathlib.Path(folder), TEXT)
             with daemon.Daemon(model=folder, dtype="float32", extra=(
                     "--load-format", "dummy", "--max-model-len", 2 * N_LONG, "--max-num-batched-tokens", N_LONG)) as d:
                 client, before = Client(d.address), None

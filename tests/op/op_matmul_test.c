@@ -112,7 +112,13 @@ static void product(const char *isa, int n_threads, struct tensor *y, const stru
     struct backend *b = backend_cpu_open(n_threads, isa);
     struct linear l = linear_of(w, dtype, n_lanes);
     struct epilogue e = {.act = ACTIVATION_GELU};
-    op_linear_pack(b, &l, w, NULL);
+    /* By several threads in parts, too. */
+    int64_t part = n_threads == 1 ? l.out_dim : LINEAR_PACK_ROWS * (n_threads - 1);
+    for (int64_t first = 0; first < l.out_dim; first += part) {
+        int64_t n = part < l.out_dim - first ? part : l.out_dim - first;
+        struct tensor rows = tensor_rows(w, first, n);
+        op_linear_pack_rows(b, &l, first, &rows, NULL);
+    }
     op_matmul(b, y, x, &l, &e);
     op_linear_free(b, &l);
     backend_close(b);

@@ -58,11 +58,9 @@ def told(address):
 
 
 def planned_bytes(model, tensor):
-    """The same by --plan, from the last numbers but three of each rank's line."""
-    plan = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", str(model), "--dtype", "float32",
-                           "--tensor-parallel-size", str(tensor), "--plan"], capture_output=True, text=True, check=True)
-    rows = [x.split() for x in plan.stdout.splitlines()]
-    return sum(float(x[-4]) for x in rows if x and x[0].isdigit()) * 2**20
+    """The same by --plan."""
+    plan = daemon.planned("--model", model, "--dtype", "float32", "--tensor-parallel-size", tensor)
+    return sum(x["weights"] for x in plan)
 
 
 def serve(model, **arguments):

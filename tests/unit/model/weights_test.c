@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "daemon/model/weights.h"
+#include "kernels/log.h"
 #include "tests/unit/model/model_files.h"
 
 static struct model_config config;
@@ -237,6 +238,56 @@ static void dummy_weights(void **state)
     weights_release(&w);
 }
 
+/* Weights larger than the staging memory come in parts; the parts of a stack end anywhere in them.
+ */
+static void large_weights(void **state)
+{
+    (void)state;
+    enum { ROWS = 1500, COLUMNS = 800 };
+    const struct weight_parts parts = {
+        "language_model.model.layers.0.", {"mlp.gate_proj", "mlp.up_proj"}, 1};
+    struct model_config large = config;
+    struct weights w;
+    struct error err;
+    struct linear whole, stacked;
+    large.text.hidden_size = COLUMNS;
+    large.text.intermediate_size = ROWS;
+    assert_int_equal(weights_open(&w, "/nonexistent", &large, 1, &err), 0);
+    weights_linear(&w, backend, &stacked, DTYPE_F32, &parts, NULL, &large.text, NULL);
+    float *rows = xcalloc(2 * ROWS * COLUMNS, sizeof(float));
+    for (int i = 0; i < 2; i++) {
+        const struct weight_spec *s =
+            weight_list_find(&w.list, i ? "language_model.model.layers.0.mlp.up_proj.weight"
+                                        : "language_model.model.layers.0.mlp.gate_proj.weight");
+        for (int64_t r = 0; r < ROWS; r++)
+            weights_row(&w, s, r, rows + (i * ROWS + r) * COLUMNS);
+    }
+    whole = (struct linear){.out_dim = 2 * ROWS, .in_dim = COLUMNS, .n_lanes = 1};
+    whole.dtype = DTYPE_F32;
+    whole.lane_start[1] = COLUMNS;
+    struct tensor all = tensor_2d(rows, DTYPE_F32, 2 * ROWS, COLUMNS);
+    op_linear_pack(backend, &whole, &all, NULL);
+    assert_int_equal(whole.packed_bytes, stacked.packed_bytes);
+    assert_memory_equal(whole.packed, stacked.packed, whole.packed_bytes);
+    op_linear_free(backend, &whole);
+    op_linear_free(backend, &stacked);
+    free(rows);
+
+    large.text.vocab_size = 3 * ROWS;
+    weights_release(&w);
+    assert_int_equal(weights_open(&w, "/nonexistent", &large, 1, &err), 0);
+    const char *name = "language_model.model.embed_tokens.weight";
+    struct tensor table = weights_table(&w, backend, name, (struct range){5, 2 * ROWS}, DTYPE_BF16);
+    float row[COLUMNS];
+    for (int64_t r = 0; r < 2 * ROWS; r += 7) {
+        weights_row(&w, weight_list_find(&w.list, name), 5 + r, row);
+        for (int64_t k = 0; k < COLUMNS; k++)
+            assert_int_equal(((uint16_t *)table.data)[r * COLUMNS + k], f32_to_bf16(row[k]));
+    }
+    op_free(backend, table.data);
+    weights_release(&w);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -247,6 +298,7 @@ int main(void)
         cmocka_unit_test(wrong_files),
         cmocka_unit_test(tied_checkpoint),
         cmocka_unit_test(dummy_weights),
+        cmocka_unit_test(large_weights),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
