@@ -104,6 +104,9 @@ else
         set -- --mca btl self,vader --mca oob_tcp_if_include lo "$@"
     else
         set -- --mca btl self,vader,tcp "$@"
+        # An orted may stay for ever when its ranks have ended, as mpirun may (deploy/supervise.sh).
+        set -- --mca orte_leave_session_attached 1 \
+            --mca orte_launch_agent "sh $here/supervise.sh --once --end-limit 20 -- orted" "$@"
         [ -z "$network" ] || set -- --mca btl_tcp_if_include "$network" --mca oob_tcp_if_include "$network" "$@"
     fi
     [ -z "$agent" ] || set -- --mca plm_rsh_agent "$agent" "$@"

@@ -1,30 +1,34 @@
 #!/bin/sh
 # Keeps a job running: starts COMMAND (mpirun …, srun …, or internvld alone), and starts it again when it fails.
 #
-#   sh deploy/supervise.sh [--once] [--port-file FILE] [--start-limit SECONDS] [--] COMMAND [ARGUMENT]...
+#   sh deploy/supervise.sh [--once] [--port-file FILE] [--start-limit SECONDS] [--end-limit SECONDS] [--]
+#                          COMMAND [ARGUMENT]...
 #
 #   SIGTERM, SIGINT, SIGHUP, SIGUSR1   the first drains the job (SIGUSR1 to COMMAND: mpirun and srun hand it to
 #                                      every rank at once, where SIGTERM would end them), the second ends it
 #   exit status                        0 after a drain; COMMAND's when it was a wrong command line (2) or --once
 #   --once                             no restart: for systemd and Slurm, which have their own
 #   --start-limit SECONDS              kill a start that has not written --port-file FILE by then [600]
+#   --end-limit SECONDS                kill COMMAND that long after its last rank here [1, in a drain 4]
 #
 # mpirun cannot be left alone: when the link to a host is dead it waits for that host for ever, though all of its
 # ranks here have ended; so it does now and then when a rank died while it came up (parallel/launch_mpirun.c). So when
-# COMMAND has had ranks here and has had none for more than a second (four when it drains), it is killed.
+# COMMAND has had ranks here and has none any more, it is killed after --end-limit. (orted on the other hosts likewise:
+# deploy/launch.sh starts it under this script.)
 # A job that fails soon after its start is started again after 1, 2, 4 … 60 seconds.
 set -u
 
 say() { printf 'supervise: %s\n' "$*" >&2; }
 
-once=0 port_file='' start_limit=600
+once=0 port_file='' start_limit=600 end_limit=
 while [ $# -gt 0 ]; do
     case "$1" in
     --once) once=1 ;;
     --port-file) port_file=$2 && shift ;;
     --start-limit) start_limit=$2 && shift ;;
+    --end-limit) end_limit=$2 && shift ;;
     -h | --help)
-        sed -n '2,16s/^# \{0,1\}//p' "$0"
+        sed -n '2,20s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
     --)
@@ -92,7 +96,7 @@ watch() {
         elif [ $had_ranks = 1 ]; then
             n_without=$((n_without + 1))
         fi
-        if [ $n_without -gt $((n_asked > 0 ? 8 : 2)) ]; then
+        if [ $n_without -gt $((2 * ${end_limit:-$((n_asked > 0 ? 4 : 1))})) ]; then # looks
             say "$command_name has no rank left here and does not end (a host that cannot be reached?): killing it"
             kill -KILL "$child" 2>/dev/null
         fi

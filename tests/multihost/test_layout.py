@@ -33,7 +33,7 @@ class Layout(unittest.TestCase):
         lines = [line for line in job.log().splitlines() if line.startswith("internvld: ")]
         self.assertEqual(len(lines), 1, job.log())
         self.assertNotEqual(status, 0)
-        self.assertEqual(job.processes(), {})
+        self.assertEqual(job.wait_gone(5), {})
         print("  " + lines[0], flush=True)
         return lines[0]
 
@@ -124,7 +124,7 @@ class Layout(unittest.TestCase):
             print(f"  drained in {time.monotonic() - start:.2f} s", flush=True)
             self.assertEqual(len(done), 6, job.log())
             self.assertEqual(status, 0, job.log())
-            self.assertEqual(job.processes(), {})
+            self.assertEqual(job.wait_gone(5), {})
 
 
 if __name__ == "__main__":
