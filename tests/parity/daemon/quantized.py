@@ -15,7 +15,7 @@ import numpy
 
 import daemon
 import quantized_files as files
-from support import SANITIZED, Client, answer_bits
+from support import SANITIZED, Client, answer_bits, at_once
 
 K_PROJ = "language_model.model.layers.1.self_attn.k_proj.weight"  # left as floats: its q_proj and v_proj are not
 CT = dict(quant_method="compressed-tensors")
@@ -73,10 +73,13 @@ def check(name, folder):
     """What was wrong."""
     method, config, options, shards, quantization = ROUND[name]
     quantised, floats = files.make(folder, method, config, **options)
-    expected, dense_bytes, none = serve(floats)
+    shards = shards[:1] if SANITIZED else shards
+    runs = [lambda: serve(floats)] + [lambda t=t: serve(quantised, tensor=t) for t in shards]
+    if quantization:
+        runs.append(lambda: serve(daemon.DEMO_MODEL, extra=["--quantization", *quantization]))
+    (expected, dense_bytes, none), *others = at_once(runs)
     failures = []
-    for tensor in shards[:1] if SANITIZED else shards:
-        got, held_bytes, said = serve(quantised, tensor=tensor)
+    for tensor, (got, held_bytes, said) in zip(shards, others):
         planned = planned_bytes(quantised, tensor)
         if got != expected:
             failures.append(f"{tensor} shards of the quantised checkpoint answer otherwise than its values")
@@ -86,7 +89,7 @@ def check(name, folder):
             failures.append(f"quantization is said to be {said}, and {none} of floats")
         print(f"  {name} ({said}), {tensor} shards: {held_bytes} bytes of weights, {planned:.0f} planned, "
               f"{dense_bytes} as floats of one shard", flush=True)
-    if quantization and serve(daemon.DEMO_MODEL, extra=["--quantization", *quantization])[0] != expected:
+    if quantization and others[-1][0] != expected:
         failures.append(f"--quantization {quantization[0]} answers otherwise than floats of its values")
     print(f"  {name}: {'; '.join(failures) or 'equal bits'}", flush=True)
     return failures
