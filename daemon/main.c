@@ -337,7 +337,6 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
                  struct error *err)
 {
     struct rank_host mine, *all = xcalloc((size_t)world, sizeof(*all));
-    char name[48];
     int rc;
 
     job_describe(&mine, &s->options, dtype_name(s->dtype), s->plan.n_pages, err);
@@ -347,12 +346,6 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
         job_choose_threads(all, &s->options, t, s->device_kind);
         rc = hosts_check(all, world, err);
     }
-    if (rc == 0 && s->device_kind == DEVICE_CUDA &&
-        s->model.quantization.method != QUANTIZATION_NONE)
-        rc = error_set(err, ERROR_INVALID_ARGUMENT,
-                       "quantization %s: the CUDA back end does not take quantised weights yet; "
-                       "--device cpu does",
-                       quantization_describe(&s->model.quantization, name, sizeof(name)));
     if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
         s->n_threads = all[rank].n_threads;

@@ -88,9 +88,6 @@ void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct 
     CHECK(linear_is_sound(l));
     CHECK(q->format != WEIGHT_FLOAT && q->out_dim == l->out_dim && q->in_dim == l->in_dim);
     CHECK(bias == NULL || (is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim));
-    if (!b->ops->linear_pack_quantized)
-        die("the %s back end does not take quantised weights (%s) yet", b->ops->name,
-            weight_format_name(q->format));
     b->ops->linear_pack_quantized(b, l, q, bias);
 }
 

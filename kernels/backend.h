@@ -209,7 +209,7 @@ void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
 #define LINEAR_PACK_ROWS 16
 void op_linear_pack_rows(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                          const struct tensor *bias);
-/* Dies where the back end takes no quantised weights. */
+/* The same of a quantised weight, whole. */
 void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                               const struct tensor *bias);
 void op_linear_free(struct backend *b, struct linear *l);

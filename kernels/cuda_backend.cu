@@ -9,7 +9,7 @@
 #include "kernels/cuda_internal.h"
 
 static const size_t SCRATCH_BYTES = (size_t)256 << 20, WORKSPACE_BYTES = (size_t)32 << 20,
-                    STAGING_BYTES = (size_t)8 << 20;
+                    STAGING_BYTES = (size_t)8 << 20, DENSE_BYTES = (size_t)64 << 20;
 
 static const char *describe(const struct backend *b)
 {
@@ -65,6 +65,7 @@ static void close_backend(struct backend *b)
     CUDA_CHECK(cudaStreamSynchronize(s->stream));
     CUBLAS_CHECK(cublasLtDestroy(s->blas));
     CUDA_CHECK(cudaFree(s->workspace));
+    CUDA_CHECK(cudaFree(s->dense));
     CUDA_CHECK(cudaFree(s->scratch));
     CUDA_CHECK(cudaFreeHost(s->staging));
     CUDA_CHECK(cudaStreamDestroy(s->stream));
@@ -143,9 +144,11 @@ static struct backend_ops make_ops(void)
     ops.download = download;
     ops.sync = sync_stream;
     ops.linear_pack = cuda_linear_pack;
+    ops.linear_pack_quantized = cuda_linear_pack_quantized;
     ops.linear_free = cuda_linear_free;
     ops.matmul = cuda_matmul;
     ops.embed = cuda_embed;
+    ops.embed_quantized = cuda_embed_quantized;
     ops.scatter_rows = cuda_scatter_rows;
     ops.gather_rows = cuda_gather_rows;
     ops.rms_norm = cuda_rms_norm;
@@ -193,6 +196,7 @@ extern "C" struct backend *backend_cuda_open(const struct cuda_options *o)
     s->workspace_bytes = WORKSPACE_BYTES;
     s->scratch_bytes = o->scratch_bytes ? o->scratch_bytes : SCRATCH_BYTES;
     s->staging_bytes = STAGING_BYTES;
+    s->dense_bytes_max = o->dense_bytes ? o->dense_bytes : DENSE_BYTES;
     CUDA_CHECK(cudaMalloc(&s->workspace, s->workspace_bytes));
     CUDA_CHECK(cudaMalloc((void **)&s->scratch, s->scratch_bytes));
     CUDA_CHECK(cudaMallocHost((void **)&s->staging, s->staging_bytes));

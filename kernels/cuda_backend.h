@@ -21,6 +21,7 @@ struct cuda_options {
     enum dtype activation_dtype; // BF16, or F32 (--dtype float32)
     int deterministic;           // 1: lanes and tree, bitwise the same in every layout
     size_t scratch_bytes;        // 0: 256 MiB
+    size_t dense_bytes;          // most of a quantised weight that is dense at a time; 0: 64 MiB
 };
 
 /* The number of devices of this host, 0 without a driver. */

@@ -38,6 +38,8 @@ struct cuda_state {
     size_t workspace_bytes;
     char *scratch; // of the running op; ops follow each other on one stream
     size_t scratch_bytes;
+    void *dense; // a quantised weight's values, as they are used (cuda_quantized.cu)
+    size_t dense_bytes, dense_bytes_max;
     char *staging; // pinned host memory for packing weights
     size_t staging_bytes;
     struct cuda_plan plans[PLANS_MAX];
@@ -142,9 +144,22 @@ __device__ __forceinline__ float activate(float x, enum activation act)
 /* cuda_matmul.cu */
 void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                       const struct tensor *bias);
+/* l->packed of n_bytes, what belongs behind them, l->bias. */
+void cuda_weight_alloc(struct backend *b, struct linear *l, size_t n_bytes,
+                       const struct tensor *bias);
 void cuda_linear_free(struct backend *b, struct linear *l);
 void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
                  const struct linear *l, const struct epilogue *e);
+/* cuda_quantized.cu */
+void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
+                                const struct tensor *bias);
+size_t cuda_quantized_bytes(const struct linear *l);
+/* So many rows of a quantised weight can be dense at a time, all or a multiple of 64; and rows
+ * [first, first + n) of it: [n, in_dim] of l->dtype, until the next call. */
+int64_t cuda_dense_rows(struct cuda_state *s, const struct linear *l);
+const void *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t first, int64_t n);
+void cuda_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
+                          const int32_t *ids, int32_t first_row);
 /* cuda_rows.cu */
 void cuda_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
                 int32_t first_row);

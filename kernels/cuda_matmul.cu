@@ -50,19 +50,29 @@ static size_t weight_bytes(const struct linear *l)
     return (n + 255) / 256 * 256;
 }
 
-/* A copy of the bias in bfloat16 follows the weights: cuBLASLt wants it in y's type. */
-static void pack_bias(struct backend *b, struct linear *l, const struct tensor *bias)
+/* Of the weight itself; a copy of the bias in bfloat16 follows it: cuBLASLt wants it in y's type.
+ */
+static size_t held_bytes(const struct linear *l)
 {
+    return l->format == WEIGHT_FLOAT ? weight_bytes(l) : cuda_quantized_bytes(l);
+}
+
+void cuda_weight_alloc(struct backend *b, struct linear *l, size_t n_bytes,
+                       const struct tensor *bias)
+{
+    l->packed_bytes = n_bytes + (bias ? (size_t)l->out_dim * sizeof(uint16_t) : 0);
+    l->packed = b->ops->alloc(b, l->packed_bytes);
+    l->bias = NULL;
+    if (!bias)
+        return;
     float *wide = (float *)xcalloc((size_t)l->out_dim, sizeof(float));
     uint16_t *half = (uint16_t *)xcalloc((size_t)l->out_dim, sizeof(uint16_t));
-
     tensor_widen(wide, bias->data, bias->dtype, l->out_dim);
     for (int64_t i = 0; i < l->out_dim; i++)
         half[i] = f32_to_bf16(wide[i]);
     l->bias = (float *)b->ops->alloc(b, (size_t)l->out_dim * sizeof(float));
     b->ops->upload(b, l->bias, wide, (size_t)l->out_dim * sizeof(float));
-    b->ops->upload(b, (char *)l->packed + weight_bytes(l), half,
-                   (size_t)l->out_dim * sizeof(uint16_t));
+    b->ops->upload(b, (char *)l->packed + n_bytes, half, (size_t)l->out_dim * sizeof(uint16_t));
     b->ops->sync(b);
     free(half);
     free(wide);
@@ -79,11 +89,8 @@ void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const 
     if (rows_at_once < 1)
         BUG("a weight's row of %zu bytes is larger than the staging buffer", row_bytes);
     if (first == 0) {
-        l->packed_bytes = weight_bytes(l) + (bias ? (size_t)l->out_dim * sizeof(uint16_t) : 0);
-        l->packed = b->ops->alloc(b, l->packed_bytes);
-        l->bias = NULL;
-        if (bias)
-            pack_bias(b, l, bias);
+        l->format = WEIGHT_FLOAT;
+        cuda_weight_alloc(b, l, weight_bytes(l), bias);
     }
     for (int64_t row = 0; row < n_rows; row += rows_at_once) {
         int64_t n = n_rows - row < rows_at_once ? n_rows - row : rows_at_once;
@@ -99,8 +106,10 @@ void cuda_linear_free(struct backend *b, struct linear *l)
 {
     b->ops->free(b, l->packed);
     b->ops->free(b, l->bias);
+    b->ops->free(b, l->group_of);
     l->packed = NULL;
     l->bias = NULL;
+    l->group_of = NULL;
 }
 
 /* ---- one product by cuBLASLt ---- */
@@ -113,6 +122,7 @@ static cudaDataType_t blas_type(enum dtype t)
 /* y [m, n] <- x [m, k] w[n, k]^T (+ bias [n] of y's type) (+ residual, strided as y) */
 struct product {
     int64_t m, n, k, ld_w, ld_x, ld_y; // elements
+    int64_t n_whole;                   // outputs of the weight that these n are of
     enum dtype type, type_y;
     const void *w, *x, *bias, *residual;
     void *y;
@@ -161,7 +171,7 @@ static void describe_product(const struct product *p, int64_t m, int64_t n,
 static void choose_algorithm(struct cuda_state *s, const struct product *p, int alignment,
                              struct cuda_plan *plan)
 {
-    int64_t n = s->deterministic ? PLAN_OUT : p->n;
+    int64_t n = s->deterministic ? PLAN_OUT : p->n_whole;
     cublasLtMatmulDescOpaque_t desc;
     cublasLtMatrixLayoutOpaque_t w, x, y;
     cublasLtMatmulPreferenceOpaque_t preference;
@@ -196,7 +206,7 @@ static const struct cuda_plan *plan_for(struct cuda_state *s, const struct produ
     struct cuda_plan want;
 
     memset(&want, 0, sizeof(want));
-    want.n = p->n;
+    want.n = p->n_whole;
     want.k = p->k;
     want.ld_w = p->ld_w;
     want.ld_x = p->ld_x;
@@ -316,6 +326,28 @@ static void *row_at(const struct tensor *t, int64_t row)
     return (char *)t->data + (size_t)(row * t->row_stride) * dtype_size(t->dtype);
 }
 
+/* Of p, whose k is the whole: each lane's own product, `stride` elements of y behind the last's. */
+static void multiply_lanes(struct cuda_state *s, const struct matmul_call *c,
+                           const struct product *p, int64_t stride)
+{
+    const struct linear *l = c->l;
+
+    for (int lane = 0; lane < c->n_lanes; lane++) {
+        struct product part = *p;
+        int64_t start = c->n_lanes == 1 ? 0 : l->lane_start[lane];
+        int64_t end = c->n_lanes == 1 ? l->in_dim : l->lane_start[lane + 1];
+        part.k = end - start;
+        part.w = (const char *)p->w + (size_t)start * dtype_size(l->dtype);
+        part.x = (const char *)p->x + (size_t)start * dtype_size(l->dtype);
+        part.y = (char *)p->y + (size_t)(lane * stride) * dtype_size(c->sum_type);
+        if (part.k > 0)
+            multiply(s, &part);
+        else // only of several, whose rows lie one behind the other: what is between is this lane's
+            CUDA_CHECK(cudaMemsetAsync(
+                part.y, 0, (size_t)((p->m - 1) * p->ld_y + p->n) * sizeof(float), s->stream));
+    }
+}
+
 static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t first, int64_t n)
 {
     struct cuda_state *s = cuda_state_of(b);
@@ -324,7 +356,7 @@ static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t 
     struct product p = {};
 
     p.m = n;
-    p.n = l->out_dim;
+    p.n_whole = l->out_dim;
     p.ld_w = l->in_dim;
     p.type = l->dtype;
     p.type_y = c->sum_type;
@@ -344,22 +376,20 @@ static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t 
     p.ld_y = c->direct || c->into_y ? c->y->row_stride : l->out_dim;
     if (c->direct && l->bias)
         p.bias = c->sum_type == DTYPE_F32 ? (const void *)l->bias
-                                          : (const char *)l->packed + weight_bytes(l);
+                                          : (const char *)l->packed + held_bytes(l);
     if (c->direct && c->e && c->e->residual)
         p.residual = row_at(c->e->residual, first);
-    for (int lane = 0; lane < c->n_lanes; lane++) {
+    /* A quantised weight becomes dense a part of its rows at a time. */
+    int64_t step = l->format == WEIGHT_FLOAT ? l->out_dim : cuda_dense_rows(s, l);
+    for (int64_t row = 0; row < l->out_dim; row += step) {
         struct product part = p;
-        int64_t start = c->n_lanes == 1 ? 0 : l->lane_start[lane];
-        int64_t end = c->n_lanes == 1 ? l->in_dim : l->lane_start[lane + 1];
-        part.k = end - start;
-        part.w = (const char *)l->packed + (size_t)start * dtype_size(l->dtype);
-        part.x = (const char *)p.x + (size_t)start * dtype_size(l->dtype);
-        part.y = (char *)p.y + (size_t)lane * (size_t)(n * l->out_dim) * dtype_size(c->sum_type);
-        if (part.k > 0)
-            multiply(s, &part);
-        else
-            CUDA_CHECK(
-                cudaMemsetAsync(part.y, 0, (size_t)(n * l->out_dim) * sizeof(float), s->stream));
+        size_t size = dtype_size(c->sum_type);
+        part.n = step < l->out_dim - row ? step : l->out_dim - row;
+        part.w = l->format == WEIGHT_FLOAT ? l->packed : cuda_expand(s, l, row, part.n);
+        part.y = (char *)p.y + (size_t)row * size;
+        part.bias = p.bias ? (const char *)p.bias + (size_t)row * size : NULL;
+        part.residual = p.residual ? (const char *)p.residual + (size_t)row * size : NULL;
+        multiply_lanes(s, c, &part, n * l->out_dim);
     }
     if (c->direct)
         return;

@@ -39,6 +39,7 @@ void case_report(void);
 struct backend *case_open(enum dtype activation_dtype, int deterministic);
 
 int cuda_matmul_tests(void);
+int cuda_quantized_tests(void);
 int cuda_row_tests(void);
 int cuda_attention_tests(void);
 

@@ -77,7 +77,7 @@ static int check(struct backend *b, const float *y, float want, int n)
 
 int main(int argc, char **argv)
 {
-    struct cuda_options o = {0, DTYPE_F32, 0, 1 << 20};
+    struct cuda_options o = {0, DTYPE_F32, 0, 1 << 20, 0};
     struct backend *b = backend_cuda_open(&o);
     cudaStream_t stream = (cudaStream_t)backend_cuda_stream(b);
     float *x = (float *)b->ops->alloc(b, 512 * sizeof(float)), ones[512];

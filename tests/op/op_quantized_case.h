@@ -1,0 +1,27 @@
+/*
+ * Random quantised weights for the op tests of every back end, and the dense weight they stand for.
+ */
+#ifndef INTERNVLD_TESTS_OP_QUANTIZED_CASE_H
+#define INTERNVLD_TESTS_OP_QUANTIZED_CASE_H
+
+#include "kernels/quantized.h"
+
+struct quantized_shape {
+    int m, n, k, n_lanes;
+    int group_size, group_phase; // columns; 0: the whole row
+};
+extern const struct quantized_shape quantized_shapes[];
+extern const int n_quantized_shapes;
+
+enum { WITH_ZEROS = 1, WITH_ORDER = 2, QUANTIZED_VARIANTS = 4 };
+
+/* 1 when the format can have what the variant asks for. */
+int quantized_case_takes(enum weight_format f, int variant);
+/* W [s->n, s->k]: codes of every value the format has, scales of both signs. `integer` draws from
+ * [0, n). */
+struct quantized quantized_case(const struct quantized_shape *s, enum weight_format f, int variant,
+                                int (*integer)(int n));
+void quantized_case_release(struct quantized *q);
+float *quantized_case_values(const struct quantized *q); // [out_dim, in_dim]; caller frees
+
+#endif
