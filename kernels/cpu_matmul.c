@@ -46,6 +46,7 @@ static int64_t n_blocks_of(int64_t out_dim)
 /* ---- packing weights ---- */
 
 struct pack_job {
+    const struct cpu_vector_ops *vector;
     struct linear *l;
     int64_t first_row; // of the weight, in w
     const struct tensor *w;
@@ -65,6 +66,22 @@ static uint16_t element_bf16(const void *row, enum dtype t, int64_t k)
     if (t == DTYPE_BF16)
         return ((const uint16_t *)row)[k];
     return f32_to_bf16(element_f32(row, t, k));
+}
+
+/* A lane that is stored as it is to be packed is words of 4 bytes to transpose: a float32 each, or
+ * a pair of bfloat16. Returns 0 where it is not. */
+static int pack_words(const struct pack_job *job, void *dst, const void *const *rows, int64_t k0,
+                      int64_t k1)
+{
+    const struct tensor *w = job->w;
+    const int64_t per_word = job->steps.step;
+    const char *from = (const char *)rows[0] + (size_t)k0 * dtype_size(w->dtype);
+    if (w->dtype != job->l->dtype || !rows[15] || (uintptr_t)from % 4 != 0 ||
+        (k1 - k0) % per_word != 0 || w->row_stride % per_word != 0)
+        return 0;
+    job->vector->transpose(dst, 16, (const uint32_t *)(const void *)from, w->row_stride / per_word,
+                           16, (k1 - k0) / per_word);
+    return 1;
 }
 
 /* Columns [k0, k1) of 16 rows (the last block's missing rows are NULL and become 0). */
@@ -105,6 +122,9 @@ static void pack_work(void *arg, int thread, int n_threads)
         for (int i = 0; i < l->n_lanes; i++) {
             int64_t at =
                 (job->first_row / 16 + block) * block_elements + s->start[i] * s->step * 16;
+            if (pack_words(job, (char *)l->packed + (size_t)at * dtype_size(l->dtype), rows,
+                           l->lane_start[i], l->lane_start[i + 1]))
+                continue;
             if (l->dtype == DTYPE_F32)
                 pack_lane_f32((float *)l->packed + at, rows, job->w->dtype, l->lane_start[i],
                               l->lane_start[i + 1]);
@@ -118,7 +138,7 @@ static void pack_work(void *arg, int thread, int n_threads)
 void cpu_linear_pack(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                      const struct tensor *bias)
 {
-    struct pack_job job = {.l = l, .first_row = first, .w = w};
+    struct pack_job job = {.vector = cpu_state(b)->vector, .l = l, .first_row = first, .w = w};
     steps_init(&job.steps, l);
     if (first == 0) {
         size_t block_bytes = (size_t)(job.steps.n * job.steps.step * 16) * dtype_size(l->dtype);

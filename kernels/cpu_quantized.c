@@ -82,14 +82,16 @@ static void pack_codes(const struct pack_job *job, uint8_t *dst, int64_t row, in
     const int is_4_bit = weight_format_bits(l->format) == 4;
     const int is_integer = l->format == WEIGHT_INT8 || l->format == WEIGHT_INT8_127;
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    uint8_t *words = dst + job->at.lane_unit[lane] * UNIT_BYTES + (j % 8) * 8;
-    for (int64_t k = 0; k < n_k; k++) {
-        uint8_t *word = words + k / job->at.unit * UNIT_BYTES + k % 2 * 4;
-        int64_t field = k % job->at.unit / 2 * 2 + j / 8;
-        if (is_4_bit)
-            word[field / 2] |= (uint8_t)(codes[k] << field % 2 * 4);
-        else
-            word[field] = is_integer ? codes[k] ^ 0x80 : codes[k];
+    uint8_t *word = dst + job->at.lane_unit[lane] * UNIT_BYTES + (j % 8) * 8;
+    const int unit = is_4_bit ? 8 : 4, half = j / 8;
+    for (int64_t k = 0; k < n_k; k += unit, word += UNIT_BYTES) {
+        for (int i = 0; i < unit && k + i < n_k; i++) {
+            if (is_4_bit)
+                word[i % 2 * 4 + i / 2] |= (uint8_t)(codes[k + i] << half * 4);
+            else
+                word[i % 2 * 4 + i / 2 * 2 + half] =
+                    is_integer ? codes[k + i] ^ 0x80 : codes[k + i];
+        }
     }
 }
 
