@@ -1,0 +1,325 @@
+"""The whole daemon at a real model's shapes, random weights, beside the machine's limits and beside peers.
+
+    python tests/bench/end_to_end.py BUILD [--model 1b] [--quantization none] [--rounds 5] [--csv FILE] [--plot FILE]
+                                     [--only decode] [--transformers] [--llama-bench PROGRAM --gguf FILE]
+
+BUILD holds daemon/internvld, client/internvl and tests/bench/op_bench. Measured are, at batch 1, a token of an answer
+(against the weights' bytes at the measured memory bandwidth), the first token of prompts of 512 and 1024 tokens, a
+picture of 1 and of 13 tiles (against their float operations at the measured peak of bfloat16), and 16 answers at once.
+Every round of a measure takes the limits, the daemon and the peers in turn; medians are printed. Transformers (with PyTorch, in
+bfloat16, by this Python) and llama.cpp's llama-bench (on a file that end_to_end_gguf.py makes, text alone) are peers
+where they are asked for.
+"""
+import argparse
+import csv
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/gateway"))
+import daemon  # noqa: E402
+
+PROMPTS, TILES, ANSWER, STREAMS = (512, 1024), (1, 13), 32, 16
+BITS = {"none": 16, "int8": 8, "int4": 4.25, "bitsandbytes-nf4": 4.5}  # of a weight, with its share of a scale
+
+
+class Work:
+    """What one token, one prompt and one tile cost, from config.json."""
+
+    def __init__(self, config, quantization):
+        t, v = config["text_config"], config["vision_config"]
+        dim, heads, kv = t["hidden_size"], t["num_attention_heads"], t["num_key_value_heads"]
+        head = t.get("head_dim", dim // heads)
+        self.layers, self.width = t["num_hidden_layers"], heads * head
+        self.body = self.layers * (dim * (heads + 2 * kv) * head + heads * head * dim + 3 * dim * t["intermediate_size"])
+        self.logits = dim * t["vocab_size"]
+        v_dim, self.v_layers = v["hidden_size"], v["num_hidden_layers"]
+        self.tile_rows, self.v_width = (v["image_size"][0] // v["patch_size"][0]) ** 2 + 1, v_dim
+        self.vision = self.v_layers * (4 * v_dim * v_dim + 2 * v_dim * v["intermediate_size"])
+        self.projector = 4 * v_dim * dim + dim * dim
+        logits_bits = 8 if quantization == "int4" else 16 if quantization.startswith("bits") else BITS[quantization]
+        self.token_bytes = self.body * BITS[quantization] / 8 + self.logits * logits_bits / 8
+
+    def prompt_flops(self, n):
+        return 2 * n * self.body + 2 * self.logits + 2 * n * n * self.width * self.layers
+
+    def tiles_flops(self, n):
+        n_tokens = (self.tile_rows - 1) // 4
+        return n * (2 * self.tile_rows * self.vision + 4 * self.tile_rows ** 2 * self.v_width * self.v_layers
+                    + 2 * n_tokens * self.projector)
+
+
+def make_model(folder, name):
+    """The demo model's tokenizer and templates around the shapes of `name`."""
+    demo = ROOT / "deploy/demo/model"
+    for path in demo.glob("*"):
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+    config = json.loads((ROOT / f"tests/data/configs/internvl3-{name}/config.json").read_text())
+    own = json.loads((demo / "config.json").read_text())
+    config["image_token_id"] = own["image_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        c = json.loads((folder / file).read_text())
+        for part in (c, c.get("image_processor", {}), c.get("video_processor", {})):
+            if "size" in part:
+                part["size"] = {"height": 448, "width": 448}
+            if "max_patches" in part:
+                part["max_patches"] = 12
+        if "image_seq_length" in c:
+            c["image_seq_length"] = config["image_seq_length"]
+        (folder / file).write_text(json.dumps(c))
+    return config
+
+
+def make_picture(path, width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + bytes(i % 251 for i in range(3 * width))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(row * height, 1)) + chunk(b"IEND", b""))
+
+
+def limits(build, folder):
+    table = folder / "limits.csv"
+    subprocess.run([build / "tests/bench/op_bench", "--op", "limits", "--format", "bfloat16", "--model", "1b", "--csv",
+                    table], check=True, stdout=subprocess.DEVNULL)
+    row = next(csv.DictReader(table.open(newline="")))
+    return {"bytes": float(row["limit_gb_per_s"]) * 1e9, "flops": float(row["limit_gflop_per_s"]) * 1e9}
+
+
+class Ours:
+    name = "internvld"
+
+    def __init__(self, build, address, folder, trace):
+        self.command, self.trace = [build / "client/internvl", "bench", "--address", address, "--json"], trace
+        self.pictures = {n: folder / f"{n}.png" for n in TILES}
+        for n, path in self.pictures.items():
+            make_picture(path, *((1792, 1344) if n == 13 else (448, 448)))
+        one, many = (self.bench("--input-len", n)["prompt_tokens"] for n in (10, 110))
+        self.per_word, self.base = (many - one) / 100, one - (many - one) / 10
+
+    def bench(self, *options, requests=1):
+        words = [*self.command, "--warm-up", 0, "--num-requests", requests, "--concurrency", requests, *options]
+        done = subprocess.run([str(x) for x in words], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    def decode_s(self):
+        return self.bench("--input-len", 5, "--output-len", ANSWER)["itl_ms"]["p50"] / 1e3
+
+    def prefill_s(self, n):
+        """Of a prompt of about n tokens, scaled to n."""
+        done = self.bench("--input-len", round((n - self.base) / self.per_word), "--output-len", 1)
+        return done["ttft_ms"]["p50"] / 1e3 * n / done["prompt_tokens"]
+
+    def tiles_s(self, n):
+        """What the vision rank needed for one picture, read from the timeline."""
+        seen = len(self.spans())
+        self.bench("--image", self.pictures[n], "--input-len", 2, "--output-len", 1)
+        end = time.monotonic() + 10
+        while sum(e["args"]["tiles"] for e in self.spans()[seen:]) < n and time.monotonic() < end:
+            time.sleep(0.1)
+        return sum(e["dur"] for e in self.spans()[seen:]) / 1e6
+
+    def streams_s(self):
+        done = self.bench("--input-len", 5, "--output-len", ANSWER, requests=STREAMS)
+        return done["itl_ms"]["p50"] / 1e3 / STREAMS
+
+    def spans(self):
+        lines = self.trace.read_text().splitlines()
+        found = [json.loads(x.rstrip(",")) for x in lines if '"encode tiles"' in x]
+        return [e for e in found if e.get("ph") == "X"]
+
+
+class Transformers:
+    name = "Transformers"
+
+    def __init__(self, folder, n_threads):
+        import torch
+        import transformers
+        self.torch = torch
+        torch.set_num_threads(n_threads)
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.bfloat16)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        self.model = transformers.InternVLForConditionalGeneration(config).eval()
+
+    def run(self, ids, cache=None):
+        start = time.monotonic()
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return time.monotonic() - start, out
+
+    def prompt(self, n, rows=1):
+        return self.torch.arange(n).repeat(rows, 1) % 500 + 10
+
+    def decode_s(self, rows=1):
+        _, out = self.run(self.prompt(32, rows))
+        times = []
+        for _ in range(ANSWER // 2):
+            seconds, out = self.run(out.logits[:, -1:].argmax(-1), out.past_key_values)
+            times.append(seconds)
+        return statistics.median(times)
+
+    def prefill_s(self, n):
+        return self.run(self.prompt(n))[0]
+
+    def tiles_s(self, n):
+        pixels = self.torch.zeros(n, 3, 448, 448)
+        start = time.monotonic()
+        self.model.model.get_image_features(pixel_values=pixels)
+        return time.monotonic() - start
+
+    def streams_s(self):
+        return self.decode_s(STREAMS) / STREAMS
+
+
+class LlamaCpp:
+    name = "llama.cpp"
+
+    def __init__(self, program, gguf, n_threads):
+        self.command = [program, "-m", gguf, "-t", str(n_threads), "-o", "json", "-r", "1"]
+
+    def rate(self, *options):
+        done = subprocess.run([*self.command, *map(str, options)], check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)[-1]["avg_ts"]
+
+    def decode_s(self):
+        return 1 / self.rate("-p", 0, "-n", ANSWER)
+
+    def prefill_s(self, n):
+        return n / self.rate("-p", n, "-n", 0, "-ub", 1024, "-b", 1024)
+
+    def tiles_s(self, n):
+        return None
+
+    def streams_s(self):
+        return None
+
+
+MEASURES = {"decode, a token": lambda engine: engine.decode_s(),
+            **{f"prefill, {n} tokens": lambda engine, n=n: engine.prefill_s(n) for n in PROMPTS},
+            **{f"vision, {n} tiles": lambda engine, n=n: engine.tiles_s(n) for n in TILES},
+            f"{STREAMS} streams, a token": lambda engine: engine.streams_s()}
+
+
+def limit_of(work, measure, machine):
+    """Seconds that the machine's limit needs."""
+    n = next((int(x) for x in measure.replace(",", " ").split() if x.isdigit()), 1)
+    if measure.startswith("prefill"):
+        return work.prompt_flops(n) / machine["flops"]
+    if measure.startswith("vision"):
+        return work.tiles_flops(n) / machine["flops"]
+    weights = work.token_bytes / machine["bytes"]
+    return max(weights, 2 * n * (work.body + work.logits) / machine["flops"]) / n
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("build", type=lambda x: pathlib.Path(x).resolve())
+    p.add_argument("--model", default="1b", choices=["1b", "2b", "8b"])
+    p.add_argument("--quantization", default="none", choices=list(BITS))
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--only", default="", help="measures whose names begin so")
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--csv", type=pathlib.Path, help="lines are added")
+    p.add_argument("--plot", type=pathlib.Path, help="draw the lines of --csv and measure nothing")
+    p.add_argument("--transformers", action="store_true")
+    p.add_argument("--llama-bench")
+    p.add_argument("--gguf")
+    return p.parse_args()
+
+
+def measure(a, folder, config):
+    trace = folder / "trace.json"
+    os.environ.update(INTERNVLD_DAEMON=str(a.build / "daemon/internvld"), INTERNVLD_TRACE=str(trace))
+    peers = []
+    if a.transformers:
+        peers.append(Transformers(folder, a.threads))
+    if a.llama_bench:
+        peers.append(LlamaCpp(a.llama_bench, a.gguf, a.threads))
+    options = ["--load-format", "dummy", "--quantization", a.quantization, "--threads", a.threads,
+               "--max-num-batched-tokens", max(PROMPTS), "--max-vision-tiles", max(TILES), "--vision-cache-bytes", 0,
+               "--no-enable-prefix-caching"]
+    times, shares = {}, {}
+    with daemon.Daemon(model=folder, dtype="bfloat16", extra=options) as d:
+        engines = [Ours(a.build, d.address, folder, trace), *peers]
+        work = Work(config, a.quantization)
+        for name in [name for name in MEASURES for _ in range(a.rounds) if name.startswith(a.only)]:
+            for engine in engines:
+                machine = limits(a.build, folder)
+                seconds = MEASURES[name](engine)
+                if seconds is None:
+                    continue
+                times.setdefault((engine.name, name), []).append(seconds)
+                shares.setdefault((engine.name, name), []).append(limit_of(work, name, machine) / seconds)
+                print(f"  {engine.name:12s} {name:22s} {seconds * 1e3:9.1f} ms, {shares[engine.name, name][-1]:.2f} of "
+                      "the limit", flush=True)
+    return times, shares
+
+
+def plot(table, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with table.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    labels = list(dict.fromkeys((r["model"], r["quantization"], r["measure"]) for r in rows))
+    figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.33 * len(labels)))
+    for i, (engine, colour) in enumerate((("internvld", "tab:blue"), ("llama.cpp", "tab:orange"),
+                                          ("Transformers", "tab:green"))):
+        points = [(labels.index((r["model"], r["quantization"], r["measure"])) + 0.25 * (i - 1),
+                   float(r["share_of_limit"])) for r in rows if r["engine"] == engine]
+        axis.barh([y for y, _ in points], [x for _, x in points], height=0.25, color=colour, label=engine)
+    names = {"none": "bfloat16"}
+    axis.set_yticks(range(len(labels)), [f"{m}, {names.get(q, q)}: {what}" for m, q, what in labels], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.05)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("share of the machine's limit, memory's (decode) or arithmetic's; longer is faster")
+    axis.set_title("InternVL3 on two cores, random weights; llama.cpp: the nearest format of its own", fontsize=10)
+    axis.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main():
+    a = parse()
+    if a.plot:
+        return plot(a.csv, a.plot)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        config = make_model(folder, a.model)
+        times, shares = measure(a, folder, config)
+    rows = []
+    for (engine, what), values in times.items():
+        ratios = [peer / own for peer, own in zip(values, times["internvld", what])]
+        rows.append({"model": a.model, "quantization": a.quantization, "engine": engine, "measure": what,
+                     "ms": round(statistics.median(values) * 1e3, 2),
+                     "share_of_limit": round(statistics.median(shares[engine, what]), 3),
+                     "ours_faster": round(statistics.median(ratios), 2)})
+        r = rows[-1]
+        print(f"{engine:12s} {what:22s} {r['ms']:9.1f} ms  {r['share_of_limit']:5.2f} of the limit, "
+              f"internvld is {r['ours_faster']:.2f} times as fast")
+    if a.csv:
+        is_new = not a.csv.exists()
+        with a.csv.open("a", newline="") as f:
+            out = csv.DictWriter(f, rows[0])
+            if is_new:
+                out.writeheader()
+            out.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
