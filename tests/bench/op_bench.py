@@ -42,7 +42,7 @@ def plot(rows, before, path):
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(r["model"] for r in rows))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(5.6 * len(models), 10.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(models), figsize=(max(5.6 * len(models), 8), 10.5), squeeze=False)
     for axis, model in zip(axes.flat, models):
         mine = [r for r in rows if r["model"] == model]
         labels = list(dict.fromkeys(label(r) for r in mine))
@@ -57,10 +57,10 @@ def plot(rows, before, path):
         axis.set_xlabel("share of the limit, memory's or arithmetic's")
         axis.margins(y=0.01)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, loc="lower left", ncols=len(names))
+    figure.legend(handles, names, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.975), ncols=len(names))
     figure.suptitle(f"Ops beside this machine's limits, {rows[0]['isa']}, {rows[0]['threads']} threads; op, rows"
                     + ("; hollow: before" if before else ""), fontsize=11)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.975))
     figure.savefig(path, dpi=80)
 
 
