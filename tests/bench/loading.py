@@ -111,14 +111,6 @@ def start_s(model):
     return ready, float(found[1]) / 1e3, resident
 
 
-def plan_mib(build, model):
-    """{rank: (weights, KV, scratch)}"""
-    text = subprocess.run([build / "daemon/internvld", "--model", model, "--plan"], check=True, capture_output=True,
-                          text=True).stdout
-    rows = re.findall(r"^\s+(\d+)  \S.*?([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+[\d.]+$", text, re.M)
-    return {int(r[0]): tuple(map(float, r[1:])) for r in rows}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=lambda x: pathlib.Path(x).resolve())
@@ -139,13 +131,13 @@ def main():
                                   ("1b: load", lambda: start_s(large)[1])):
                 seconds.setdefault(what, []).append(measure())
         resident = start_s(large)[2]
-        plan = plan_mib(a.build, large)
+        plan = daemon.planned("--model", large)
         size = file.stat().st_size
     rows = [{"what": what, "value": round(statistics.median(v) * 1e3, 1), "unit": "ms"} for what, v in seconds.items()]
-    for rank, (weights, _, scratch) in sorted(plan.items()):
+    for rank, planned in enumerate(plan):
+        mib = (planned["weights"] + planned["scratch"]) / (1 << 20)
         rows.append({"what": f"1b: rank {rank} resident", "value": round(resident[rank], 1), "unit": "MiB"})
-        rows.append({"what": f"1b: rank {rank} weights and scratch of the plan", "value": round(weights + scratch, 1),
-                     "unit": "MiB"})
+        rows.append({"what": f"1b: rank {rank} weights and scratch of the plan", "value": round(mib, 1), "unit": "MiB"})
     for r in rows:
         print(f"{r['what']:45s} {r['value']:9.1f} {r['unit']}")
     ratio = statistics.median(x / y for x, y in zip(seconds["1b: load"], seconds["1b: read the file"]))
