@@ -162,11 +162,12 @@ static int cut_runs(const struct paged_job *job, const struct paged_tile *t, int
     return n_runs;
 }
 
-/* Pages lie anywhere, so the processor's own prefetch ends at the end of each. */
+/* Pages lie anywhere, so the processor's own prefetch ends at the end of each. Into the
+ * second-level cache: a step's keys and values can be more than the first holds. */
 static void prefetch(const char *p, int64_t n_bytes)
 {
     for (int64_t i = 0; i < n_bytes; i += 64)
-        __builtin_prefetch(p + i);
+        __builtin_prefetch(p + i, 0, 2);
 }
 
 /* The scores of all rows and the keys of the runs, which lie one behind the other. */

@@ -57,10 +57,10 @@ def plot(rows, before, path):
         axis.set_xlabel("share of the limit, memory's or arithmetic's")
         axis.margins(y=0.01)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.975), ncols=len(names))
+    figure.legend(handles, names, fontsize=8, loc="lower center", ncols=len(names))
     figure.suptitle(f"Ops beside this machine's limits, {rows[0]['isa']}, {rows[0]['threads']} threads; op, rows"
                     + ("; hollow: before" if before else ""), fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.975))
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=80)
 
 
