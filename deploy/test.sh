@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what the tests need, builds, and runs the tests through ctest: release, then under address and
-# undefined-behaviour sanitizers, then the engine and the gateway under the thread sanitizer. The long ones (hosts in
-# network namespaces, a real Slurm, many drains, races in emulated CUDA, fresh goldens) only when named.
+# undefined-behaviour sanitizers, then the engine and the gateway under the thread sanitizer. The long ones (hosts that
+# are lost, a real Slurm, many drains, races in emulated CUDA, fresh goldens) only when named.
 #
 #   sh deploy/test.sh [release] [asan] [tsan] [long]      no argument: the first three
 #
