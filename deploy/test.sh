@@ -50,7 +50,7 @@ for kind in $kinds; do
     # Emulated CUDA threads are stacks of their own, which the address sanitizer does not follow.
     asan) ctest --preset asan $twice -LE 'long|cuda-emulated' ;;
     # Threads are looked at, not numbers: what compares answers with answers runs in the two above.
-    tsan) ctest --preset tsan $twice -R 'engine|gateway' -E 'gateway_(equality|memory)' -LE long ;;
+    tsan) ctest --preset tsan $twice -R 'engine|gateway' -E 'gateway_(equality|memory|score|client)' -LE long ;;
     long) ctest --preset release $twice -L long ;;
     esac
     log=build/$preset/Testing/Temporary/LastTest.log
