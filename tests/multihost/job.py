@@ -43,7 +43,8 @@ class Job(daemon.Daemon):
 
         mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--quiet",
                   "--mca", "orte_launch_agent", f"sh {SUPERVISE} --once --end-limit 20 -- orted",
-                  "--mca", "orte_leave_session_attached", "1", "--mca", "plm_rsh_agent", hosts.agent, "--hostfile", hosts.hostfile(slots), "--map-by", "slot",
+                  "--mca", "orte_leave_session_attached", "1", "--mca", "plm_rsh_agent", hosts.agent,
+                  "--hostfile", hosts.hostfile(slots), "--map-by", "slot",
                   "--mca", "btl", "self,vader,tcp", "--mca", "btl_vader_single_copy_mechanism", "none",
                   "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0",
                   "--mca", "mpi_yield_when_idle", "1", "-x", daemon.MARK]
@@ -52,8 +53,7 @@ class Job(daemon.Daemon):
         if model_of_last:
             mpirun += [":", *program(n_last, model_of_last)]
         if supervised is not None:
-            mpirun = ["sh", SUPERVISE, "--port-file", self.port_file, *supervised, "--",
-                      *mpirun]
+            mpirun = ["sh", SUPERVISE, "--port-file", self.port_file, *supervised, "--", *mpirun]
         self.command = hosts.command(0, *mpirun)
         self.status, self._is_supervised = None, supervised is not None
         with open(self.log_path, "wb") as log:
