@@ -36,7 +36,7 @@ struct tile {
     int64_t a_step;
     const void *b; // block i at b + i * b_block, or at blocks[i]; row k of it at k * b_step
     int64_t b_step, b_block;
-    const void *const *blocks; // NULL, or where each block begins
+    const void *const *blocks; // NULL, or where each block begins; not of TILE_BF16_PAIRS
     int prefetch_bytes;        // this far ahead of b, where it is read from end to end; 0: not
     float *c;                  // [n_rows] rows of c_row
     int64_t c_row;

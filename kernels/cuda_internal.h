@@ -85,6 +85,12 @@ static inline struct cuda_state *cuda_state_of(struct backend *b)
         }                                                                                          \
     } while (0)
 
+/* To the alignment of cudaMalloc(): parts of one block begin there. */
+static inline size_t rounded(size_t n_bytes)
+{
+    return (n_bytes + 255) / 256 * 256;
+}
+
 static inline unsigned blocks_for(int64_t n, int per_block)
 {
     return (unsigned)((n + per_block - 1) / per_block);

@@ -45,9 +45,7 @@ static void convert_rows(void *to, enum dtype dtype, const struct tensor *w, int
 
 static size_t weight_bytes(const struct linear *l)
 {
-    size_t n = (size_t)l->out_dim * (size_t)l->in_dim * dtype_size(l->dtype);
-
-    return (n + 255) / 256 * 256;
+    return rounded((size_t)l->out_dim * (size_t)l->in_dim * dtype_size(l->dtype));
 }
 
 /* Of the weight itself; a copy of the bias in bfloat16 follows it: cuBLASLt wants it in y's type.
@@ -304,11 +302,6 @@ struct matmul_call {
     int into_y;          // cuBLASLt writes y, combine_kernel finishes it in place
     enum dtype sum_type; // of what cuBLASLt writes
 };
-
-static size_t rounded(size_t n)
-{
-    return (n + 255) / 256 * 256;
-}
 
 static size_t scratch_per_row(const struct matmul_call *c)
 {

@@ -22,11 +22,6 @@ struct codes {
     float table[16]; // of a format of 4 bits
 };
 
-static size_t rounded(size_t n)
-{
-    return (n + 255) / 256 * 256;
-}
-
 static int64_t code_row_bytes(const struct linear *l)
 {
     return weight_format_bits(l->format) == 4 ? (l->in_dim + 1) / 2 : l->in_dim;

@@ -60,6 +60,32 @@ static uint64_t held_bytes(const struct weight_spec *s, const struct weight_cut 
 #define WORKER_PROCESS_BYTES ((uint64_t)44 << 20)
 #define GATEWAY_PROCESS_BYTES ((uint64_t)64 << 20)
 
+/* What a vision rank takes beyond its weights. */
+static uint64_t vision_step_bytes(const struct model_config *c, const struct plan_settings *s)
+{
+    int64_t n_rows, n_columns;
+    vision_largest_input(c, s->max_vision_tiles, &n_rows, &n_columns);
+    return vision_scratch_bytes(c, s->max_vision_tiles) +
+           vision_host_bytes(c, s->max_vision_tiles) +
+           backend_cpu_matmul_bytes(s->cpu_isa, n_rows, n_columns, s->dtype);
+}
+
+/* What a language rank takes beyond its weights and pages. */
+static uint64_t language_step_bytes(const struct text_config *t, const struct plan_settings *s,
+                                    const struct topology *topology, const struct weight_cut *cut)
+{
+    int n_shards = s->layout.tensor_parallel;
+    int is_last = topology->stage == s->layout.pipeline_parallel - 1;
+    struct language_limits limits = {.max_tokens = s->max_num_batched_tokens,
+                                     .max_sequences = s->max_num_seqs,
+                                     .max_model_len = s->max_model_len,
+                                     .page_size = s->page_size};
+    return language_scratch_bytes(t, cut, n_shards, is_last, &limits) +
+           language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, &limits) +
+           backend_cpu_matmul_bytes(s->cpu_isa, limits.max_tokens, language_widest_input(t, cut),
+                                    s->dtype);
+}
+
 static int plan_rank(struct plan_rank *r, const struct plan *p, const struct model_config *c,
                      const struct weight_list *list, struct error *err)
 {
@@ -67,11 +93,6 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
     const struct text_config *t = &c->text;
     const struct topology *topology = &r->topology;
     struct weight_cut cut = {0};
-    int is_last = topology->stage == s->layout.pipeline_parallel - 1;
-    struct language_limits limits = {.max_tokens = s->max_num_batched_tokens,
-                                     .max_sequences = s->max_num_seqs,
-                                     .max_model_len = s->max_model_len,
-                                     .page_size = s->page_size};
     if (topology->role == ROLE_LANGUAGE &&
         weight_cut_init(&cut, t, topology->shard, s->layout.tensor_parallel, err) != 0)
         return -1;
@@ -83,22 +104,12 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
         topology->role == ROLE_GATEWAY ? GATEWAY_PROCESS_BYTES : WORKER_PROCESS_BYTES;
     if (topology->role == ROLE_GATEWAY)
         r->scratch_bytes = s->vision_cache_bytes + s->media_store_bytes;
-    if (topology->role == ROLE_VISION) {
-        int64_t n_rows, n_columns;
-        vision_largest_input(c, s->max_vision_tiles, &n_rows, &n_columns);
-        r->scratch_bytes = vision_scratch_bytes(c, s->max_vision_tiles) +
-                           vision_host_bytes(c, s->max_vision_tiles) +
-                           backend_cpu_matmul_bytes(s->cpu_isa, n_rows, n_columns, s->dtype);
-    }
+    if (topology->role == ROLE_VISION)
+        r->scratch_bytes = vision_step_bytes(c, s);
     if (topology->role != ROLE_LANGUAGE)
         return 0;
     struct range layers = shard_layers(t->n_layers, topology->stage, s->layout.pipeline_parallel);
-    r->scratch_bytes =
-        language_scratch_bytes(t, &cut, s->layout.tensor_parallel, is_last, &limits) +
-        language_host_bytes(t, &cut, s->layout.tensor_parallel, is_last && topology->shard == 0,
-                            &limits) +
-        backend_cpu_matmul_bytes(s->cpu_isa, limits.max_tokens, language_widest_input(t, &cut),
-                                 s->dtype);
+    r->scratch_bytes = language_step_bytes(t, s, topology, &cut);
     r->page_bytes = kv_page_bytes((int)layers.n, (int)cut.dense.kv_heads.n, t->head_dim,
                                   s->page_size, s->dtype);
     return 0;
