@@ -6,27 +6,25 @@
 BUILD holds daemon/internvld, client/internvl and tests/bench/op_bench. Measured are, at batch 1, a token of an answer
 (against the weights' bytes at the measured memory bandwidth), the first token of prompts of 512 and 1024 tokens, a
 picture of 1 and of 13 tiles (against their float operations at the measured peak of bfloat16), and 16 answers at once.
-Every round of a measure takes the limits, the daemon and the peers in turn; medians are printed. Transformers (with PyTorch, in
-bfloat16, by this Python) and llama.cpp's llama-bench (on a file that end_to_end_gguf.py makes, text alone) are peers
-where they are asked for.
+Every round of a measure takes the limits, the daemon and the peers in turn; medians are printed. Transformers (with
+PyTorch, in bfloat16, by this Python) and llama.cpp's llama-bench (on a file that end_to_end_gguf.py makes, text alone)
+are peers where they are asked for.
 """
 import argparse
 import csv
 import json
 import os
 import pathlib
-import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/gateway"))
 import daemon  # noqa: E402
+import made_files  # noqa: E402
 
 PROMPTS, TILES, ANSWER, STREAMS = (512, 1024), (1, 13), 32, 16
 BITS = {"none": 16, "int8": 8, "int4": 4.25, "bitsandbytes-nf4": 4.5}  # of a weight, with its share of a scale
@@ -60,34 +58,11 @@ class Work:
 
 def make_model(folder, name):
     """The demo model's tokenizer and templates around the shapes of `name`."""
-    demo = ROOT / "deploy/demo/model"
-    for path in demo.glob("*"):
-        if path.suffix != ".safetensors":
-            shutil.copy(path, folder)
     config = json.loads((ROOT / f"tests/data/configs/internvl3-{name}/config.json").read_text())
-    own = json.loads((demo / "config.json").read_text())
+    own = json.loads((daemon.DEMO_MODEL / "config.json").read_text())
     config["image_token_id"] = own["image_token_id"]
-    (folder / "config.json").write_text(json.dumps(config))
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        c = json.loads((folder / file).read_text())
-        for part in (c, c.get("image_processor", {}), c.get("video_processor", {})):
-            if "size" in part:
-                part["size"] = {"height": 448, "width": 448}
-            if "max_patches" in part:
-                part["max_patches"] = 12
-        if "image_seq_length" in c:
-            c["image_seq_length"] = config["image_seq_length"]
-        (folder / file).write_text(json.dumps(c))
+    made_files.write_model(folder, daemon.DEMO_MODEL, config, side=448, max_patches=12)
     return config
-
-
-def make_picture(path, width, height):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    row = b"\0" + bytes(i % 251 for i in range(3 * width))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-                     + chunk(b"IDAT", zlib.compress(row * height, 1)) + chunk(b"IEND", b""))
 
 
 def limits(build, folder):
@@ -105,7 +80,9 @@ class Ours:
         self.command, self.trace = [build / "client/internvl", "bench", "--address", address, "--json"], trace
         self.pictures = {n: folder / f"{n}.png" for n in TILES}
         for n, path in self.pictures.items():
-            make_picture(path, *((1792, 1344) if n == 13 else (448, 448)))
+            width, height = (1792, 1344) if n == 13 else (448, 448)
+            row = b"\0" + bytes(i % 251 for i in range(3 * width))
+            path.write_bytes(made_files.png(width, height, row * height))
         one, many = (self.bench("--input-len", n)["prompt_tokens"] for n in (10, 110))
         self.per_word, self.base = (many - one) / 100, one - (many - one) / 10
 

@@ -13,12 +13,12 @@ import sys
 import tempfile
 import time
 import unittest
-import zlib
 
 import grpc
 from grpc_tools import protoc
 
 import daemon
+import made_files
 
 ROOT = daemon.ROOT
 
@@ -79,11 +79,7 @@ def chat(*parts):
 
 
 def png(width, height, rows):
-    """A PNG file that says it has width x height RGB pixels; rows: its filtered rows, all or not."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return Picture(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b""))
+    return Picture(made_files.png(width, height, rows))
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import tempfile
 import time
 
 import daemon
+from made_files import read_tensors
 from support import DaemonTest, chat, example, examples, main
 
 SCENE = str(daemon.EXAMPLES / "scene-two.png")
@@ -141,20 +142,17 @@ class Command(DaemonTest):
         self.assertIn(f"{len(expected.token_ids)} tokens", self.internvl("tokenize", "--image", SCENE, "x"))
 
     def test_forward(self):
-        import numpy
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "out.safetensors"
             j = json.loads(self.internvl("forward", "--json", "--tensor", "logits", "--tensor", "image_features",
                                          "--output", path, "--image", SCENE, "x"))
-            raw = path.read_bytes()
-        n = int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8:8 + n])
+            tensors = read_tensors(path)
         expected, done = self.client.forward(chat(example("scene-two.png"), "x"), ["logits", "image_features"])
-        self.assertEqual(sorted(header), sorted(expected))
+        self.assertEqual(sorted(tensors), sorted(expected))
         self.assertEqual({t["name"]: t["shape"] for t in j["tensors"]}, {k: list(v.shape) for k, v in expected.items()})
         for name, value in expected.items():
-            start, end = header[name]["data_offsets"]
-            got = numpy.frombuffer(raw[8 + n + start:8 + n + end], "<f4").reshape(header[name]["shape"])
+            kind, got = tensors[name]
+            self.assertEqual(kind, "F32")
             self.assertTrue((got == value).all(), name)
         ids = ",".join(map(str, done.token_ids))
         self.assertIn("loss ", self.internvl("forward", "--ids", "1,2,3", "--labels=-100,2,3"))

@@ -10,10 +10,10 @@ process may grow by more than 64 MiB from a prompt of 64 tokens to one of 4000, 
 import json
 import pathlib
 import random
-import shutil
 import tempfile
 
 import daemon
+from made_files import write_model
 from support import SANITIZED, Client, chat, main, pb, png, unittest
 
 CHECKPOINT = daemon.ROOT / "tests/data/reference/checkpoints/ln-1b-style"
@@ -30,27 +30,15 @@ N_LOGIT_ROWS = 128  # twice what the vocabulary projection takes at once
 PLAN_SHARE = 0.02
 
 
-def change_json(path, **fields):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def make_checkpoint(folder, text, vision=None):
-    """The reference's tokenizer and processor files, and a config of other sizes; no weights."""
-    for path in CHECKPOINT.iterdir():
-        if path.suffix != ".safetensors":
-            shutil.copyfile(path, folder / path.name)
+    """The reference's files around a config of other sizes."""
     config = json.loads((CHECKPOINT / "config.json").read_text())
     config["text_config"].update(text)
     if vision:
         config["vision_config"].update(vision)
-        height, width = vision["image_size"]
-        patch = config["vision_config"]["patch_size"][0]
-        n_features = int((height // patch) * (width // patch) * config["downsample_ratio"] ** 2)
-        config["image_seq_length"] = n_features
-        change_json(folder / "processor_config.json", image_seq_length=n_features)
-        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-            change_json(folder / name, size={"height": height, "width": width})
-    (folder / "config.json").write_text(json.dumps(config))
+        n_a_side = vision["image_size"][0] // config["vision_config"]["patch_size"][0]
+        config["image_seq_length"] = int((n_a_side * config["downsample_ratio"]) ** 2)
+    write_model(folder, CHECKPOINT, config, side=vision and vision["image_size"][0])
 
 
 def peaks(d):

@@ -14,20 +14,11 @@ import sys
 import numpy
 
 import daemon
+from made_files import from_bfloat16, read_tensors
 from reference import SKIPPED, read_safetensors, reference_folder, token_prompt
 from support import Client
 
 WORST, MEAN, LEAD, TIMES_THEIRS = 0.8, 0.1, 0.5, 2.0
-
-
-def read_bfloat16(path, name):
-    """One BF16 tensor as float32."""
-    raw = path.read_bytes()
-    n = int.from_bytes(raw[:8], "little")
-    x = json.loads(raw[8:8 + n])[name]
-    start, end = x["data_offsets"]
-    bits = numpy.frombuffer(raw[8 + n + start:8 + n + end], "<u2").astype("<u4") << 16
-    return bits.view("<f4").reshape(x["shape"])
 
 
 def wrong_best(logits, expected):
@@ -46,7 +37,7 @@ def main():
     goldens = folder / "goldens" / name
     lm, vision = (read_safetensors(goldens / f"{x}.safetensors") for x in ("lm", "vision"))
     ids, expected = lm["input_ids"].reshape(-1), lm["logits"][0].astype(numpy.float64)
-    theirs = numpy.abs(read_bfloat16(goldens / "lm.safetensors", "logits_bf16")[0] - expected)
+    theirs = numpy.abs(from_bfloat16(read_tensors(goldens / "lm.safetensors")["logits_bf16"][1])[0] - expected)
     n_tiles = int((ids == config["image_token_id"]).sum()) // config["image_seq_length"]
     prompt = token_prompt(ids, vision["pixel_values"][:n_tiles])
     first, n_failures = None, 0

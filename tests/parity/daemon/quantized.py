@@ -15,6 +15,7 @@ import numpy
 
 import daemon
 import quantized_files as files
+from made_files import read_tensors, write_tensors
 from support import SANITIZED, Client, answer_bits, at_once
 
 K_PROJ = "language_model.model.layers.1.self_attn.k_proj.weight"  # left as floats: its q_proj and v_proj are not
@@ -98,12 +99,12 @@ def check(name, folder):
 def check_refusals(model):
     """One line that names what is wrong, whether or not anything is loaded. `model` has AWQ's files."""
     failures = []
-    tensors = files.read_any(model / "model.safetensors")
+    tensors = read_tensors(model / "model.safetensors")
     o_proj = "language_model.model.layers.0.self_attn.o_proj"
 
     def refused(what, words, spoil=None, extra=()):
         if spoil:
-            files.write(model / "model.safetensors", spoil)
+            write_tensors(model / "model.safetensors", spoil)
         done = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", str(model), "--plan", *extra],
                               capture_output=True, text=True)
         good = done.returncode != 0 and all(x in done.stderr.splitlines()[0] for x in words)
@@ -113,7 +114,7 @@ def check_refusals(model):
     refused("an option besides", ["--quantization int8", "awq"], extra=["--quantization", "int8"])
     refused("random weights", ["--load-format dummy", "quantization_config"], extra=["--load-format", "dummy"])
     bias = numpy.zeros(256, numpy.float16)
-    files.write(model / "model.safetensors", tensors | {f"{o_proj}.bias": ("F16", bias)})
+    write_tensors(model / "model.safetensors", tensors | {f"{o_proj}.bias": ("F16", bias)})
     planned_bytes(model, 1)  # zeros are taken
     refused("a bias that the model has not", [f"{o_proj}.bias", "not expected"],
             tensors | {f"{o_proj}.bias": ("F16", bias + 1)})

@@ -11,6 +11,7 @@ import shutil
 import numpy
 
 import daemon
+from made_files import from_bfloat16, read_tensors, write_tensors
 
 LANGUAGE = ("self_attn.", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 VISION = ("attention.", "mlp.fc", "linear_")
@@ -23,35 +24,6 @@ FP4 = numpy.concatenate([FP4_HALF, -FP4_HALF])
 E4M3 = numpy.array([m / 512 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:127],
                    numpy.float32)  # without the code that is no number
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-
-
-# ---- safetensors ----
-
-KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8", "U8": "u1", "I8": "i1", "F8_E4M3": "u1"}
-
-
-def read_any(path):
-    """{name: (type, array)}"""
-    raw = path.read_bytes()
-    n = int.from_bytes(raw[:8], "little")
-    return {name: (x["dtype"], numpy.frombuffer(raw[8 + n + x["data_offsets"][0]:8 + n + x["data_offsets"][1]],
-                                                KINDS[x["dtype"]]).reshape(x["shape"]))
-            for name, x in json.loads(raw[8:8 + n]).items() if name != "__metadata__"}
-
-
-def read(path):
-    """The demo model's, as float32: it is stored in bfloat16."""
-    return {name: (x.astype("<u4") << 16).view("<f4") for name, (kind, x) in read_any(path).items()}
-
-
-def write(path, tensors):
-    header, at = {}, 0
-    for name, (kind, x) in tensors.items():
-        header[name] = dict(dtype=kind, shape=list(x.shape), data_offsets=[at, at + x.nbytes])
-        at += x.nbytes
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text +
-                     b"".join(numpy.ascontiguousarray(x).tobytes() for _, x in tensors.values()))
 
 
 # ---- methods ----
@@ -162,7 +134,8 @@ def chosen(language, vision=None, vocabulary=None, but=()):
 def make(folder, method, config, where=None, half=False):
     """folder/quantised and folder/floats. `config` is the quantization_config, in the object `where` of config.json;
     half: what is not quantised is kept in float16."""
-    names = read(daemon.DEMO_MODEL / "model.safetensors")
+    stored = read_tensors(daemon.DEMO_MODEL / "model.safetensors")
+    names = {name: from_bfloat16(x) for name, (_, x) in stored.items()}
     quantised, floats = {}, {}
     for name, x in names.items():
         as_floats = ("F16", x.astype(numpy.float16)) if half else ("F32", x)
@@ -178,7 +151,7 @@ def make(folder, method, config, where=None, half=False):
     for kind, tensors in (("quantised", quantised), ("floats", floats)):
         to = pathlib.Path(folder) / kind
         shutil.copytree(daemon.DEMO_MODEL, to)
-        write(to / "model.safetensors", tensors)
+        write_tensors(to / "model.safetensors", tensors)
         made.append(to)
     text = json.loads((daemon.DEMO_MODEL / "config.json").read_text())
     (text[where] if where else text)["quantization_config"] = config
