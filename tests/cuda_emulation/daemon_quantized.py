@@ -1,4 +1,4 @@
-"""Weights of fewer bits on the emulated CUDA back end, beside the CPU's in the same daemon: tokens and log-probabilities.
+"""Weights of fewer bits on the emulated CUDA back end, beside the CPU in the same daemon: tokens, log-probabilities.
 
     daemon_quantized.py [METHOD...]
 
