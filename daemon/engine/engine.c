@@ -3,7 +3,8 @@
  * what they say into messages and stream pushes. See engine.h.
  *
  * One round of the loop: take in new requests, end the cancelled and the late, deal out tiles, send
- * steps while there are free slots, publish figures, sleep in epoll, take in what workers sent.
+ * steps while there are free slots, push the tokens that could wait for that, publish figures,
+ * sleep in epoll, take in what workers sent.
  * Everything below `struct engine`'s mutex comment is touched by the thread alone. It must not know
  * gRPC, models, or what a policy is.
  */
@@ -58,6 +59,7 @@ struct engine {
     struct scheduler scheduler;
     struct vision_stage vision;
     struct flight *flights; // [n_batches_in_flight]
+    struct flight late;     // events of the scheduler's latest update are still to be pushed
     uint64_t n_finished, n_tiles;
     struct observations observed;
 };
@@ -134,10 +136,13 @@ static void trace_request(const struct ticket *t)
     trace_phase(t->number, r->id, "decode", t->prefill_end_ns, now);
 }
 
+static void push_late(struct engine *e);
+
 /* The ticket's last moment: pages go back, the stream ends, the request is freed. err NULL: all
  * went well. */
 static void end_request(struct engine *e, struct ticket *t, const struct error *err)
 {
+    push_late(e);
     struct usage u;
     struct timing m;
     enum finish_reason finish = t->finish;
@@ -506,25 +511,55 @@ static void push_event(struct engine *e, const struct token_event *event, uint64
     }
 }
 
-/* All results of a step are there: tokens go to their streams, ended requests leave. */
+static void release_flight(struct flight *f)
+{
+    step_result_release(&f->result);
+    message_unref(f->message);
+    *f = (struct flight){0};
+}
+
+/* A token that ends nothing, and whose text cannot, changes no plan: its stream may have it when
+ * the next step is on its way. */
+static int can_wait(const struct token_event *event)
+{
+    return event->sample && event->finish == FINISH_NONE && event->ticket->request &&
+           event->ticket->request->n_stop_strings == 0;
+}
+
+/* Before a ticket of the latest update may be freed, and before the next update. */
+static void push_late(struct engine *e)
+{
+    struct flight late = e->late;
+    uint64_t now = clock_now_ns();
+    if (!late.message)
+        return;
+    e->late = (struct flight){0};
+    for (int32_t i = 0; i < e->scheduler.n_events; i++)
+        if (can_wait(&e->scheduler.events[i]))
+            push_event(e, &e->scheduler.events[i], now);
+    trace_end("push tokens", now, "step", (int64_t)late.result.step_id);
+    release_flight(&late);
+}
+
+/* All results of a step are there: ended requests leave, tokens go to their streams. */
 static void complete_step(struct engine *e, struct step *p, struct flight *f)
 {
     struct scheduler *s = &e->scheduler;
+    push_late(e);
     if (f->result.n_samples != p->n_samples)
         die("step %llu came back with %d samples of %d", (unsigned long long)p->step_id,
             f->result.n_samples, p->n_samples);
     uint64_t now = clock_now_ns();
     histogram_add(&e->observed.iteration_tokens, p->n_tokens);
     scheduler_update(s, p, f->result.samples, f->result.n_samples, now);
+    e->late = *f;
+    *f = (struct flight){0};
     for (int32_t i = 0; i < s->n_events; i++)
-        push_event(e, &s->events[i], now);
+        if (!can_wait(&s->events[i]))
+            push_event(e, &s->events[i], now);
     for (int32_t i = 0; i < s->n_events; i++)
         if (s->events[i].ticket->request && s->events[i].ticket->n_unfinished == 0)
             end_request(e, s->events[i].ticket, NULL);
-    trace_end("push tokens", now, "step", (int64_t)f->result.step_id);
-    step_result_release(&f->result);
-    message_unref(f->message);
-    *f = (struct flight){0};
 }
 
 static void take_result(struct engine *e, struct message *m)
@@ -667,6 +702,7 @@ static void *run(void *arg)
         uint64_t next_deadline = sweep(e);
         send_tiles(e);
         send_steps(e);
+        push_late(e);
         publish(e);
         wait_for_events(e, next_deadline);
         receive(e);
@@ -861,10 +897,8 @@ void engine_close(struct engine *e)
     pthread_mutex_unlock(&e->mutex);
     wake(e);
     pthread_join(e->thread, NULL);
-    for (int32_t i = 0; i < e->config.n_batches_in_flight; i++) {
-        step_result_release(&e->flights[i].result);
-        message_unref(e->flights[i].message);
-    }
+    for (int32_t i = 0; i < e->config.n_batches_in_flight; i++)
+        release_flight(&e->flights[i]);
     free(e->flights);
     scheduler_release(&e->scheduler);
     vision_stage_release(&e->vision);

@@ -355,6 +355,11 @@ int listener_n_connections(struct listener *l)
     return l->n_connections;
 }
 
+void listener_hold_writes(int fd, int is_held)
+{
+    setsockopt(fd, IPPROTO_TCP, TCP_CORK, &is_held, sizeof(is_held));
+}
+
 void listener_close(struct listener *l)
 {
     if (!l)

@@ -29,6 +29,10 @@ int listener_n_unsent(struct listener *l);
  * their owners see the end of the stream, and can still write. */
 void listener_end_reading(struct listener *l);
 int listener_n_connections(struct listener *l); // accepted and not closed; after listener_stop()
-void listener_close(struct listener *l);        // stops first; NULL allowed
+/* While `is_held` is 1 the system gathers what is written to a TCP connection (TCP_CORK, 200 ms at
+ * most), so that many small messages leave as one. Any thread; of a descriptor that is no longer a
+ * connection it does nothing that lasts. */
+void listener_hold_writes(int fd, int is_held);
+void listener_close(struct listener *l); // stops first; NULL allowed
 
 #endif

@@ -7,6 +7,9 @@
  *   - gzip is decompressed before the size limit: compression is switched off
  *   - an empty batch posts its tag at once: that wakes the completion thread
  *   - a call that meets a shutdown is ended CANCELLED: connections are ended before it
+ *   - every message is a write to its socket, also where others of its connection wait in the
+ *     completion queue: the socket is told to gather them. A call's peer is "fd:N" when its
+ *     connection was given as a descriptor
  */
 #include "daemon/gateway/rpc.h"
 
@@ -17,11 +20,13 @@
 #include <grpc/grpc_posix.h>
 #include <grpc/grpc_security.h>
 #include <grpc/slice.h>
+#include <grpc/support/alloc.h>
 #include <grpc/support/log.h>
 #include <grpc/support/time.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -43,6 +48,8 @@
 #define HANG_UP_MS 1000           // for connections to close, then for the server
 #define DEADLINE_SLACK_NS 2000000 // the library's timer may fire this much early
 #define GENERIC (-1)
+#define HELD_MAX 16     // connections whose writes are gathered at a time
+#define HELD_NS 1000000 // and for how long at most
 
 struct rpc_tag { // what the completion queue hands back; set when the call is made, then only read
     void (*fire)(struct rpc_call *c, int ok);
@@ -62,6 +69,8 @@ struct rpc_server {
     grpc_server_credentials *credentials;
     struct rpc_tag down_tag;
     atomic_int is_serving, is_closing, is_ending_streams;
+    int held[HELD_MAX], n_held; // the completion thread's: connections that gather writes
+    uint64_t held_since_ns;
 
     pthread_mutex_t mutex; // guards what follows
     pthread_cond_t changed;
@@ -79,6 +88,7 @@ struct rpc_call {
     struct rpc_tag new_tag, close_tag, read_tag, write_tag, status_tag, wake_tag;
     atomic_int n_refs, is_woken;
     uint64_t arrival_ns, deadline_ns;
+    int fd;                           // of its connection, -1: not known
     struct rpc_call *next, *previous; // in open_calls, under the server's mutex
     int is_listed;
 
@@ -490,6 +500,18 @@ void rpc_read_next(struct rpc_call *c)
         refuse_shutdown(c);
 }
 
+/* The descriptor of the call's connection, -1 when its peer does not say. */
+static int connection_of(const struct rpc_call *c)
+{
+    char *peer = grpc_call_get_peer(c->call);
+    int fd;
+
+    if (!peer || sscanf(peer, "fd:%d", &fd) != 1)
+        fd = -1;
+    gpr_free(peer);
+    return fd;
+}
+
 static int has_token(const struct rpc_call *c)
 {
     for (size_t i = 0; i < c->metadata.count; i++) {
@@ -513,6 +535,7 @@ static void on_new(struct rpc_call *c, int ok)
         return;
     arm(s, c->method);
     list_call(c);
+    c->fd = connection_of(c);
     c->arrival_ns = clock_now_ns();
     c->deadline_ns = deadline_ns_of(c->method == GENERIC ? c->details.deadline : c->deadline);
     op.data.recv_close_on_server.cancelled = &c->close_flag;
@@ -549,28 +572,68 @@ static void arm(struct rpc_server *s, int method)
         BUG("grpc_server_request_call: %s", grpc_call_error_to_string(e));
 }
 
+/* ---- the completion thread ---- */
+
+static void release_writes(struct rpc_server *s)
+{
+    for (int i = 0; i < s->n_held; i++)
+        listener_hold_writes(s->held[i], 0);
+    s->n_held = 0;
+}
+
+/* A call that was woken will write, and something else waits in the queue, most likely another
+ * call of the same step: their messages leave together. */
+static void hold_writes(struct rpc_server *s, int fd)
+{
+    for (int i = 0; i < s->n_held; i++)
+        if (s->held[i] == fd)
+            return;
+    if (fd < 0 || s->n_held == HELD_MAX)
+        return;
+    if (s->n_held == 0)
+        s->held_since_ns = clock_now_ns();
+    s->held[s->n_held++] = fd;
+    listener_hold_writes(fd, 1);
+}
+
+static void fire(struct rpc_server *s, const grpc_event *ev, int is_last)
+{
+    struct rpc_tag *tag = ev->tag;
+
+    if (tag == &s->down_tag) {
+        pthread_mutex_lock(&s->mutex);
+        s->is_down = 1;
+        pthread_cond_broadcast(&s->changed);
+        pthread_mutex_unlock(&s->mutex);
+        return;
+    }
+    struct rpc_call *c = tag->call;
+    if (tag == &c->wake_tag && !is_last)
+        hold_writes(s, c->fd);
+    tag->fire(c, ev->success);
+    rpc_call_unref(c);
+}
+
 static void *completion_loop(void *arg)
 {
     struct rpc_server *s = arg;
+    const gpr_timespec forever = gpr_inf_future(GPR_CLOCK_REALTIME);
+    const gpr_timespec at_once = gpr_inf_past(GPR_CLOCK_REALTIME);
 
     trace_name_thread("calls");
     for (;;) {
-        grpc_event ev =
-            grpc_completion_queue_next(s->queue, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
-        struct rpc_tag *tag = ev.tag;
+        grpc_event ev = grpc_completion_queue_next(s->queue, forever, NULL);
 
+        while (ev.type == GRPC_OP_COMPLETE) {
+            grpc_event next = grpc_completion_queue_next(s->queue, at_once, NULL);
+
+            fire(s, &ev, next.type != GRPC_OP_COMPLETE);
+            if (next.type != GRPC_OP_COMPLETE || clock_now_ns() - s->held_since_ns > HELD_NS)
+                release_writes(s);
+            ev = next;
+        }
         if (ev.type == GRPC_QUEUE_SHUTDOWN)
             return NULL;
-        if (tag == &s->down_tag) {
-            pthread_mutex_lock(&s->mutex);
-            s->is_down = 1;
-            pthread_cond_broadcast(&s->changed);
-            pthread_mutex_unlock(&s->mutex);
-            continue;
-        }
-        struct rpc_call *c = tag->call;
-        tag->fire(c, ev.success);
-        rpc_call_unref(c);
     }
 }
 
