@@ -9,7 +9,8 @@
 #   exit status                        0 after a drain; COMMAND's when it was a wrong command line (2) or --once
 #   --once                             no restart: for systemd and Slurm, which have their own
 #   --start-limit SECONDS              kill a start that has not written --port-file FILE by then [600]
-#   --end-limit SECONDS                kill COMMAND that long after its last rank here [1, in a drain 4]
+#   --end-limit SECONDS                kill COMMAND that long after its last rank here [1, in a drain 4, and 0.5 where the
+#                                      last rank left FILE, which a daemon that has drained takes away]
 #
 # mpirun cannot be left alone: when the link to a host is dead it waits for that host for ever, though all of its
 # ranks here have ended; so it does now and then when a rank died while it came up (parallel/launch_mpirun.c). So when
@@ -28,7 +29,7 @@ while [ $# -gt 0 ]; do
     --start-limit) start_limit=$2 && shift ;;
     --end-limit) end_limit=$2 && shift ;;
     -h | --help)
-        sed -n '2,20s/^# \{0,1\}//p' "$0"
+        sed -n '2,21s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
     --)
@@ -63,9 +64,9 @@ ask() {
 trap ask TERM INT HUP USR1
 
 # These ask /proc twice a second, and start no program where the shell itself can read.
-now() {
+now() { # in hundredths of a second
     read -r uptime _ </proc/uptime
-    now=${uptime%%.*}
+    now=${uptime%.*}${uptime#*.}
 }
 trap : CHLD
 nap() { # less when a signal comes, or COMMAND ends
@@ -87,28 +88,45 @@ has_ranks() { # of mpirun, on this host; a zombie's environment is empty
     return 1
 }
 
+# For COMMAND to end by itself when its ranks have ended, in hundredths of a second.
+set_patience() {
+    if [ -n "$end_limit" ]; then
+        patience=$((100 * end_limit))
+    elif [ -n "$port_file" ] && [ -s "$port_file" ]; then
+        patience=50 # a rank was lost
+    elif [ $n_asked -gt 0 ]; then
+        patience=400
+    else
+        patience=100
+    fi
+}
+
 # Until COMMAND ends; ends it itself where it would not. Sets `status`.
 watch() {
-    had_ranks=0 n_without=0 started=$now is_ready=0
+    had_ranks=0 empty_since='' started=$now is_ready=0
     while is_alive "$child"; do
+        now
+        look=0.5
         if has_ranks "$child"; then
-            had_ranks=1 n_without=0
+            had_ranks=1 empty_since=''
         elif [ $had_ranks = 1 ]; then
-            n_without=$((n_without + 1))
-        fi
-        if [ $n_without -gt $((2 * ${end_limit:-$((n_asked > 0 ? 4 : 1))})) ]; then # looks
-            say "$command_name has no rank left here and does not end (a host that cannot be reached?): killing it"
-            kill -KILL "$child" 2>/dev/null
+            look=0.1
+            : "${empty_since:=$now}"
+            set_patience
+            if [ $((now - empty_since)) -ge $patience ]; then
+                say "$command_name has no rank left here and does not end (a host that cannot be reached?): killing it"
+                kill -KILL "$child" 2>/dev/null
+            fi
         fi
         if [ -n "$port_file" ] && [ $is_ready = 0 ]; then
             if [ -s "$port_file" ]; then
                 is_ready=1
-            elif now && [ $((now - started)) -gt "$start_limit" ]; then
+            elif [ $((now - started)) -gt $((100 * start_limit)) ]; then
                 say "not ready after $start_limit s: killing $command_name"
                 kill -KILL "$child" 2>/dev/null
             fi
         fi
-        nap 0.5
+        nap $look
     done
     wait "$child"
     status=$?
@@ -138,8 +156,8 @@ while :; do
         exit 2
     fi
     now
-    [ $((now - began)) -gt 60 ] && delay=1
-    say "$command_name ended with $status after $((now - began)) s: starting it again in $delay s"
+    [ $((now - began)) -gt 6000 ] && delay=1
+    say "$command_name ended with $status after $(((now - began) / 100)) s: starting it again in $delay s"
     nap $delay
     [ $n_asked -gt 0 ] && exit $status
     delay=$((delay * 2))

@@ -8,10 +8,10 @@
  * payload, little endian; both ends run the same build (the version is in the handshake). A frame
  * past CONTROL_MAX_BYTES, or a bad magic, is die(): peers are ours.
  *
- * Liveness: the gateway pings every worker each 250 ms; a worker's receiving thread answers at
- * once, also while its main thread computes. A closed connection, or 1.4 s without an answer, makes
+ * Liveness: the gateway pings every worker each 200 ms; a worker's receiving thread answers at
+ * once, also while its main thread computes. A closed connection, or 1 s without an answer, makes
  * control_next() return CONTROL_LOST with that rank: the caller fails its streams and ends the job.
- * A worker whose gateway has gone, or has said nothing for 1.8 s, dies.
+ * A worker whose gateway has gone, or has said nothing for 1.5 s, dies.
  *
  * Threads: the gateway end belongs to the engine thread. A worker's end is used by its main thread
  * (and, inside, by the receiving thread).
@@ -70,10 +70,10 @@ int control_fd(const struct control *c);
 void control_send(struct control *c, int rank, struct message *m);
 /* The next received message (the caller unrefs it), or NULL when there is none now: call it until
  * then. Also does the pending writes and the pings; call it whenever control_fd() is readable (a
- * timer in it fires each 125 ms). A rank that was sent CONTROL_STOP may close without being lost;
+ * timer in it fires each 100 ms). A rank that was sent CONTROL_STOP may close without being lost;
  * what is sent to a lost one is dropped. */
 struct message *control_next(struct control *c);
-/* How long a rank may leave a ping unanswered (default 1400 ms); a debugging session wants more. */
+/* How long a rank may leave a ping unanswered (default 1000 ms); a debugging session wants more. */
 void control_set_timeout_ms(struct control *c, int timeout_ms);
 uint64_t control_queued_bytes(const struct control *c, int rank); // not yet taken by the socket
 

@@ -18,11 +18,13 @@
 #include "kernels/log.h"
 #include "parallel/control_wire.h"
 
-/* A rank that stops right after an answer is noticed PING_MS + TIMEOUT_MS + TICK_MS later. */
-#define PING_MS 250
-#define TICK_MS 125
+/* A rank that stops is noticed TIMEOUT_MS later at least, and PING_MS + TIMEOUT_MS + 2 · TICK_MS at
+ * most: 1.0 to 1.4 s. A worker's answering thread sleeps otherwise, so that it gets a core at once
+ * also where many wait for one. */
+#define PING_MS 200
+#define TICK_MS 100
 #define SLEPT_MS 500 // since the last control_next(): twice what the caller promises
-#define TIMEOUT_MS 1400
+#define TIMEOUT_MS 1000
 
 struct outgoing {
     struct outgoing *next;
@@ -55,6 +57,7 @@ struct peer {
 
     enum ping_state ping;
     int64_t alive_ms, next_ping_ms;
+    int64_t longest_ms; // that an answer was waited for, once it is worth a word
 };
 
 struct gateway_end {
@@ -266,15 +269,27 @@ static struct message *lose_error(struct gateway_end *g, struct peer *p)
 
 enum reading { READING_MORE, READING_WHOLE, READING_BROKEN };
 
+/* Says so, once for each new longest wait, when a rank was nearly given up. */
+static void sign_of_life(struct gateway_end *g, struct peer *p)
+{
+    int64_t now_ms = control_now_ms(), waited_ms = p->ping == PING_NONE ? 0 : now_ms - p->alive_ms;
+    p->alive_ms = now_ms;
+    if (waited_ms <= g->timeout_ms / 2 || waited_ms <= p->longest_ms)
+        return;
+    p->longest_ms = waited_ms;
+    log_warn("control", "rank %d answered after %lld ms; after %d it is taken for lost", p->rank,
+             (long long)waited_ms, g->timeout_ms);
+}
+
 /* What the socket gave, 0 when it has nothing now, -1 when broken (errno 0: closed). */
-static ssize_t read_some(struct peer *p, void *to, uint64_t n_bytes)
+static ssize_t read_some(struct gateway_end *g, struct peer *p, void *to, uint64_t n_bytes)
 {
     ssize_t n;
     do
         n = recv(p->fd, to, (size_t)n_bytes, 0);
     while (n < 0 && errno == EINTR);
     if (n > 0) {
-        p->alive_ms = control_now_ms();
+        sign_of_life(g, p);
         return n;
     }
     if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
@@ -294,10 +309,10 @@ static void begin_message(struct peer *p)
     p->n_in = 0;
 }
 
-static enum reading read_message(struct peer *p)
+static enum reading read_message(struct gateway_end *g, struct peer *p)
 {
     while (p->n_header < FRAME_HEADER_BYTES) {
-        ssize_t n = read_some(p, p->header + p->n_header, FRAME_HEADER_BYTES - p->n_header);
+        ssize_t n = read_some(g, p, p->header + p->n_header, FRAME_HEADER_BYTES - p->n_header);
         if (n <= 0)
             return n < 0 ? READING_BROKEN : READING_MORE;
         p->n_header += (size_t)n;
@@ -305,7 +320,7 @@ static enum reading read_message(struct peer *p)
             begin_message(p);
     }
     while (p->n_in < p->in->n_bytes) {
-        ssize_t n = read_some(p, p->in->payload + p->n_in, p->in->n_bytes - p->n_in);
+        ssize_t n = read_some(g, p, p->in->payload + p->n_in, p->in->n_bytes - p->n_in);
         if (n <= 0)
             return n < 0 ? READING_BROKEN : READING_MORE;
         p->n_in += (uint64_t)n;
@@ -331,7 +346,7 @@ static struct message *handle_peer(struct gateway_end *g, struct peer *p, uint32
         return lose_error(g, p);
     if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)))
         return NULL;
-    switch (read_message(p)) {
+    switch (read_message(g, p)) {
     case READING_WHOLE:
         return take_message(p);
     case READING_BROKEN:
@@ -421,7 +436,7 @@ static void drain_peer(struct gateway_end *g, struct peer *p, int64_t deadline_m
         struct pollfd polled = {.fd = p->fd, .events = POLLIN | (p->first ? POLLOUT : 0)};
         if (poll(&polled, 1, (int)left_ms) < 0 && errno != EINTR)
             return;
-        if ((polled.revents & ~POLLOUT) && read_some(p, unread, sizeof(unread)) < 0)
+        if ((polled.revents & ~POLLOUT) && read_some(g, p, unread, sizeof(unread)) < 0)
             return;
     }
 }

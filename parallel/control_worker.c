@@ -22,7 +22,7 @@
 /* Silence is counted in looks, so that a pause of the whole machine is one look and no silence; but
  * a look that took longer, because others had the cores, counts for two. */
 #define LOOK_MS 300
-#define SILENCE_MAX_MS 1800
+#define SILENCE_MAX_MS 1500
 
 struct received {
     struct received *next;
@@ -105,7 +105,7 @@ static void wait_for_gateway(struct worker_end *w)
             die("poll: %s", strerror(errno));
         silent_ms += looked_ms < 2 * LOOK_MS ? looked_ms : 2 * LOOK_MS;
         if (n == 0 && silent_ms >= SILENCE_MAX_MS) {
-            gateway_closed(w, "it has been silent for 1.8 s");
+            gateway_closed(w, "it has been silent for 1.5 s");
             silent_ms = 0; /* it may end, and takes its time */
         }
     }

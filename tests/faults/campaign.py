@@ -8,24 +8,33 @@ A fault is kill -9 or SIGSTOP of one rank, or the cut link of its host (network 
 where they cannot be had), while the job loads, in a prefill, in the vision stage, while decoding, idle, or while
 draining. Each time: every call ends within LIMIT_S, UNAVAILABLE or, when it was quicker than the fault, well; the job
 ends by itself, non-zero (a fault in a drain may come too late); no process stays; the next start answers the same.
-A failed fault prints how to repeat it. J faults are under way at a time: they mostly wait."""
+A failed fault prints how to repeat it. J faults are under way at a time: they mostly wait. The end is a table of the
+times from the fault to its consequences, by kind: those of a quiet machine are had with --jobs 1."""
 
 import argparse
+import collections
 import contextlib
+import dataclasses
+import datetime
 import itertools
+import json
 import os
 import pathlib
 import random
+import re
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import daemon
-from support import Client, Code, answer_bits, chat, example, pb, user
+from support import OPTIONS, Client, Code, answer_bits, chat, example, pb, user
 
 sys.path.append(str(daemon.ROOT / "tests/multihost"))
 from hosts import Hosts, why_not  # noqa: E402
@@ -84,26 +93,46 @@ def prompt_of(phase):
     return chat(example("scene-two.png"), "Describe the image."), 3000
 
 
+@dataclasses.dataclass
+class Times:
+    """Seconds from the fault to what followed; None where there was no such thing."""
+    noticed: float | None = None  # a rank says in the log that it misses another
+    not_serving: float | None = None  # says health, or its watch is over
+    first_call: float | None = None  # has ended
+    last_call: float | None = None
+    job: float | None = None  # has ended
+
+    def __str__(self):
+        return ", ".join(f"{k} {v:.1f} s" for k, v in vars(self).items() if v is not None)
+
+
 N_CALLS = 3
 
 
 class Calls(threading.Thread):
-    """N_CALLS calls; `codes` and `ended` once joined."""
+    """N_CALLS calls and a watch of health; `codes`, `ended` and `not_serving_at` once joined."""
 
     def __init__(self, address, phase, timeout_s=60):
         super().__init__()
-        self.codes, self.ended, self.began = [], 0.0, threading.Event()
-        self.client, self.phase, self.timeout_s = Client(address), phase, timeout_s
+        self.codes, self.ended, self.not_serving_at, self.began = [], [], None, threading.Event()
+        self.address, self.client, self.phase, self.timeout_s = address, Client(address), phase, timeout_s
         self.start()
 
     def run(self):
-        threads = [threading.Thread(target=self.call) for _ in range(N_CALLS)]
+        threads = [threading.Thread(target=self.watch), *(threading.Thread(target=self.call) for _ in range(N_CALLS))]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-        self.ended = time.monotonic()
         self.client.close()
+
+    def watch(self):
+        with grpc.insecure_channel(self.address, options=OPTIONS) as channel, contextlib.suppress(grpc.RpcError):
+            health = health_pb2_grpc.HealthStub(channel)
+            for answer in health.Watch(health_pb2.HealthCheckRequest(), timeout=self.timeout_s):
+                if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                    break
+        self.not_serving_at = time.monotonic()
 
     def call(self):
         prompt, n = prompt_of(self.phase)
@@ -114,6 +143,7 @@ class Calls(threading.Thread):
             self.codes.append(Code.OK)
         except grpc.RpcError as error:
             self.codes.append(error.code())
+        self.ended.append(time.monotonic())
         self.began.set()
 
 
@@ -187,18 +217,31 @@ def check_calls(fault, calls, struck_at, log):
     right = {Code.UNAVAILABLE, Code.OK} | ({Code.DEADLINE_EXCEEDED} if is_unreachable(fault) else set())
     calls.join(60)
     assert not calls.is_alive(), f"a call did not end\n{log}"
-    took = calls.ended - struck_at
+    took = max(calls.ended) - struck_at
     assert len(calls.codes) == N_CALLS and set(calls.codes) <= right, f"{calls.codes}\n{log}"
     assert took < LIMIT_S * SLOW, f"calls ended after {took:.1f} s\n{log}"
-    return took
+
+
+def seconds_to_notice(log, struck_at):
+    """By the clock of the log's lines."""
+    line = re.search(r"^(\S+)Z .* is (lost|gone): ", log, re.M)
+    if not line:
+        return None
+    at = datetime.datetime.fromisoformat(line[1]).replace(tzinfo=datetime.timezone.utc)
+    return at.timestamp() - (time.time() - time.monotonic()) - struck_at
 
 
 def run(fault, draw, expected, hosts=None):
-    """Returns how long calls and the job took to end; 0 where there were no calls, or while it loads."""
     job, calls, struck_at = start_and_strike(fault, draw, expected, hosts)
     status = job.status if job.status is not None else job.wait(60)
-    log, ended = job.log(), time.monotonic() - struck_at if struck_at else 0
-    took = check_calls(fault, calls, struck_at, log) if calls else 0
+    log, times = job.log(), Times()
+    if fault.phase != "load":
+        times.job, times.noticed = time.monotonic() - struck_at, seconds_to_notice(log, struck_at)
+    if calls:
+        check_calls(fault, calls, struck_at, log)
+        times.first_call, times.last_call = min(calls.ended) - struck_at, max(calls.ended) - struck_at
+        if fault.phase != "drain":
+            times.not_serving = calls.not_serving_at - struck_at
     if hosts:
         hosts.join(fault.host)
     left = job.wait_gone(REMOTE_LIMIT_S if hosts else LIMIT_S * SLOW)
@@ -207,7 +250,7 @@ def run(fault, draw, expected, hosts=None):
         assert status not in (0, None), f"status {status}\n{log}"
     if fault.phase in ("prefill", "vision", "decode", "idle") and not is_unreachable(fault) and fault.rank > 0:
         assert f"rank {fault.rank} " in log, f"the log does not name the rank\n{log}"
-    return took, ended
+    return times
 
 
 def run_part(options, part):
@@ -224,15 +267,41 @@ def run_part(options, part):
         at = time.monotonic()
         try:
             with Hosts(len(CUT_SLOTS)) if fault.how == CUT else contextlib.nullcontext() as hosts:
-                calls_s, job_s = run(fault, draw, expected, hosts)
-            print(f"fault {i}: {fault}: calls over after {calls_s:.1f} s, job after {job_s:.1f} s; "
-                  f"{time.monotonic() - at:.1f} s in all", flush=True)
+                times = run(fault, draw, expected, hosts)
+            print(f"fault {i}: {fault}: {times}; {time.monotonic() - at:.1f} s in all", flush=True)
+            if times.job is not None:
+                options.times.write(json.dumps({"kind": kind_of(fault), "load": os.getloadavg()[0], **vars(times)}))
+                options.times.write("\n")
+                options.times.flush()
         except AssertionError as error:
             n_failed += 1
             print(f"FAILED fault {i} (seed {options.seed}): {fault}\n{error}", flush=True)
     with daemon.Daemon(tensor=2) as d:
         assert answer_bits(d.address) == expected
     return 1 if n_failed else 0
+
+
+def kind_of(fault):
+    """A row of the table."""
+    what = f"{fault.how}: {'gateway' if fault.role == 'gateway' else 'worker'}" if fault.how == CUT else fault.how
+    return what + (", in a drain" if fault.phase == "drain" else "")
+
+
+def print_table(rows):
+    """Median, 95 % and longest of each kind."""
+    kinds = collections.defaultdict(list)
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    names = [field.name for field in dataclasses.fields(Times)]
+    print(f"seconds from the fault: median, 95 %, longest; load {statistics.median(r['load'] for r in rows):.0f}")
+    print(f"{'':32}{'':>5}" + "".join(f"{name.replace('_', ' '):>18}" for name in names))
+    for kind, of_kind in sorted(kinds.items()):
+        cells = []
+        for name in names:
+            took = sorted(r[name] for r in of_kind if r[name] is not None)
+            three = (statistics.median(took), took[len(took) * 95 // 100], took[-1]) if took else ()
+            cells.append(" ".join(f"{x:.2f}" for x in three) or "-")
+        print(f"{kind:32}{len(of_kind):>5}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
 def main():
@@ -242,6 +311,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=6)
     parser.add_argument("--only", default="", help='faults whose description has this: "load, kill -9"')
     parser.add_argument("--part", type=int, help="one of --jobs, for the campaign's own use")
+    parser.add_argument("--times", type=argparse.FileType("a"), help="where it writes its times, likewise")
     options = parser.parse_args()
     if not any(options.only in str(fault) for fault in all_faults(False)):
         parser.error(f"no fault has {options.only!r} in its description")
@@ -251,8 +321,12 @@ def main():
     runner = daemon.ROOT / "tests/gateway/run.py"
     command = [sys.executable, runner, pathlib.Path(__file__), "--faults", str(options.faults),
                "--seed", str(options.seed), "--jobs", str(options.jobs), "--only", options.only]
-    parts = [subprocess.Popen([*command, "--part", str(i)]) for i in range(options.jobs)]
-    n_failed = sum(part.wait() != 0 for part in parts)
+    with tempfile.NamedTemporaryFile("r") as times:
+        parts = [subprocess.Popen([*command, "--part", str(i), "--times", times.name]) for i in range(options.jobs)]
+        n_failed = sum(part.wait() != 0 for part in parts)
+        rows = [json.loads(line) for line in times]
+    if rows:
+        print_table(rows)
     print(f"{options.faults} faults in {time.monotonic() - began:.0f} s: "
           f"{'some' if n_failed else 'none'} failed", flush=True)
     return 1 if n_failed else 0

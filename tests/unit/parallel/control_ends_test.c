@@ -23,6 +23,8 @@
 
 #define WORLD 3
 #define BIG ((uint64_t)24 << 20)
+#define N_LATE 3
+#define LATE_MS 600 // well past half of what is allowed
 
 struct pair {
     struct control gateway, worker;
@@ -228,6 +230,40 @@ static void test_silent_peer_of_a_slow_gateway_is_lost(void **state)
     close_pair(&p);
 }
 
+/* Answers each ping, late. */
+static void *answer_late(void *arg)
+{
+    const struct timespec late = {.tv_nsec = LATE_MS * 1000000};
+    const int *fd = arg;
+    uint8_t frame[FRAME_HEADER_BYTES];
+    struct frame_header h;
+    for (int i = 0; i < N_LATE; i++) {
+        assert_int_equal(recv(*fd, frame, sizeof(frame), MSG_WAITALL), sizeof(frame));
+        assert_int_equal(frame_header_decode(&h, frame), 0);
+        assert_int_equal(h.type, CONTROL_PING);
+        nanosleep(&late, NULL);
+        frame_header_encode(frame, CONTROL_PONG, 0);
+        assert_int_equal(send(*fd, frame, sizeof(frame), 0), sizeof(frame));
+    }
+    return NULL;
+}
+
+/* As those of a host where cores are short. */
+static void test_late_peer_is_not_lost(void **state)
+{
+    (void)state;
+    struct pair p;
+    pthread_t thread;
+    open_pair(&p);
+    assert_int_equal(pthread_create(&thread, NULL, answer_late, &p.bare_fd), 0);
+    while (pthread_tryjoin_np(thread, NULL) != 0) {
+        struct pollfd polled = {.fd = control_fd(&p.gateway), .events = POLLIN};
+        poll(&polled, 1, 500);
+        assert_null(control_next(&p.gateway));
+    }
+    close_pair(&p);
+}
+
 static void test_closed_peer_is_lost(void **state)
 {
     (void)state;
@@ -333,6 +369,7 @@ int main(void)
         cmocka_unit_test(test_peer_that_reads_nothing),
         cmocka_unit_test(test_silent_peer_is_lost),
         cmocka_unit_test(test_silent_peer_of_a_slow_gateway_is_lost),
+        cmocka_unit_test(test_late_peer_is_not_lost),
         cmocka_unit_test(test_closed_peer_is_lost),
         cmocka_unit_test(test_stopped_peer_is_not_lost),
         cmocka_unit_test(test_close_sends_what_is_queued),
