@@ -90,15 +90,22 @@ struct cpu_quantized_layout {
     size_t zeros, codes, n_bytes;
     int64_t lane_unit[LANES_MAX + 1]; // first unit of each lane
     int unit;                         // k
-    int lanes_are_whole;              // none ends within a unit
+    unsigned irregular; // bit i: lane i has groups in no order, or that meet within a unit
+    int is_factored;    // regular lanes are summed by runs of multiples (kernels/quantized.h)
 };
 void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *l);
+/* Columns of a regular `lane` from `first` on that are of one group, at most n_k. */
+int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64_t n_k);
 /* Columns [first, first + n_k) of lane `lane` (first a whole unit) of n_blocks blocks of sixteen
  * outputs from `block` on, in the layout of a dense weight of l->dtype; block i at dst + i *
  * dst_block bytes. */
 void cpu_expand(const struct cpu_state *s, const struct linear *l,
                 const struct cpu_quantized_layout *at, void *dst, size_t dst_block, int64_t block,
-                int n_blocks, int lane, int64_t first, int64_t n_k);
+                int n_blocks, int lane, int64_t first, int64_t n_k, enum expand_to to);
+/* sums += scale * part, of the run of `lane` at `first`; both [n_rows, n_blocks * 16]. */
+void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
+                           const struct cpu_quantized_layout *at, float *sums, const float *part,
+                           int n_rows, int64_t block, int n_blocks, int lane, int64_t first);
 /* 1 where so few rows are multiplied without expanding. */
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows);

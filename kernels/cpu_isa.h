@@ -53,10 +53,10 @@ struct cpu_tile_ops {
 
 /*
  * The weights of one block of sixteen columns of a quantised weight, k in order, in units of 64
- * bytes: sixteen words, word i having the codes of the columns i / 2 and 8 + i / 2 and of the k
- * that are even or odd as i is. A code of 8 bits is byte 2 p + h of its word, one of 4 bits its
- * nibble 2 p + h, lowest first: k = 2 p + i % 2 of the unit, column 8 h + i / 2. Integers of 8 bits
- * are stored with 128 added. Their number of k is rounded up to whole units.
+ * bytes: sixteen words, one a column, its lower half having the codes of even k, the upper of odd.
+ * A code of 8 bits is byte p of its half, one of 4 bits nibble p, lowest first, of pair p of the
+ * unit. Integers of 8 bits are stored with 128 added. Their number of k is rounded up to whole
+ * units.
  */
 #define UNIT_BYTES 64
 
@@ -69,22 +69,38 @@ struct expansion {
     int64_t n_k;
 };
 
-/* c[r][j] += sum over k of a[r][k] * w[k][j] in the order of TILE_BF16_PAIRS, for one block of
- * sixteen columns or two, n_k being whole units of one group. */
+/* What codes are expanded to. A missing odd k of a last pair is 0. */
+enum expand_to {
+    EXPAND_F32,       // quantized_value(): [n_k][16]
+    EXPAND_BF16,      // the same rounded: [n_k / 2 rounded up][16][2]
+    EXPAND_MULTIPLES, // quantized_multiple(), exact, as EXPAND_BF16 lies; without group_of
+};
+
+/* c[r][j] <- one lane's sum over k of a[r][k] * w[k][j], in the order of TILE_BF16_PAIRS, for
+ * blocks of sixteen columns: of the values rounded, or, where weight_format_is_factored(), of the
+ * multiples of each run (kernels/quantized.h). The expansion is the first block's; it has no
+ * group_of, and its groups follow each other. */
 #define PRODUCT_ROWS_MAX 4
+#define PRODUCT_BLOCKS_MAX 8
 struct expand_product {
     float *c; // [n_rows] rows of c_row
     int64_t c_row;
-    const uint32_t *a; // pairs of bfloat16: [n_k / 2] rows of a_step, n_rows of each used
+    const uint32_t
+        *a; // pairs of bfloat16: [n_k / 2 rounded up] rows of a_step, n_rows of each used
     int64_t a_step;
     int n_rows, n_blocks;
-    int64_t e_block; // bytes from one block's codes, scales and zeros to the next one's
+    int64_t first_run, run;            // k of the first run and of those that follow: whole units
+    int64_t block_bytes;               // from one block's codes, scales and zeros to the next one's
+    int64_t codes_before, codes_bytes; // of a block: those before the lane's, and all
 };
 
 struct cpu_expand_ops {
-    /* dst <- the values as quantized_value() has them: [n_k][16] float32, or rounded as
-     * [n_k / 2 rounded up][16][2] bfloat16, a missing odd k being 0. */
-    void (*run)(void *dst, const struct expansion *e, enum weight_format format, enum dtype to);
+    void (*run)(void *dst, const struct expansion *e, enum weight_format format, enum expand_to to);
+    /* sums[r][j] += scale of j * part[r][j], one fused multiply-add, for rows of n_blocks blocks; a
+     * run's end (kernels/quantized.h). `scales` is the first block's. */
+    void (*add_run)(float *sums, const float *part, int n_rows, int n_blocks, const float *scales,
+                    int64_t block_bytes, enum weight_format format);
+    int (*product_blocks)(int n_rows); // that multiply() takes at once
     /* NULL where the tile takes no bfloat16. */
     void (*multiply)(const struct expand_product *m, const struct expansion *e,
                      enum weight_format format);

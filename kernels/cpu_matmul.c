@@ -272,6 +272,19 @@ static void pack_x(const struct matmul_job *job, uint32_t *packed, int thread, i
     }
 }
 
+static int is_factored(const struct matmul_job *job, int lane)
+{
+    return job->quantized.is_factored && !(job->quantized.irregular >> lane & 1);
+}
+
+/* What the tile takes of a lane of a quantised weight. */
+static enum expand_to expands_to(const struct matmul_job *job, int lane)
+{
+    if (job->l->dtype == DTYPE_F32)
+        return EXPAND_F32;
+    return is_factored(job, lane) ? EXPAND_MULTIPLES : EXPAND_BF16;
+}
+
 /* The weight of `blocks`, where it is needed as a whole: by several panels, or dense. */
 static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int thread,
                         int64_t first, int n)
@@ -296,37 +309,39 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int
     for (int i = 0; i < l->n_lanes; i++)
         cpu_expand(job->state, l, &job->quantized,
                    blocks->memory + row_bytes * (size_t)job->steps.start[i], blocks->block_bytes,
-                   first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i]);
+                   first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i], expands_to(job, i));
     blocks->dense = blocks->memory;
 }
 
 /* Further than the processor's own prefetch reaches across pages of memory. */
 #define PREFETCH_BYTES 2048
 
-/* sums [n_rows, n_blocks * 16] <- one lane of one panel's product with `blocks`. */
-static void compute_lane(const struct matmul_job *job, const uint32_t *packed_x, int64_t row,
-                         int n_rows, const struct blocks *blocks, int lane, float *sums)
+/* One panel, and the blocks that it is multiplied with. */
+struct product {
+    const uint32_t *x; // the panel's, packed
+    int n_rows;
+    const struct blocks *blocks;
+};
+
+/* sums [n_rows, n_blocks * 16] <- columns [first, first + n_k) of a lane; first is of a whole
+ * step. */
+static void compute_columns(const struct matmul_job *job, const struct product *p, int lane,
+                            int64_t first, int64_t n_k, float *sums)
 {
-    const struct linear *l = job->l;
+    const struct blocks *blocks = p->blocks;
     const int step = job->steps.step, words = words_a_step(job);
-    const size_t element = dtype_size(l->dtype);
-    const int64_t start = job->steps.start[lane], end = job->steps.start[lane + 1];
-    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    struct tile t = {.a_step = n_rows,
+    const size_t element = dtype_size(job->l->dtype);
+    const int64_t start = job->steps.start[lane] + first / step,
+                  end = start + (n_k + step - 1) / step;
+    struct tile t = {.a_step = p->n_rows,
                      .b = blocks->memory,
                      .b_step = step * 16,
                      .b_block = (int64_t)(blocks->block_bytes / element),
                      .prefetch_bytes = blocks->dense ? PREFETCH_BYTES : 0,
                      .c = sums,
                      .c_row = blocks->n * 16};
-    if (job->multiplies) {
-        t.a = packed_x + (row * job->steps.n + start * n_rows) * words;
-        cpu_quantized_multiply(job->state, l, &job->quantized, &t, n_rows, blocks->first, blocks->n,
-                               lane);
-        return;
-    }
     for (int64_t at = start; at == start || at < end; at += t.n_k) {
-        t.a = packed_x + (row * job->steps.n + at * n_rows) * words;
+        t.a = p->x + at * p->n_rows * words;
         t.accumulate = at > start;
         t.n_k = end - at;
         if (blocks->dense) {
@@ -334,13 +349,48 @@ static void compute_lane(const struct matmul_job *job, const uint32_t *packed_x,
         } else {
             int64_t done = (at - start) * step, left = n_k - done;
             t.n_k = t.n_k < job->chunk ? t.n_k : job->chunk;
-            cpu_expand(job->state, l, &job->quantized, blocks->memory, blocks->block_bytes,
-                       blocks->first, blocks->n, lane, done,
-                       left < t.n_k * step ? left : t.n_k * step);
+            cpu_expand(job->state, job->l, &job->quantized, blocks->memory, blocks->block_bytes,
+                       blocks->first, blocks->n, lane, first + done,
+                       left < t.n_k * step ? left : t.n_k * step, expands_to(job, lane));
         }
-        job->tile->run(&t, n_rows, blocks->n, job->source);
+        job->tile->run(&t, p->n_rows, blocks->n, job->source);
         if (t.n_k == 0)
             return;
+    }
+}
+
+/* sums [n_rows, n_blocks * 16] <- a lane whose runs are summed apart (kernels/quantized.h). */
+static void compute_runs(const struct matmul_job *job, const struct product *p, int lane,
+                         float *sums)
+{
+    float run[TILE_FLOATS_MAX] __attribute__((aligned(64)));
+    const struct linear *l = job->l;
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    memset(sums, 0, (size_t)(p->n_rows * p->blocks->n * 16) * sizeof(float));
+    for (int64_t first = 0, n; first < n_k; first += n) {
+        n = cpu_quantized_run(l, lane, first, n_k - first);
+        compute_columns(job, p, lane, first, n, run);
+        cpu_quantized_add_run(job->state, l, &job->quantized, sums, run, p->n_rows,
+                              p->blocks->first, p->blocks->n, lane, first);
+    }
+}
+
+/* sums [n_rows, n_blocks * 16] <- one lane. */
+static void compute_lane(const struct matmul_job *job, const struct product *p, int lane,
+                         float *sums)
+{
+    const struct linear *l = job->l;
+    if (job->multiplies) {
+        struct tile t = {.a = p->x + job->steps.start[lane] * p->n_rows,
+                         .a_step = p->n_rows,
+                         .c = sums,
+                         .c_row = p->blocks->n * 16};
+        cpu_quantized_multiply(job->state, l, &job->quantized, &t, p->n_rows, p->blocks->first,
+                               p->blocks->n, lane);
+    } else if (is_factored(job, lane)) {
+        compute_runs(job, p, lane, sums);
+    } else {
+        compute_columns(job, p, lane, 0, l->lane_start[lane + 1] - l->lane_start[lane], sums);
     }
 }
 
@@ -351,13 +401,15 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
     const struct linear *l = job->l;
     const int64_t row = panel_start(job, panel), block = blocks->first;
     const int n_rows = (int)(panel_start(job, panel + 1) - row), n_blocks = blocks->n;
+    const struct product p = {
+        .x = packed_x + row * job->steps.n * words_a_step(job), .n_rows = n_rows, .blocks = blocks};
     float sums[4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     int depth = 0;
     for (int r = 0; r < n_rows; r++) // y's lines come while the tile is computed
         for (int i = 0; i < n_blocks; i++)
             __builtin_prefetch(cpu_row(job->y, row + r) + (block + i) * 16, 1);
     for (int i = 0; i < l->n_lanes; i++) {
-        compute_lane(job, packed_x, row, n_rows, blocks, i, sums[depth]);
+        compute_lane(job, &p, i, sums[depth]);
         depth++;
         for (int carry = i; carry & 1; carry >>= 1, depth--)
             job->vector->add(sums[depth - 2], sums[depth - 1], n_rows * n_blocks * 16);
@@ -431,6 +483,8 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
     if (l->format != WEIGHT_FLOAT) {
         cpu_quantized_layout(&job.quantized, l);
         job.multiplies = cpu_quantized_multiplies(s, l, &job.quantized, job.n_rows);
+        if (job.multiplies)
+            job.n_blocks_wide = s->expand->product_blocks((int)job.n_rows);
     }
     job.chunk = CHUNK_BYTES / (16 * job.steps.step * (int64_t)dtype_size(l->dtype));
     int64_t words = job.steps.n * words_a_step(&job);

@@ -21,36 +21,33 @@ static int64_t round_up(int64_t n, int64_t unit)
     return (n + unit - 1) / unit * unit;
 }
 
+/* Depends on where the lane lies in the whole weight, not on the shard that has it. */
+static int lane_is_regular(const struct linear *l, int lane, int unit)
+{
+    if (l->group_size == 0) // in no order
+        return 0;
+    int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    return cpu_quantized_run(l, lane, 0, n_k) == n_k ||
+           (l->group_size % unit == 0 && (l->lane_start[lane] + l->group_phase) % unit == 0);
+}
+
 void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *l)
 {
     at->unit = UNIT_BYTES / 2 / weight_format_bits(l->format);
     at->zeros = (size_t)l->n_groups * 16 * sizeof(float);
     at->codes = at->zeros + (size_t)(l->has_zeros ? round_up(l->n_groups * 16, 64) : 0);
+    at->is_factored = l->dtype == DTYPE_BF16 && weight_format_is_factored(l->format);
+    at->irregular = 0;
     at->lane_unit[0] = 0;
-    at->lanes_are_whole = 1;
     for (int i = 0; i < l->n_lanes; i++) {
         int64_t n_k = l->lane_start[i + 1] - l->lane_start[i];
         at->lane_unit[i + 1] = at->lane_unit[i] + (n_k + at->unit - 1) / at->unit;
-        at->lanes_are_whole = at->lanes_are_whole && n_k % at->unit == 0;
+        at->irregular |= (unsigned)!lane_is_regular(l, i, at->unit) << i;
     }
     at->n_bytes = at->codes + (size_t)at->lane_unit[l->n_lanes] * UNIT_BYTES;
 }
 
 /* ---- packing ---- */
-
-/* 1 when every unit of a lane lies in one group, and groups follow each other. */
-static int groups_are_regular(const struct linear *l, const struct quantized *q,
-                              const struct cpu_quantized_layout *at)
-{
-    if (q->group_of)
-        return 0;
-    if (q->group_size >= q->group_phase + q->in_dim)
-        return 1;
-    int regular = q->group_size % at->unit == 0;
-    for (int i = 0; i < l->n_lanes; i++)
-        regular = regular && (l->lane_start[i] + q->group_phase) % at->unit == 0;
-    return regular;
-}
 
 /* [lane | k padded to units]: padding columns take the group of the one before them. */
 static int32_t *list_groups(struct backend *b, const struct linear *l, const struct quantized *q,
@@ -82,15 +79,14 @@ static void pack_codes(const struct pack_job *job, uint8_t *dst, int64_t row, in
     const int is_4_bit = weight_format_bits(l->format) == 4;
     const int is_integer = l->format == WEIGHT_INT8 || l->format == WEIGHT_INT8_127;
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    uint8_t *word = dst + job->at.lane_unit[lane] * UNIT_BYTES + (j % 8) * 8;
-    const int unit = is_4_bit ? 8 : 4, half = j / 8;
+    uint8_t *word = dst + job->at.lane_unit[lane] * UNIT_BYTES + j * 4;
+    const int unit = job->at.unit;
     for (int64_t k = 0; k < n_k; k += unit, word += UNIT_BYTES) {
         for (int i = 0; i < unit && k + i < n_k; i++) {
             if (is_4_bit)
-                word[i % 2 * 4 + i / 2] |= (uint8_t)(codes[k + i] << half * 4);
+                word[i % 2 * 2 + i / 4] |= (uint8_t)(codes[k + i] << i / 2 % 2 * 4);
             else
-                word[i % 2 * 4 + i / 2 * 2 + half] =
-                    is_integer ? codes[k + i] ^ 0x80 : codes[k + i];
+                word[i % 2 * 2 + i / 2] = is_integer ? codes[k + i] ^ 0x80 : codes[k + i];
         }
     }
 }
@@ -123,11 +119,11 @@ void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct
     struct pack_job job = {.l = l, .q = q};
     l->format = q->format;
     l->n_groups = q->n_groups;
-    l->group_size = q->group_size;
+    l->group_size = q->group_of ? 0 : q->group_size;
     l->group_phase = q->group_phase;
     l->has_zeros = q->zeros != NULL;
     cpu_quantized_layout(&job.at, l);
-    l->group_of = groups_are_regular(l, q, &job.at) ? NULL : list_groups(b, l, q, &job.at);
+    l->group_of = job.at.irregular ? list_groups(b, l, q, &job.at) : NULL;
     l->packed_bytes = (size_t)((l->out_dim + 15) / 16) * job.at.n_bytes;
     l->packed = b->ops->alloc(b, l->packed_bytes);
     cpu_parallel(b, l->out_dim * l->in_dim, pack_work, &job);
@@ -136,54 +132,75 @@ void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct
 
 /* ---- products ---- */
 
-/* Columns of `lane` from `first` on that share one group's scales, at most n_k. */
-static int64_t run_length(const struct linear *l, int lane, int64_t first, int64_t n_k,
-                          int64_t *group)
+/* Of the column `first` of a regular lane. */
+static int64_t group_at(const struct linear *l, int lane, int64_t first)
 {
-    int64_t k = l->lane_start[lane] + first + l->group_phase;
-    *group = k / l->group_size;
-    int64_t left = (*group + 1) * l->group_size - k;
+    return (l->lane_start[lane] + first + l->group_phase) / l->group_size;
+}
+
+int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64_t n_k)
+{
+    int64_t left = (group_at(l, lane, first) + 1) * l->group_size -
+                   (l->lane_start[lane] + first + l->group_phase);
     return left < n_k ? left : n_k;
 }
 
-/* The n_k columns of one block's lane from `first` on, all of `group` where l has no list. */
+static const float *scales_of(const struct linear *l, const struct cpu_quantized_layout *at,
+                              int64_t block, int64_t group)
+{
+    return (const float *)l->packed + (size_t)block * at->n_bytes / sizeof(float) + group * 16;
+}
+
+/* The n_k columns of one block's lane from `first` on, which are of one group where the lane is
+ * regular. */
 static struct expansion expansion_of(const struct linear *l, const struct cpu_quantized_layout *at,
-                                     int64_t block, int lane, int64_t first, int64_t n_k,
-                                     int64_t group)
+                                     int64_t block, int lane, int64_t first, int64_t n_k)
 {
     const uint8_t *from = (const uint8_t *)l->packed + (size_t)block * at->n_bytes;
     const int64_t unit = at->lane_unit[lane] + first / at->unit;
+    const int is_regular = !(at->irregular >> lane & 1);
+    const int64_t group = is_regular ? group_at(l, lane, first) : 0;
     return (struct expansion){
         .codes = from + at->codes + unit * UNIT_BYTES,
-        .scales = (const float *)(const void *)from + group * 16,
+        .scales = scales_of(l, at, block, group),
         .zeros = l->has_zeros ? (const int8_t *)from + at->zeros + group * 16 : NULL,
         .table = weight_format_table(l->format, l->has_zeros),
-        .group_of = l->group_of ? l->group_of + unit * at->unit : NULL,
+        .group_of = is_regular ? NULL : l->group_of + unit * at->unit,
         .n_k = n_k,
     };
 }
 
 void cpu_expand(const struct cpu_state *s, const struct linear *l,
                 const struct cpu_quantized_layout *at, void *dst, size_t dst_block, int64_t block,
-                int n_blocks, int lane, int64_t first, int64_t n_k)
+                int n_blocks, int lane, int64_t first, int64_t n_k, enum expand_to to)
 {
     const size_t row_bytes = 16 * dtype_size(l->dtype);
+    /* Multiples without zero points are the same in all groups. */
+    const int in_runs = !(at->irregular >> lane & 1) && (to != EXPAND_MULTIPLES || l->has_zeros);
     for (int i = 0; i < n_blocks; i++) {
-        char *to = (char *)dst + (size_t)i * dst_block;
+        char *to_block = (char *)dst + (size_t)i * dst_block;
         for (int64_t k = 0, n; k < n_k; k += n) {
-            int64_t group = 0;
-            n = l->group_of ? n_k : run_length(l, lane, first + k, n_k - k, &group);
-            struct expansion e = expansion_of(l, at, block + i, lane, first + k, n, group);
-            s->expand->run(to + (size_t)k * row_bytes, &e, l->format, l->dtype);
+            n = in_runs ? cpu_quantized_run(l, lane, first + k, n_k - k) : n_k;
+            struct expansion e = expansion_of(l, at, block + i, lane, first + k, n);
+            s->expand->run(to_block + (size_t)k * row_bytes, &e, l->format, to);
         }
     }
+}
+
+void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
+                           const struct cpu_quantized_layout *at, float *sums, const float *part,
+                           int n_rows, int64_t block, int n_blocks, int lane, int64_t first)
+{
+    s->expand->add_run(sums, part, n_rows, n_blocks,
+                       scales_of(l, at, block, group_at(l, lane, first)), (int64_t)at->n_bytes,
+                       l->format);
 }
 
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows)
 {
     return s->expand->multiply && l->dtype == DTYPE_BF16 && n_rows <= PRODUCT_ROWS_MAX &&
-           !l->group_of && at->lanes_are_whole;
+           !at->irregular;
 }
 
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
@@ -191,23 +208,21 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             int64_t block, int n_blocks, int lane)
 {
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    for (int r = 0; r < n_rows; r++)
-        memset(t->c + r * t->c_row, 0, (size_t)n_blocks * 16 * sizeof(float));
-    for (int i = 0; i < n_blocks; i += 2) {
-        struct expand_product m = {.c = t->c + i * 16,
-                                   .c_row = t->c_row,
-                                   .a_step = t->a_step,
-                                   .n_rows = n_rows,
-                                   .n_blocks = n_blocks - i < 2 ? 1 : 2,
-                                   .e_block = (int64_t)at->n_bytes};
-        for (int64_t k = 0, n; k < n_k; k += n) {
-            int64_t group;
-            n = run_length(l, lane, k, n_k - k, &group);
-            struct expansion e = expansion_of(l, at, block + i, lane, k, n, group);
-            m.a = (const uint32_t *)t->a + k / 2 * t->a_step;
-            s->expand->multiply(&m, &e, l->format);
-        }
-    }
+    struct expansion e = expansion_of(l, at, block, lane, 0, n_k);
+    struct expand_product m = {
+        .c = t->c,
+        .c_row = t->c_row,
+        .a = t->a,
+        .a_step = t->a_step,
+        .n_rows = n_rows,
+        .n_blocks = n_blocks,
+        .first_run = cpu_quantized_run(l, lane, 0, n_k),
+        .run = l->group_size,
+        .block_bytes = (int64_t)at->n_bytes,
+        .codes_before = at->lane_unit[lane] * UNIT_BYTES,
+        .codes_bytes = at->lane_unit[l->n_lanes] * UNIT_BYTES,
+    };
+    s->expand->multiply(&m, &e, l->format);
 }
 
 /* ---- rows ---- */
@@ -238,7 +253,8 @@ static void embed_row(const struct embed_job *job, int64_t i)
     }
     for (int64_t first = 0, n; first < l->in_dim; first += n) {
         n = l->in_dim - first < COLUMNS_TOGETHER ? l->in_dim - first : COLUMNS_TOGETHER;
-        cpu_expand(job->state, l, &job->at, expanded, sizeof(expanded), row / 16, 1, 0, first, n);
+        cpu_expand(job->state, l, &job->at, expanded, sizeof(expanded), row / 16, 1, 0, first, n,
+                   l->dtype == DTYPE_F32 ? EXPAND_F32 : EXPAND_BF16);
         for (int64_t k = 0; k < n; k++)
             y[first + k] = l->dtype == DTYPE_F32 ? expanded[k * 16 + j]
                                                  : bf16_to_f32(pairs[k / 2 * 32 + j * 2 + k % 2]);

@@ -1,7 +1,8 @@
 /*
  * Quantised weights on CUDA: codes, scales and zero points stay on the device as they come, and
  * become dense values, rounded to the linear's type, in memory of the back end just before they are
- * used. So a product is the dense one of the same values to the last bit, whatever its rows; it
+ * used. So a product is the dense one of the same values to the last bit, whatever its rows, also
+ * in bfloat16, where the CPU's can be of values that are not rounded (kernels/quantized.h); it
  * saves memory, and costs a pass over the dense values on top of the dense product's time.
  *
  * A packed weight: codes [out_dim] rows of row_bytes, of 4 bits two a byte, the even column in the

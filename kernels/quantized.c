@@ -48,6 +48,11 @@ int weight_format_bits(enum weight_format f)
     }
 }
 
+int weight_format_is_factored(enum weight_format f)
+{
+    return f != WEIGHT_FLOAT && f != WEIGHT_NF4 && f != WEIGHT_FP4;
+}
+
 const float *weight_format_table(enum weight_format f, int has_zeros)
 {
     switch (f) {
@@ -78,21 +83,26 @@ int64_t quantized_group(const struct quantized *q, int64_t k)
     return q->group_of ? q->group_of[k] : (k + q->group_phase) / q->group_size;
 }
 
-float quantized_value(const struct quantized *q, int64_t n, int64_t k)
+float quantized_multiple(const struct quantized *q, int64_t n, int64_t k)
 {
-    int64_t group = n * q->n_groups + quantized_group(q, k);
     uint8_t code = q->codes[n * q->in_dim + k];
-    float zero = q->zeros ? (float)q->zeros[group] : 0.0f;
+    float zero = q->zeros ? (float)q->zeros[n * q->n_groups + quantized_group(q, k)] : 0.0f;
     switch (q->format) {
     case WEIGHT_INT8:
-        return ((float)(int8_t)code - zero) * q->scales[group];
     case WEIGHT_INT8_127:
-        return (float)(int8_t)code * q->scales[group] * INT8_127_FACTOR;
+        return (float)(int8_t)code - zero;
     case WEIGHT_FP8:
-        return fp8_e4m3_to_f32(code) * q->scales[group];
+        return fp8_e4m3_to_f32(code);
     default:
-        return (weight_format_table(q->format, q->zeros != NULL)[code] - zero) * q->scales[group];
+        return weight_format_table(q->format, q->zeros != NULL)[code] - zero;
     }
+}
+
+float quantized_value(const struct quantized *q, int64_t n, int64_t k)
+{
+    float scale = q->scales[n * q->n_groups + quantized_group(q, k)];
+    float value = quantized_multiple(q, n, k) * scale;
+    return q->format == WEIGHT_INT8_127 ? value * INT8_127_FACTOR : value;
 }
 
 /* ---- floats to codes ---- */

@@ -3,8 +3,20 @@
  *
  * A quantised weight is codes, and a scale (and perhaps a zero point) for each group of columns of
  * a row. Its value is a float32, defined here once: quantized_value(). Back ends keep the codes
- * packed their own way; a product with a quantised weight is, bit for bit, the product with the
- * dense weight of these values rounded to the linear's dtype. Pure: knows no back end, no file.
+ * packed their own way. Pure: knows no back end, no file.
+ *
+ * What a product with one is:
+ *   float32 linears    bit for bit the product with the dense weight of these values
+ *   bfloat16 linears   the same with the values rounded to bfloat16; or, of the formats that
+ *                      weight_format_is_factored(), nothing is rounded: a lane is cut where its
+ *                      columns pass from one group to the next, each such run is the dense product
+ *                      of x with the multiples, which bfloat16 has exactly, and
+ *                      lane = fma(scale, run, lane), one run after the other, from 0. (INT8_127's
+ *                      scale is scale * INT8_127_FACTOR.)
+ * Which of the two a bfloat16 linear's lane gets depends on its columns and groups alone, never on
+ * rows, ranks or instruction sets: on the CPU the second where groups follow each other in order
+ * and each run but the last is whole units of 8 columns (codes of 4 bits) or 4 (of 8). CUDA always
+ * rounds.
  *
  * Sources: bitsandbytes (functional.py get_4bit_type, quantize_4bit of its default back end;
  * LLM.int8()), OCP 8-bit floating point E4M3.
@@ -19,7 +31,7 @@ enum weight_format {
     WEIGHT_INT8,     // (int8 code - zero) * scale
     WEIGHT_INT8_127, // int8 code * scale * (1 / 127): bitsandbytes' LLM.int8()
     WEIGHT_FP8,      // E4M3 code * scale
-    WEIGHT_INT4,     // (code 0 … 15 - zero) * scale; without zero points, 8
+    WEIGHT_INT4,     // (code 0 … 15 - zero 0 … 16) * scale; without zero points, 8
     WEIGHT_NF4,      // bitsandbytes' NormalFloat table[code] * scale
     WEIGHT_FP4,      // bitsandbytes' FP4 table[code] * scale
     WEIGHT_FORMAT_COUNT,
@@ -45,10 +57,14 @@ struct quantized {
 
 const char *weight_format_name(enum weight_format f); // "int8", "nf4", …
 int weight_format_bits(enum weight_format f);         // of one code: 4 or 8
+/* 1 where every multiple is exact in bfloat16: all but NF4 and FP4. */
+int weight_format_is_factored(enum weight_format f);
 /* The values [16] of the codes of a format of 4 bits, before zero point and scale. */
 const float *weight_format_table(enum weight_format f, int has_zeros);
 
 int64_t quantized_group(const struct quantized *q, int64_t k);
+/* W[n, k] before its scale. */
+float quantized_multiple(const struct quantized *q, int64_t n, int64_t k);
 /* W[n, k], rounded once or, with INT8_127, twice. */
 float quantized_value(const struct quantized *q, int64_t n, int64_t k);
 

@@ -3,6 +3,7 @@
  */
 #include "tests/op/op_quantized_case.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "kernels/log.h"
@@ -64,4 +65,77 @@ float *quantized_case_values(const struct quantized *q)
         for (int64_t k = 0; k < q->in_dim; k++)
             values[n * q->in_dim + k] = quantized_value(q, n, k);
     return values;
+}
+
+int quantized_case_is_factored(const struct quantized *q, const struct linear *l, int lane)
+{
+    const int unit = weight_format_bits(q->format) == 4 ? 8 : 4;
+    if (q->group_of || q->format == WEIGHT_NF4 || q->format == WEIGHT_FP4)
+        return 0;
+    for (int64_t k = l->lane_start[lane] + 1; k < l->lane_start[lane + 1]; k++)
+        if (quantized_group(q, k) != quantized_group(q, k - 1) &&
+            (k - l->lane_start[lane]) % unit != 0)
+            return 0;
+    return 1;
+}
+
+static float as_bf16(float x)
+{
+    return bf16_to_f32(f32_to_bf16(x));
+}
+
+/* Of columns [k, end) as vdpbf16ps adds: two at a time, the odd one first. */
+static float pairs_sum(const float *x, const float *w, int64_t k, int64_t end)
+{
+    float sum = 0;
+    for (; k < end; k += 2) {
+        if (k + 1 < end)
+            sum = fmaf(as_bf16(x[k + 1]), w[k + 1], sum);
+        sum = fmaf(as_bf16(x[k]), w[k], sum);
+    }
+    return sum;
+}
+
+static float lane_sum(const float *x, const struct quantized *q, int64_t n, const float *multiples,
+                      int64_t k, int64_t end)
+{
+    float sum = 0;
+    for (int64_t next; k < end; k = next) {
+        for (next = k + 1; next < end && quantized_group(q, next) == quantized_group(q, k);)
+            next++;
+        float scale = q->scales[n * q->n_groups + quantized_group(q, k)];
+        if (q->format == WEIGHT_INT8_127)
+            scale *= INT8_127_FACTOR;
+        sum = fmaf(scale, pairs_sum(x, multiples, k, next), sum);
+    }
+    return sum;
+}
+
+void quantized_case_product(float *y, const struct tensor *x, const struct quantized *q,
+                            const struct linear *l)
+{
+    float *multiples = xcalloc((size_t)q->in_dim, sizeof(float));
+    float *values = xcalloc((size_t)q->in_dim, sizeof(float));
+    for (int64_t n = 0; n < q->out_dim; n++) {
+        for (int64_t k = 0; k < q->in_dim; k++) {
+            multiples[k] = quantized_multiple(q, n, k);
+            values[k] = as_bf16(quantized_value(q, n, k));
+        }
+        for (int64_t m = 0; m < x->shape[0]; m++) {
+            const float *row = (const float *)x->data + m * x->row_stride;
+            float lanes[LANES_MAX] = {0};
+            for (int i = 0; i < l->n_lanes; i++) {
+                int64_t k = l->lane_start[i], end = l->lane_start[i + 1];
+                lanes[i] = quantized_case_is_factored(q, l, i)
+                               ? lane_sum(row, q, n, multiples, k, end)
+                               : pairs_sum(row, values, k, end);
+            }
+            for (int apart = 1; apart < l->n_lanes; apart *= 2)
+                for (int i = 0; i < l->n_lanes; i += 2 * apart)
+                    lanes[i] += lanes[i + apart];
+            y[m * q->out_dim + n] = lanes[0];
+        }
+    }
+    free(multiples);
+    free(values);
 }

@@ -4,7 +4,7 @@
 #ifndef INTERNVLD_TESTS_OP_QUANTIZED_CASE_H
 #define INTERNVLD_TESTS_OP_QUANTIZED_CASE_H
 
-#include "kernels/quantized.h"
+#include "kernels/backend.h"
 
 struct quantized_shape {
     int m, n, k, n_lanes;
@@ -23,5 +23,10 @@ struct quantized quantized_case(const struct quantized_shape *s, enum weight_for
                                 int (*integer)(int n));
 void quantized_case_release(struct quantized *q);
 float *quantized_case_values(const struct quantized *q); // [out_dim, in_dim]; caller frees
+/* y [m, out_dim] <- x W^T in a bfloat16 linear of l's lanes, as kernels/quantized.h defines it. */
+void quantized_case_product(float *y, const struct tensor *x, const struct quantized *q,
+                            const struct linear *l);
+/* 1 where such a lane sums runs of multiples. */
+int quantized_case_is_factored(const struct quantized *q, const struct linear *l, int lane);
 
 #endif

@@ -1,7 +1,7 @@
 /*
- * Products with quantised weights: bit for bit those with the dense weight of quantized_value()'s
- * numbers, whatever the format, groups, zero points, lanes, rows, threads and instruction set; and
- * what quantize_group() makes of a row.
+ * Products with quantised weights: bit for bit what kernels/quantized.h says, whatever the format,
+ * groups, zero points, lanes, rows, threads, shards and instruction set; and what quantize_group()
+ * makes of a row.
  */
 #include <math.h>
 #include <setjmp.h>
@@ -15,6 +15,7 @@
 
 #include "kernels/log.h"
 #include "tests/op/op_case.h"
+#include "tests/op/op_naive.h"
 #include "tests/op/op_quantized_case.h"
 
 static struct tensor dequantized(const struct quantized *q)
@@ -22,21 +23,47 @@ static struct tensor dequantized(const struct quantized *q)
     return tensor_2d(quantized_case_values(q), DTYPE_F32, q->out_dim, q->in_dim);
 }
 
-/* The whole at once and row by row against the dense product. */
+/* Lanes of odd lengths, or such as a model's, that begin at multiples of eight. */
+static struct linear lanes_of(const struct quantized_shape *s, enum dtype dtype, int are_whole)
+{
+    struct linear l = op_case_linear(s->n, s->k, dtype, s->n_lanes);
+    for (int i = 1; are_whole && i < s->n_lanes; i++)
+        l.lane_start[i] = l.lane_start[i] / 8 * 8;
+    return l;
+}
+
+/* y <- the product by its definition: in float32, the dense one; without bias. */
+static void product_by_definition(struct backend *b, struct tensor *y, const struct tensor *x,
+                                  const struct quantized *q, const struct linear *l)
+{
+    if (l->dtype == DTYPE_BF16) {
+        quantized_case_product(y->data, x, q, l);
+        return;
+    }
+    struct tensor w = dequantized(q);
+    struct linear dense = *l;
+    op_linear_pack(b, &dense, &w, NULL);
+    op_matmul(b, y, x, &dense, NULL);
+    op_linear_free(b, &dense);
+    free(w.data);
+}
+
+/* The whole at once and row by row. */
 static void check_shape(struct backend *b, const struct quantized_shape *s, enum dtype dtype,
-                        enum weight_format f, int variant)
+                        enum weight_format f, int variant, int lanes_are_whole)
 {
     char what[96];
     struct quantized q = quantized_case(s, f, variant, op_case_integer);
-    struct tensor w = dequantized(&q), x = op_case_matrix(s->m, s->k);
+    struct tensor x = op_case_matrix(s->m, s->k);
     struct tensor want = op_case_matrix(s->m, s->n), y = op_case_matrix(s->m, s->n);
     struct tensor bias = tensor_1d(op_case_floats(s->n, 1), DTYPE_F32, s->n);
-    struct linear dense = op_case_linear(s->n, s->k, dtype, s->n_lanes), l = dense;
-    snprintf(what, sizeof(what), "%s %s x%d: %d x %d x %d, group %d", weight_format_name(f),
-             dtype_name(dtype), variant, s->m, s->n, s->k, s->group_size);
-    op_linear_pack(b, &dense, &w, &bias);
+    struct linear l = lanes_of(s, dtype, lanes_are_whole);
+    snprintf(what, sizeof(what), "%s %s x%d: %d x %d x %d, group %d, lanes %d",
+             weight_format_name(f), dtype_name(dtype), variant, s->m, s->n, s->k, s->group_size,
+             lanes_are_whole);
+    product_by_definition(b, &want, &x, &q, &l);
+    op_add_bias(b, &want, bias.data);
     op_linear_pack_quantized(b, &l, &q, &bias);
-    op_matmul(b, &want, &x, &dense, NULL);
     op_matmul(b, &y, &x, &l, NULL);
     op_case_same(want.data, y.data, (size_t)(s->m * s->n) * sizeof(float), what);
     for (int i = 0; i < s->m; i++) {
@@ -44,17 +71,15 @@ static void check_shape(struct backend *b, const struct quantized_shape *s, enum
         op_matmul(b, &y1, &x1, &l, NULL);
     }
     op_case_same(want.data, y.data, (size_t)(s->m * s->n) * sizeof(float), what);
-    op_linear_free(b, &dense);
     op_linear_free(b, &l);
     quantized_case_release(&q);
-    free(w.data);
     free(x.data);
     free(want.data);
     free(y.data);
     free(bias.data);
 }
 
-static void test_equals_dense(void **state)
+static void test_products(void **state)
 {
     (void)state;
     for (int i = 0; i < op_n_isas; i++) {
@@ -67,14 +92,116 @@ static void test_equals_dense(void **state)
                 for (int variant = 0; variant < QUANTIZED_VARIANTS; variant++) {
                     if (!quantized_case_takes((enum weight_format)f, variant))
                         continue;
-                    check_shape(b, &quantized_shapes[s], DTYPE_F32, (enum weight_format)f, variant);
-                    check_shape(b, &quantized_shapes[s], DTYPE_BF16, (enum weight_format)f,
-                                variant);
+                    check_shape(b, &quantized_shapes[s], DTYPE_F32, (enum weight_format)f, variant,
+                                variant & 1);
+                    for (int whole = 0; whole < 2; whole++)
+                        check_shape(b, &quantized_shapes[s], DTYPE_BF16, (enum weight_format)f,
+                                    variant, whole);
                 }
             }
         }
         backend_close(b);
     }
+}
+
+/* y <- the product of lanes [first, first + l->n_lanes / 2), as the rank that owns them has it. */
+static void half_product(struct backend *b, struct tensor *y, const struct tensor *x,
+                         const struct quantized *q, const struct linear *l, int first)
+{
+    struct linear half = *l;
+    struct quantized of = *q;
+    const int64_t start = l->lane_start[first];
+    half.n_lanes = l->n_lanes / 2;
+    for (int i = 0; i <= half.n_lanes; i++)
+        half.lane_start[i] = l->lane_start[first + i] - start;
+    half.in_dim = of.in_dim = half.lane_start[half.n_lanes];
+    of.group_phase = (q->group_phase + start) % q->group_size;
+    int64_t skipped = (q->group_phase + start) / q->group_size;
+    of.n_groups = (of.group_phase + of.in_dim + q->group_size - 1) / q->group_size;
+    of.codes = xcalloc((size_t)(of.out_dim * of.in_dim), 1);
+    of.scales = xcalloc((size_t)(of.out_dim * of.n_groups), sizeof(float));
+    for (int64_t n = 0; n < of.out_dim; n++) {
+        memcpy(of.codes + n * of.in_dim, q->codes + n * q->in_dim + start, (size_t)of.in_dim);
+        memcpy(of.scales + n * of.n_groups, q->scales + n * q->n_groups + skipped,
+               (size_t)of.n_groups * sizeof(float));
+    }
+    struct tensor columns = *x;
+    columns.data = (float *)x->data + start;
+    columns.shape[1] = of.in_dim;
+    op_linear_pack_quantized(b, &half, &of, NULL);
+    op_matmul(b, y, &columns, &half, NULL);
+    op_linear_free(b, &half);
+    free(of.codes);
+    free(of.scales);
+}
+
+/* Two ranks' parts add up to the bits of one, also where only one of them has a lane that begins
+ * within a unit, or a group that ends in one. */
+static void test_shards(void **state)
+{
+    (void)state;
+    static const struct quantized_shape shapes[] = {
+        {3, 40, 256, 4, 128, 0}, {3, 40, 304, 8, 64, 0}, {3, 40, 160, 8, 100, 0},
+        {3, 40, 256, 2, 24, 0},  {3, 40, 600, 4, 36, 0}, {3, 40, 96, 2, 96, 0},
+    };
+    struct backend *b = backend_cpu_open(2, NULL);
+    op_case_seed(7);
+    for (int i = 0; i < (int)(sizeof(shapes) / sizeof(shapes[0])); i++) {
+        for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++) {
+            const struct quantized_shape *s = &shapes[i];
+            struct quantized q = quantized_case(s, (enum weight_format)f, 0, op_case_integer);
+            struct linear l = lanes_of(s, DTYPE_BF16, i % 2), whole = l;
+            struct tensor x = op_case_matrix(s->m, s->k), y = op_case_matrix(s->m, s->n);
+            struct tensor lower = op_case_matrix(s->m, s->n), upper = op_case_matrix(s->m, s->n);
+            op_linear_pack_quantized(b, &whole, &q, NULL);
+            op_matmul(b, &y, &x, &whole, NULL);
+            half_product(b, &lower, &x, &q, &l, 0);
+            half_product(b, &upper, &x, &q, &l, s->n_lanes / 2);
+            op_add(b, &lower, &upper);
+            op_case_same(y.data, lower.data, (size_t)(s->m * s->n) * sizeof(float),
+                         weight_format_name((enum weight_format)f));
+            op_linear_free(b, &whole);
+            quantized_case_release(&q);
+            free(x.data);
+            free(y.data);
+            free(lower.data);
+            free(upper.data);
+        }
+    }
+    backend_close(b);
+}
+
+/* Formats whose multiples bfloat16 has lose nothing in bfloat16 but the rounding of x: against
+ * double precision their products are float32's sums, 1e-13, where rounded values are 1e-6. */
+static void test_precision(void **state)
+{
+    (void)state;
+    const struct quantized_shape s = {5, 64, 1024, 4, 128, 0};
+    struct backend *b = backend_cpu_open(2, NULL);
+    op_case_seed(8);
+    for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++) {
+        struct quantized q = quantized_case(&s, (enum weight_format)f, 0, op_case_integer);
+        struct linear l = lanes_of(&s, DTYPE_BF16, 1);
+        struct tensor w = dequantized(&q), x = op_case_matrix(s.m, s.k);
+        struct tensor y = op_case_matrix(s.m, s.n), want = op_case_matrix(s.m, s.n);
+        for (int64_t i = 0; i < tensor_n_elements(&x); i++)
+            ((float *)x.data)[i] = bf16_to_f32(f32_to_bf16(((float *)x.data)[i]));
+        naive_matmul(want.data, &x, &w, 0, NULL, ACTIVATION_NONE, NULL, NULL);
+        op_linear_pack_quantized(b, &l, &q, NULL);
+        op_matmul(b, &y, &x, &l, NULL);
+        if (weight_format_is_factored((enum weight_format)f))
+            op_case_compare("factored bfloat16", &y, want.data, 1e-12);
+        else
+            op_case_compare("rounded bfloat16", &y, want.data, 1e-5);
+        op_linear_free(b, &l);
+        quantized_case_release(&q);
+        free(w.data);
+        free(x.data);
+        free(y.data);
+        free(want.data);
+    }
+    backend_close(b);
+    op_case_report();
 }
 
 /* Rows of a quantised weight; ids of other shards give zeros. */
@@ -189,10 +316,9 @@ static void test_quantize_group(void **state)
 int op_quantized_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_equals_dense),
-        cmocka_unit_test(test_embed),
-        cmocka_unit_test(test_packed_bytes),
-        cmocka_unit_test(test_quantize_group),
+        cmocka_unit_test(test_products),     cmocka_unit_test(test_shards),
+        cmocka_unit_test(test_precision),    cmocka_unit_test(test_embed),
+        cmocka_unit_test(test_packed_bytes), cmocka_unit_test(test_quantize_group),
     };
     return cmocka_run_group_tests_name("quantised weights", tests, NULL, NULL);
 }
