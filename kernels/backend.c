@@ -224,13 +224,14 @@ void op_paged_attention(struct backend *b, struct tensor *out, const struct tens
 
 void op_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                   const struct tensor *k, const struct tensor *v, int64_t n_tiles, int32_t n_heads,
-                  float scale, float *probs)
+                  float scale, enum dtype dtype, float *probs)
 {
+    CHECK(dtype == DTYPE_F32 || dtype == DTYPE_BF16);
     CHECK(is_activation(b, q) && same_matrix(out, q) && same_matrix(k, q) && same_matrix(v, q));
     CHECK(n_heads > 0 && tensor_n_cols(q) % n_heads == 0);
     CHECK(n_tiles >= 0 && (n_tiles > 0 ? tensor_n_rows(q) % n_tiles == 0 : is_empty(q)));
     if (!is_empty(q))
-        b->ops->attention(b, out, q, k, v, n_tiles, n_heads, scale, probs);
+        b->ops->attention(b, out, q, k, v, n_tiles, n_heads, scale, dtype, probs);
 }
 
 void op_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels, int32_t ph,

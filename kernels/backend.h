@@ -16,8 +16,9 @@
  * positions (the back end's own, whatever the page size).
  *
  * Activations are float32 on the CPU in both --dtype modes; with bfloat16 weights the input of a
- * matmul is first rounded to bfloat16 and products accumulate in float32. (CUDA will hold bfloat16
- * activations; ops take the type from their tensors.)
+ * matmul is first rounded to bfloat16 and products accumulate in float32; so are, in attention,
+ * queries, keys, values and the probabilities that values are multiplied with. (CUDA will hold
+ * bfloat16 activations; ops take the type from their tensors.)
  *
  * Letters in shapes: n_tokens rows of a step, dim the hidden size, n_heads/n_kv_heads the shard's
  * own heads.
@@ -69,10 +70,11 @@ struct epilogue {
 
 /* One layer's keys and values of one shard. Page p, kv head h: keys [head_dim, page_size]
  * (transposed, so that one vector holds one dimension of a page's keys), values [page_size,
- * head_dim]. */
+ * head_dim]; where the back end keeps pairs (kv_in_pairs), bfloat16 ones are keys [head_dim / 2,
+ * page_size, 2] and values [page_size / 2, head_dim, 2], and head_dim is even. */
 struct kv_pages {
-    void *k;          // [n_pages, n_kv_heads, head_dim, page_size]
-    void *v;          // [n_pages, n_kv_heads, page_size, head_dim]
+    void *k;          // [n_pages, n_kv_heads, head_dim * page_size]
+    void *v;          // [n_pages, n_kv_heads, page_size * head_dim]
     enum dtype dtype; // F32 or BF16
     int32_t n_pages, page_size /* tokens, a multiple of 16 */, n_kv_heads, head_dim;
 };
@@ -158,11 +160,12 @@ struct backend_ops {
                             const int32_t *kv_of_head, int32_t n_heads, float scale,
                             int32_t window);
     /* Full (not causal) attention inside each of n_tiles groups of n_tokens_per_tile rows. q, k, v
-     * and out [n_tiles * n_tokens_per_tile, n_heads * head_dim]. probs: [n_tiles, n_heads, T, T]
-     * float32 to fill, or NULL. */
+     * and out [n_tiles * n_tokens_per_tile, n_heads * head_dim]. `dtype` is what its products are
+     * computed from, F32 or BF16, whatever its tensors are (CUDA: as its tensors are). probs:
+     * [n_tiles, n_heads, T, T] float32 to fill, or NULL. */
     void (*attention)(struct backend *b, struct tensor *out, const struct tensor *q,
                       const struct tensor *k, const struct tensor *v, int64_t n_tiles,
-                      int32_t n_heads, float scale, float *probs);
+                      int32_t n_heads, float scale, enum dtype dtype, float *probs);
     /* Pixels [n_tiles, channels, height, width] (U8 or F32) -> patches
      * [n_tiles * (height / ph) * (width / pw), channels * ph * pw]; U8 is normalised as
      * (float(u8) - mean[c]) / std[c], host arrays [channels]. Ragged remainders are dropped. */
@@ -185,6 +188,7 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     enum dtype activation_dtype; // F32 on the CPU
+    int kv_in_pairs;             // how bfloat16 pages are laid out (struct kv_pages)
     int n_threads;
     void *state; // the back end's own
 };
@@ -238,7 +242,7 @@ void op_paged_attention(struct backend *b, struct tensor *out, const struct tens
                         const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);
 void op_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                   const struct tensor *k, const struct tensor *v, int64_t n_tiles, int32_t n_heads,
-                  float scale, float *probs);
+                  float scale, enum dtype dtype, float *probs);
 void op_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels, int32_t ph,
                  int32_t pw, const float *mean, const float *std);
 void op_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,

@@ -2,8 +2,8 @@
  * The CPU back end's door: which instruction set, how many threads, where memory comes from, and
  * the table of ops.
  *
- * Owns struct cpu_state. The ops themselves are in cpu_matmul.c, cpu_quantized.c, cpu_attention.c,
- * cpu_rows.c and cpu_move.c; it knows nothing of models or ranks.
+ * Owns struct cpu_state. The ops themselves are in cpu_matmul.c, cpu_quantized.c, cpu_paged.c,
+ * cpu_attention.c, cpu_rows.c and cpu_move.c; it knows nothing of models or ranks.
  */
 #include "kernels/cpu_backend.h"
 
@@ -262,6 +262,7 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     struct backend *b = xcalloc(1, sizeof(*b));
     b->ops = &cpu_ops;
     b->activation_dtype = DTYPE_F32;
+    b->kv_in_pairs = 1;
     b->n_threads = n_threads;
     b->state = s;
     return b;

@@ -50,6 +50,19 @@ void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes);
  * cpu_team_barrier() waits for the team where n_threads > 1. */
 void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int), void *arg);
 
+static inline int64_t cpu_round16(int64_t n)
+{
+    return (n + 15) / 16 * 16;
+}
+
+/* Carves n words of 4 bytes, rounded up to a line of the cache, off a scratch block. */
+static inline void *cpu_carve(char **at, int64_t n)
+{
+    void *p = *at;
+    *at += (size_t)cpu_round16(n) * 4;
+    return p;
+}
+
 /* The part of [0, n) that is thread `thread`'s, contiguous. */
 static inline void cpu_share(int64_t n, int thread, int n_threads, int64_t *first, int64_t *end)
 {
@@ -69,6 +82,29 @@ static inline float *cpu_row(const struct tensor *t, int64_t i)
 {
     return (float *)t->data + i * t->row_stride;
 }
+
+/* cpu_factor.c */
+/* The left factor of a product with values of `dtype` as the tile takes it: in steps of one k or of
+ * a pair, which is one word of 4 bytes (two bfloat16) or two (rounded, still float32). */
+struct cpu_factor {
+    enum tile_source source;
+    int step, words;
+};
+struct cpu_factor cpu_factor_of(const struct cpu_tile_ops *tile, enum dtype dtype);
+/* dst [n_rows] rows of dst_row words <- n >= 1 floats of each row of src, a last pair being filled
+ * with a zero. Returns the words of a row. */
+int64_t cpu_factor_rows(const struct cpu_vector_ops *vector, const struct cpu_factor *f,
+                        uint32_t *dst, int64_t dst_row, const float *src, int64_t src_row,
+                        int n_rows, int64_t n);
+/* Such rows as the tile takes them: where they are, or, more of them than may lie apart, as columns
+ * [n_words][TILE_ROWS_MAX]. Rows up to the next multiple of four are read. */
+struct cpu_factor_place {
+    const uint32_t *a;
+    int64_t a_step, a_row;
+};
+struct cpu_factor_place cpu_factor_place(const struct cpu_vector_ops *vector, const uint32_t *rows,
+                                         int64_t row_words, uint32_t *columns, int n_rows,
+                                         int64_t n_words);
 
 /* cpu_matmul.c */
 void cpu_linear_pack(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
@@ -114,13 +150,15 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
                             int64_t block, int n_blocks, int lane);
 
-/* cpu_attention.c */
+/* cpu_paged.c */
 void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                          const struct kv_pages *kv, const struct paged_layout *layout,
                          const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);
+
+/* cpu_attention.c */
 void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                    const struct tensor *k, const struct tensor *v, int64_t n_tiles, int32_t n_heads,
-                   float scale, float *probs);
+                   float scale, enum dtype dtype, float *probs);
 
 /* cpu_rows.c */
 void cpu_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,

@@ -14,13 +14,13 @@
 #include "kernels/backend.h"
 
 #define TILE_ROWS_MAX 12  // of any instruction set
+#define TILE_ROWS_APART 4 // so few rows of `a` need not lie side by side
 #define TILE_BLOCKS_MAX 4 // wide_blocks() of any
 #define TILE_FLOATS_MAX (TILE_ROWS_MAX * 2 * 16)
 
 /* How the columns of `b` are stored. */
 enum tile_source {
     TILE_F32,        // b[k][16] float32
-    TILE_BF16,       // b[k][16] bfloat16
     TILE_BF16_PAIRS, // b[k / 2][16][2] bfloat16: rows k and k + 1 of a column lie together
 };
 
@@ -31,14 +31,22 @@ enum tile_source {
  * vdpbf16ps), and `a` holds float32 (two rows of a_step a pair) or, where the table says
  * takes_bf16, pairs of bfloat16 as uint32_t.
  */
+struct tile_part {
+    const void *b;
+    int64_t n_k;
+};
+
 struct tile {
-    const void *a; // [n_k] rows of a_step, n_rows of each used
+    const void *a; // row r of step k at k * a_step + r * a_row
     int64_t a_step;
+    int64_t a_row; // 1 with more than TILE_ROWS_APART rows
     const void *b; // block i at b + i * b_block, or at blocks[i]; row k of it at k * b_step
     int64_t b_step, b_block;
-    const void *const *blocks; // NULL, or where each block begins; not of TILE_BF16_PAIRS
-    int prefetch_bytes;        // this far ahead of b, where it is read from end to end; 0: not
-    float *c;                  // [n_rows] rows of c_row
+    const void *const *blocks;     // NULL, or where each block begins
+    const struct tile_part *parts; // NULL, or what b and n_k are of each of n_parts, in order
+    int n_parts;
+    int prefetch_bytes; // this far ahead of b, where it is read from end to end; 0: not
+    float *c;           // [n_rows] rows of c_row
     int64_t c_row;
     int64_t n_k; // steps; pairs for TILE_BF16_PAIRS
     int accumulate;
@@ -127,10 +135,12 @@ struct cpu_vector_ops {
     /* Each row r takes in its scores [lo[r], hi[r]) times `scale` and replaces them by
      * e^(score - m); correction[r] is e^(old m - new m), what its older sums are to be multiplied
      * with (1 where lo = hi). Scores are read and written in whole blocks of 16; those of a row's
-     * blocks that are outside its range are left undefined. n_rows <= TILE_ROWS_MAX. */
+     * blocks that are outside its range become 0. n_rows <= TILE_ROWS_MAX. */
     void (*softmax_step)(float *scores, int64_t row_stride, int n_rows, const int64_t *lo,
                          const int64_t *hi, float scale, struct softmax *s, float *correction);
     void (*to_bf16)(uint16_t *dst, const float *src, int64_t n);
+    /* dst[i] <- even[i] in the lower half, odd[i] (NULL: 0) in the upper one, rounded. */
+    void (*pair_bf16)(uint32_t *dst, const float *even, const float *odd, int64_t n);
     void (*round_bf16)(float *dst, const float *src, int64_t n); // rounded, still float32
     /* dst[j][r] <- src[r][j] for n_rows rows of n words of 4 bytes. */
     void (*transpose)(uint32_t *dst, int64_t dst_row, const uint32_t *src, int64_t src_row,

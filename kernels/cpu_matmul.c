@@ -181,7 +181,7 @@ struct matmul_job {
     const struct linear *l;
     struct epilogue epilogue;
     struct steps steps;
-    enum tile_source source;
+    struct cpu_factor factor; // of x
     int64_t n_rows, n_panels;
     int64_t n_groups;   // of panels, passed over two blocks before the next two are fetched
     int n_blocks_wide;  // blocks of one tile
@@ -213,17 +213,11 @@ static int64_t group_start(const struct matmul_job *job, int64_t group)
     return job->n_panels * group / job->n_groups;
 }
 
-/* Words of 4 bytes a row and step: a pair of bfloat16 is one, two float32 of a pair are two. */
-static int words_a_step(const struct matmul_job *job)
-{
-    return job->l->dtype == DTYPE_BF16 && !job->tile->takes_bf16 ? 2 : 1;
-}
-
 size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
                         enum dtype dtype)
 {
-    size_t per_k = dtype == DTYPE_BF16 && tile->takes_bf16 ? 2 : 4; // words_a_step() of a pair
-    return (size_t)n_rows * (size_t)(in_dim + LANES_MAX) * per_k;
+    struct cpu_factor f = cpu_factor_of(tile, dtype);
+    return (size_t)n_rows * (size_t)(in_dim + LANES_MAX) * 4 * (size_t)f.words / (size_t)f.step;
 }
 
 /* Enough for cache-friendly transposition, small enough for the stack. */
@@ -234,21 +228,8 @@ static void pack_chunk(const struct matmul_job *job, uint32_t *dst, const float 
                        int64_t n_k)
 {
     uint32_t words[TILE_ROWS_MAX][CHUNK];
-    const int64_t stride = job->x->row_stride;
-    int64_t n_words = n_k;
-    for (int r = 0; r < n_rows; r++) {
-        if (job->l->dtype == DTYPE_F32) {
-            memcpy(words[r], x + r * stride, (size_t)n_k * sizeof(float));
-        } else if (job->tile->takes_bf16) {
-            n_words = (n_k + 1) / 2;
-            words[r][n_words - 1] = 0;
-            job->vector->to_bf16((uint16_t *)words[r], x + r * stride, n_k);
-        } else {
-            n_words = (n_k + 1) / 2 * 2;
-            words[r][n_words - 1] = 0;
-            job->vector->round_bf16((float *)words[r], x + r * stride, n_k);
-        }
-    }
+    int64_t n_words = cpu_factor_rows(job->vector, &job->factor, words[0], CHUNK, x,
+                                      job->x->row_stride, n_rows, n_k);
     job->vector->transpose(dst, n_rows, words[0], CHUNK, n_rows, n_words);
 }
 
@@ -256,7 +237,7 @@ static void pack_chunk(const struct matmul_job *job, uint32_t *dst, const float 
 static void pack_x(const struct matmul_job *job, uint32_t *packed, int thread, int n_threads)
 {
     const struct linear *l = job->l;
-    const int words = words_a_step(job), step = job->steps.step;
+    const int words = job->factor.words, step = job->steps.step;
     for (int64_t panel = 0; panel < job->n_panels; panel++) {
         int64_t row = panel_start(job, panel);
         int n_rows = (int)(panel_start(job, panel + 1) - row);
@@ -329,11 +310,12 @@ static void compute_columns(const struct matmul_job *job, const struct product *
                             int64_t first, int64_t n_k, float *sums)
 {
     const struct blocks *blocks = p->blocks;
-    const int step = job->steps.step, words = words_a_step(job);
+    const int step = job->steps.step, words = job->factor.words;
     const size_t element = dtype_size(job->l->dtype);
     const int64_t start = job->steps.start[lane] + first / step,
                   end = start + (n_k + step - 1) / step;
     struct tile t = {.a_step = p->n_rows,
+                     .a_row = 1,
                      .b = blocks->memory,
                      .b_step = step * 16,
                      .b_block = (int64_t)(blocks->block_bytes / element),
@@ -353,7 +335,7 @@ static void compute_columns(const struct matmul_job *job, const struct product *
                        blocks->first, blocks->n, lane, first + done,
                        left < t.n_k * step ? left : t.n_k * step, expands_to(job, lane));
         }
-        job->tile->run(&t, p->n_rows, blocks->n, job->source);
+        job->tile->run(&t, p->n_rows, blocks->n, job->factor.source);
         if (t.n_k == 0)
             return;
     }
@@ -402,7 +384,7 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
     const int64_t row = panel_start(job, panel), block = blocks->first;
     const int n_rows = (int)(panel_start(job, panel + 1) - row), n_blocks = blocks->n;
     const struct product p = {
-        .x = packed_x + row * job->steps.n * words_a_step(job), .n_rows = n_rows, .blocks = blocks};
+        .x = packed_x + row * job->steps.n * job->factor.words, .n_rows = n_rows, .blocks = blocks};
     float sums[4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     int depth = 0;
     for (int r = 0; r < n_rows; r++) // y's lines come while the tile is computed
@@ -435,7 +417,7 @@ static void matmul_work(void *arg, int thread, int n_threads)
         if (n_threads > 1)
             cpu_team_barrier(job->state->team);
     } else {
-        size_t words = (size_t)(job->n_rows * job->steps.n) * (size_t)words_a_step(job);
+        size_t words = (size_t)(job->n_rows * job->steps.n) * (size_t)job->factor.words;
         uint32_t *own = cpu_scratch_reserve(&job->state->thread[thread], words * 4);
         pack_x(job, own, 0, 1);
         packed_x = own;
@@ -475,7 +457,7 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
     if (e)
         job.epilogue = *e;
     steps_init(&job.steps, l);
-    job.source = l->dtype == DTYPE_F32 ? TILE_F32 : TILE_BF16_PAIRS;
+    job.factor = cpu_factor_of(s->tile, l->dtype);
     job.n_rows = tensor_n_rows(x);
     job.n_panels = (job.n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
     int panel_rows = (int)((job.n_rows + job.n_panels - 1) / job.n_panels);
@@ -487,7 +469,7 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
             job.n_blocks_wide = s->expand->product_blocks((int)job.n_rows);
     }
     job.chunk = CHUNK_BYTES / (16 * job.steps.step * (int64_t)dtype_size(l->dtype));
-    int64_t words = job.steps.n * words_a_step(&job);
+    int64_t words = job.steps.n * job.factor.words;
     int64_t group_panels = GROUP_BYTES / (words * 4 * panel_rows + 1);
     if (group_panels < GROUP_PANELS_MIN)
         group_panels = GROUP_PANELS_MIN;

@@ -117,6 +117,30 @@ static int32_t sequence_of(const struct paged_layout *layout, int64_t i)
     return lo;
 }
 
+/* Slot `slot` of the page and head whose keys and values begin at element `at`. */
+static void write_slot_f32(const struct kv_pages *kv, int64_t at, int64_t slot, const float *k,
+                           const float *v)
+{
+    float *keys = (float *)kv->k + at + slot, *values = (float *)kv->v + at + slot * kv->head_dim;
+    for (int64_t d = 0; d < kv->head_dim; d++)
+        keys[d * kv->page_size] = k[d];
+    memcpy(values, v, (size_t)kv->head_dim * sizeof(float));
+}
+
+/* The same in pairs: of dimensions in keys, of slots in values. */
+static void write_slot_bf16(const struct kv_pages *kv, int64_t at, int64_t slot, const float *k,
+                            const float *v)
+{
+    uint16_t *keys = (uint16_t *)kv->k + at + slot * 2;
+    uint16_t *values = (uint16_t *)kv->v + at + slot / 2 * 2 * kv->head_dim + slot % 2;
+    for (int64_t d = 0; d < kv->head_dim; d += 2, keys += 2 * kv->page_size) {
+        keys[0] = f32_to_bf16(k[d]);
+        keys[1] = f32_to_bf16(k[d + 1]);
+    }
+    for (int64_t d = 0; d < kv->head_dim; d++)
+        values[2 * d] = f32_to_bf16(v[d]);
+}
+
 static void kv_write_row(const struct move_job *job, int64_t i)
 {
     const struct paged_layout *layout = job->layout;
@@ -129,26 +153,22 @@ static void kv_write_row(const struct move_job *job, int64_t i)
     const int32_t page = layout->pages[index];
     if (page < 0 || page >= kv->n_pages)
         BUG("page %d of %d", page, kv->n_pages);
-    const int64_t slot = position % kv->page_size, dim = kv->head_dim, size = kv->page_size;
-    const size_t element = dtype_size(kv->dtype);
+    const int64_t slot = position % kv->page_size, dim = kv->head_dim;
     for (int32_t h = 0; h < kv->n_kv_heads; h++) {
-        const int64_t at = ((int64_t)page * kv->n_kv_heads + h) * dim * size;
-        const float *k = cpu_row(job->x, i) + h * dim;
-        for (int64_t d = 0; d < dim; d++) {
-            int64_t to = at + d * size + slot;
-            if (kv->dtype == DTYPE_F32)
-                ((float *)kv->k)[to] = k[d];
-            else
-                ((uint16_t *)kv->k)[to] = f32_to_bf16(k[d]);
-        }
-        convert(job->vector, (char *)kv->v + (size_t)(at + slot * dim) * element, kv->dtype,
-                cpu_row(job->x2, i) + h * dim, DTYPE_F32, dim);
+        const int64_t at = ((int64_t)page * kv->n_kv_heads + h) * dim * kv->page_size;
+        const float *k = cpu_row(job->x, i) + h * dim, *v = cpu_row(job->x2, i) + h * dim;
+        if (kv->dtype == DTYPE_F32)
+            write_slot_f32(kv, at, slot, k, v);
+        else
+            write_slot_bf16(kv, at, slot, k, v);
     }
 }
 
 void cpu_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
                   const struct tensor *k, const struct tensor *v)
 {
+    if (kv->dtype == DTYPE_BF16 && kv->head_dim % 2)
+        BUG("%d dimensions of bfloat16, which lie in pairs", kv->head_dim);
     struct move_job job = {.row = kv_write_row, .x = k, .x2 = v, .kv = kv, .layout = layout};
     move_run(b, &job, tensor_n_rows(k), tensor_n_elements(k));
 }

@@ -171,15 +171,6 @@ ALWAYS_INLINE void vf_store_n(float *p, vf x, int64_t n)
     memcpy(p, tail, (size_t)n * sizeof(float));
 }
 
-ALWAYS_INLINE vf vf_load_bf16(const uint16_t *p)
-{
-#if VF_N == 16 /* the compiler makes five instructions of the other */
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
-#else
-    return (vf)(__builtin_convertvector(*(const vh_memory *)p, vu) << 16);
-#endif
-}
-
 /* Rounded to bfloat16, to nearest even, in the upper half of each element; a NaN stays one. */
 ALWAYS_INLINE vu vf_round_bf16(vf x)
 {

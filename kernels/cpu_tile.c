@@ -33,15 +33,11 @@ static int blocks_at_once(int n_rows, int n_left)
     return n_left >= wide ? wide : wide == 4 && n_left >= 2 ? 2 : 1;
 }
 
-ALWAYS_INLINE void load_block(vf *v, const void *b, enum tile_source source)
+ALWAYS_INLINE void load_block(vf *v, const void *b)
 {
 #pragma GCC unroll 16
-    for (int i = 0; i < BLOCK_VECTORS; i++) {
-        if (source == TILE_F32)
-            v[i] = vf_load((const float *)b + i * VF_N);
-        else
-            v[i] = vf_load_bf16((const uint16_t *)b + i * VF_N);
-    }
+    for (int i = 0; i < BLOCK_VECTORS; i++)
+        v[i] = vf_load((const float *)b + i * VF_N);
 }
 
 /* The even or the odd k of a pair. */
@@ -54,149 +50,155 @@ ALWAYS_INLINE void load_half_block(vf *v, const void *b, const int is_odd)
     }
 }
 
-ALWAYS_INLINE void add_step(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const float *a, const vf *v,
-                            int n_rows, int n_vectors)
+ALWAYS_INLINE void add_step(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const float *a,
+                            int64_t a_row, const vf *v, int n_rows, int n_vectors)
 {
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
-        vf x = vf_set(a[r]);
+        vf x = vf_set(a[r * a_row]);
 #pragma GCC unroll 16
         for (int j = 0; j < n_vectors; j++)
             acc[r][j] = vf_fma(x, v[j], acc[r][j]);
     }
 }
 
-/* Unrolled whole, so that the sums are registers and not an array. */
-ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_blocks,
-                            const enum tile_source source)
+/* acc += a b of one part, from its block `first` on; returns a past the part. */
+ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
+                                    const struct tile *t, const struct tile_part *part,
+                                    const float *a, int first, const int n_rows, const int n_blocks,
+                                    const enum tile_source source)
 {
     const int n_vectors = n_blocks * BLOCK_VECTORS;
-    vf acc[MAX_ROWS][TILE_BLOCKS_MAX * BLOCK_VECTORS];
-#pragma GCC unroll 16
-    for (int r = 0; r < n_rows; r++) {
-#pragma GCC unroll 16
-        for (int j = 0; j < n_vectors; j++)
-            acc[r][j] = t->accumulate ? vf_load(t->c + r * t->c_row + j * VF_N) : vf_set(0.0f);
-    }
-    const float *a = t->a;
+    const int64_t a_row = n_rows <= TILE_ROWS_APART ? t->a_row : 1;
     const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
     const size_t step_bytes = (size_t)t->b_step * element;
     const char *b[TILE_BLOCKS_MAX];
 #pragma GCC unroll 16
     for (int i = 0; i < n_blocks; i++)
-        b[i] = t->blocks ? t->blocks[i] : (const char *)t->b + (size_t)(i * t->b_block) * element;
-    for (int64_t k = 0; k < t->n_k; k++) {
+        b[i] = t->blocks ? t->blocks[first + i]
+                         : (const char *)part->b + (size_t)((first + i) * t->b_block) * element;
+    for (int64_t k = 0; k < part->n_k; k++) {
         vf v[TILE_BLOCKS_MAX * BLOCK_VECTORS];
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++) {
-            if (n_rows <= 4 && source != TILE_BF16)
+            if (n_rows <= 4)
                 __builtin_prefetch(b[i] + t->prefetch_bytes);
             if (source == TILE_BF16_PAIRS)
                 load_half_block(v + i * BLOCK_VECTORS, b[i], 1);
             else
-                load_block(v + i * BLOCK_VECTORS, b[i], source);
+                load_block(v + i * BLOCK_VECTORS, b[i]);
         }
         if (source == TILE_BF16_PAIRS) {
-            add_step(acc, a + t->a_step, v, n_rows, n_vectors);
+            add_step(acc, a + t->a_step, a_row, v, n_rows, n_vectors);
             /* The pairs are loaded again: with both halves at once, sixteen registers do not do. */
             __asm__ volatile("" ::: "memory");
 #pragma GCC unroll 16
             for (int i = 0; i < n_blocks; i++)
                 load_half_block(v + i * BLOCK_VECTORS, b[i], 0);
         }
-        add_step(acc, a, v, n_rows, n_vectors);
+        add_step(acc, a, a_row, v, n_rows, n_vectors);
         a += source == TILE_BF16_PAIRS ? 2 * t->a_step : t->a_step;
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++)
             b[i] += step_bytes;
     }
+    return a;
+}
+
+/* Blocks [first, first + n_blocks). Unrolled whole, so that the sums are registers and not an
+ * array. */
+ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, const int n_blocks,
+                            const enum tile_source source)
+{
+    const int n_vectors = n_blocks * BLOCK_VECTORS;
+    float *c = t->c + first * 16;
+    vf acc[MAX_ROWS][TILE_BLOCKS_MAX * BLOCK_VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 16
         for (int j = 0; j < n_vectors; j++)
-            vf_store(t->c + r * t->c_row + j * VF_N, acc[r][j]);
+            acc[r][j] = t->accumulate ? vf_load(c + r * t->c_row + j * VF_N) : vf_set(0.0f);
+    }
+    const struct tile_part whole = {t->b, t->n_k};
+    const struct tile_part *parts = t->parts ? t->parts : &whole;
+    const int n_parts = t->parts ? t->n_parts : 1;
+    const float *a = t->a;
+    for (int i = 0; i < n_parts; i++)
+        a = add_part(acc, t, &parts[i], a, first, n_rows, n_blocks, source);
+#pragma GCC unroll 16
+    for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < n_vectors; j++)
+            vf_store(c + r * t->c_row + j * VF_N, acc[r][j]);
     }
 }
 
 /* n_blocks as blocks_at_once() has it; what it never says for n_rows is not compiled. */
-ALWAYS_INLINE void run_blocks(const struct tile *t, const int n_rows, int n_blocks,
+ALWAYS_INLINE void run_blocks(const struct tile *t, int first, const int n_rows, int n_blocks,
                               enum tile_source source)
 {
     if (wide_blocks(n_rows) == 4 && n_blocks == 4)
-        tile_run(t, n_rows, 4, source);
+        tile_run(t, first, n_rows, 4, source);
     else if (wide_blocks(n_rows) >= 2 && n_blocks == 2)
-        tile_run(t, n_rows, 2, source);
+        tile_run(t, first, n_rows, 2, source);
     else
-        tile_run(t, n_rows, 1, source);
+        tile_run(t, first, n_rows, 1, source);
 }
 
 /* One case a tile height, so that every loop above has constant bounds. */
-ALWAYS_INLINE void run_rows(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
+ALWAYS_INLINE void run_rows(const struct tile *t, int first, int n_rows, int n_blocks,
+                            enum tile_source source)
 {
     switch (n_rows) {
     case 1:
-        return run_blocks(t, 1, n_blocks, source);
+        return run_blocks(t, first, 1, n_blocks, source);
     case 2:
-        return run_blocks(t, 2, n_blocks, source);
+        return run_blocks(t, first, 2, n_blocks, source);
     case 3:
-        return run_blocks(t, 3, n_blocks, source);
+        return run_blocks(t, first, 3, n_blocks, source);
     case 4:
-        return run_blocks(t, 4, n_blocks, source);
+        return run_blocks(t, first, 4, n_blocks, source);
 #if MAX_ROWS >= 6
     case 5:
-        return run_blocks(t, 5, n_blocks, source);
+        return run_blocks(t, first, 5, n_blocks, source);
     case 6:
-        return run_blocks(t, 6, n_blocks, source);
+        return run_blocks(t, first, 6, n_blocks, source);
 #endif
 #if MAX_ROWS >= 12
     case 7:
-        return run_blocks(t, 7, n_blocks, source);
+        return run_blocks(t, first, 7, n_blocks, source);
     case 8:
-        return run_blocks(t, 8, n_blocks, source);
+        return run_blocks(t, first, 8, n_blocks, source);
     case 9:
-        return run_blocks(t, 9, n_blocks, source);
+        return run_blocks(t, first, 9, n_blocks, source);
     case 10:
-        return run_blocks(t, 10, n_blocks, source);
+        return run_blocks(t, first, 10, n_blocks, source);
     case 11:
-        return run_blocks(t, 11, n_blocks, source);
+        return run_blocks(t, first, 11, n_blocks, source);
     case 12:
-        return run_blocks(t, 12, n_blocks, source);
+        return run_blocks(t, first, 12, n_blocks, source);
 #endif
     }
 }
 
-static void run_f32(const struct tile *t, int n_rows, int n_blocks)
+static void run_f32(const struct tile *t, int first, int n_rows, int n_blocks)
 {
-    run_rows(t, n_rows, n_blocks, TILE_F32);
+    run_rows(t, first, n_rows, n_blocks, TILE_F32);
 }
 
-static void run_bf16(const struct tile *t, int n_rows, int n_blocks)
+static void run_bf16_pairs(const struct tile *t, int first, int n_rows, int n_blocks)
 {
-    run_rows(t, n_rows, n_blocks, TILE_BF16);
-}
-
-static void run_bf16_pairs(const struct tile *t, int n_rows, int n_blocks)
-{
-    run_rows(t, n_rows, n_blocks, TILE_BF16_PAIRS);
+    run_rows(t, first, n_rows, n_blocks, TILE_BF16_PAIRS);
 }
 
 static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
-    const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
-    struct tile part = *t;
     for (int done = 0, step; done < n_blocks; done += step) {
         step = blocks_at_once(n_rows, n_blocks - done);
         if (source == TILE_F32)
-            run_f32(&part, n_rows, step);
-        else if (source == TILE_BF16)
-            run_bf16(&part, n_rows, step);
+            run_f32(t, done, n_rows, step);
         else
-            run_bf16_pairs(&part, n_rows, step);
-        if (part.blocks)
-            part.blocks += step;
-        else
-            part.b = (const char *)part.b + (size_t)(step * t->b_block) * element;
-        part.c += step * 16;
+            run_bf16_pairs(t, done, n_rows, step);
     }
 }
 

@@ -17,72 +17,103 @@ static int wide_blocks(int n_rows)
     return n_rows <= 4 ? 4 : 2;
 }
 
-/* Unrolled whole, so that the sums are registers and not an array. */
-ALWAYS_INLINE void tile_run(const struct tile *t, const int n_rows, const int n_blocks)
+/* acc += a b of one part, from its block `first` on; returns a past the part. */
+ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const struct tile *t,
+                                      const struct tile_part *part, const int32_t *a, int first,
+                                      const int n_rows, const int n_blocks)
 {
+    const int64_t a_row = n_rows <= TILE_ROWS_APART ? t->a_row : 1;
+    const uint16_t *b[TILE_BLOCKS_MAX];
+#pragma GCC unroll 16
+    for (int j = 0; j < n_blocks; j++)
+        b[j] =
+            t->blocks ? t->blocks[first + j] : (const uint16_t *)part->b + (first + j) * t->b_block;
+    for (int64_t k = 0; k < part->n_k; k++) {
+        __m512bh v[TILE_BLOCKS_MAX];
+#pragma GCC unroll 16
+        for (int j = 0; j < n_blocks; j++) {
+            if (n_rows <= 4)
+                __builtin_prefetch((const char *)b[j] + t->prefetch_bytes);
+            v[j] = (__m512bh)_mm512_loadu_si512(b[j]);
+            b[j] += t->b_step;
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < n_rows; r++) {
+            __m512bh x = (__m512bh)_mm512_set1_epi32(a[r * a_row]);
+#pragma GCC unroll 16
+            for (int j = 0; j < n_blocks; j++)
+                acc[r][j] = _mm512_dpbf16_ps(acc[r][j], x, v[j]);
+        }
+        a += t->a_step;
+    }
+    return a;
+}
+
+/* Blocks [first, first + n_blocks). Unrolled whole, so that the sums are registers and not an
+ * array. */
+ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, const int n_blocks)
+{
+    float *c = t->c + first * 16;
     __m512 acc[MAX_ROWS][TILE_BLOCKS_MAX];
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++)
             acc[r][j] =
-                t->accumulate ? _mm512_loadu_ps(t->c + r * t->c_row + j * 16) : _mm512_setzero_ps();
+                t->accumulate ? _mm512_loadu_ps(c + r * t->c_row + j * 16) : _mm512_setzero_ps();
     }
+    const struct tile_part whole = {t->b, t->n_k};
+    const struct tile_part *parts = t->parts ? t->parts : &whole;
+    const int n_parts = t->parts ? t->n_parts : 1;
     const int32_t *a = t->a;
-    const uint16_t *b = t->b;
-    for (int64_t k = 0; k < t->n_k; k++) {
-        __m512bh v[TILE_BLOCKS_MAX];
-#pragma GCC unroll 16
-        for (int j = 0; j < n_blocks; j++) {
-            if (n_rows <= 4)
-                __builtin_prefetch((const char *)(b + j * t->b_block) + t->prefetch_bytes);
-            v[j] = (__m512bh)_mm512_loadu_si512(b + j * t->b_block);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < n_rows; r++) {
-            __m512bh x = (__m512bh)_mm512_set1_epi32(a[r]);
-#pragma GCC unroll 16
-            for (int j = 0; j < n_blocks; j++)
-                acc[r][j] = _mm512_dpbf16_ps(acc[r][j], x, v[j]);
-        }
-        a += t->a_step;
-        b += t->b_step;
-    }
+    for (int i = 0; i < n_parts; i++)
+        a = add_part(acc, t, &parts[i], a, first, n_rows, n_blocks);
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++)
-            _mm512_storeu_ps(t->c + r * t->c_row + j * 16, acc[r][j]);
+            _mm512_storeu_ps(c + r * t->c_row + j * 16, acc[r][j]);
     }
 }
 
-static void run_rows(const struct tile *t, int n_rows, int wide)
+/* n_blocks is 1, 2 or, of few rows, 4. */
+ALWAYS_INLINE void run_blocks(const struct tile *t, int first, const int n_rows, int n_blocks)
+{
+    if (n_rows <= 4 && n_blocks == 4)
+        tile_run(t, first, n_rows, 4);
+    else if (n_blocks == 2)
+        tile_run(t, first, n_rows, 2);
+    else
+        tile_run(t, first, n_rows, 1);
+}
+
+static void run_rows(const struct tile *t, int first, int n_rows, int n_blocks)
 {
     switch (n_rows) {
     case 1:
-        return wide ? tile_run(t, 1, 4) : tile_run(t, 1, 1);
+        return run_blocks(t, first, 1, n_blocks);
     case 2:
-        return wide ? tile_run(t, 2, 4) : tile_run(t, 2, 1);
+        return run_blocks(t, first, 2, n_blocks);
     case 3:
-        return wide ? tile_run(t, 3, 4) : tile_run(t, 3, 1);
+        return run_blocks(t, first, 3, n_blocks);
     case 4:
-        return wide ? tile_run(t, 4, 4) : tile_run(t, 4, 1);
+        return run_blocks(t, first, 4, n_blocks);
     case 5:
-        return wide ? tile_run(t, 5, 2) : tile_run(t, 5, 1);
+        return run_blocks(t, first, 5, n_blocks);
     case 6:
-        return wide ? tile_run(t, 6, 2) : tile_run(t, 6, 1);
+        return run_blocks(t, first, 6, n_blocks);
     case 7:
-        return wide ? tile_run(t, 7, 2) : tile_run(t, 7, 1);
+        return run_blocks(t, first, 7, n_blocks);
     case 8:
-        return wide ? tile_run(t, 8, 2) : tile_run(t, 8, 1);
+        return run_blocks(t, first, 8, n_blocks);
     case 9:
-        return wide ? tile_run(t, 9, 2) : tile_run(t, 9, 1);
+        return run_blocks(t, first, 9, n_blocks);
     case 10:
-        return wide ? tile_run(t, 10, 2) : tile_run(t, 10, 1);
+        return run_blocks(t, first, 10, n_blocks);
     case 11:
-        return wide ? tile_run(t, 11, 2) : tile_run(t, 11, 1);
+        return run_blocks(t, first, 11, n_blocks);
     case 12:
-        return wide ? tile_run(t, 12, 2) : tile_run(t, 12, 1);
+        return run_blocks(t, first, 12, n_blocks);
     }
 }
 
@@ -92,14 +123,10 @@ static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source
         cpu_tile_avx512.run(t, n_rows, n_blocks, source);
         return;
     }
-    const int wide = wide_blocks(n_rows);
-    struct tile part = *t;
-    for (int done = 0; done < n_blocks;) {
-        int step = n_blocks - done >= wide ? wide : 1;
-        run_rows(&part, n_rows, step > 1);
-        part.b = (const uint16_t *)part.b + step * t->b_block;
-        part.c += step * 16;
-        done += step;
+    for (int done = 0, step; done < n_blocks; done += step) {
+        int left = n_blocks - done;
+        step = n_rows <= 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        run_rows(t, done, n_rows, step);
     }
 }
 

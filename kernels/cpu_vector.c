@@ -215,6 +215,16 @@ static void to_bf16(uint16_t *dst, const float *src, int64_t n)
         dst[i] = f32_to_bf16(src[i]);
 }
 
+static void pair_bf16(uint32_t *dst, const float *even, const float *odd, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += VF_N) {
+        vu pairs = vf_round_bf16(load_at(even, i, n)) >> 16;
+        if (odd)
+            pairs |= vf_round_bf16(load_at(odd, i, n));
+        store_at((float *)dst, i, n, (vf)pairs);
+    }
+}
+
 static void round_bf16(float *dst, const float *src, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VF_N)
@@ -272,6 +282,7 @@ const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .rotate = rotate,
     .softmax_step = softmax_step,
     .to_bf16 = to_bf16,
+    .pair_bf16 = pair_bf16,
     .round_bf16 = round_bf16,
     .transpose = transpose,
     .exp = exponential,

@@ -187,7 +187,7 @@ void cuda_copy(struct backend *b, struct tensor *y, const struct tensor *x);
 /* cuda_vision.cu */
 void cuda_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                     const struct tensor *k, const struct tensor *v, int64_t n_tiles,
-                    int32_t n_heads, float scale, float *probs);
+                    int32_t n_heads, float scale, enum dtype dtype, float *probs);
 void cuda_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels,
                    int32_t ph, int32_t pw, const float *mean, const float *std);
 void cuda_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,

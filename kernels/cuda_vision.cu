@@ -194,7 +194,7 @@ static int is_aligned(const struct tensor *t)
 
 void cuda_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                     const struct tensor *k, const struct tensor *v, int64_t n_tiles,
-                    int32_t n_heads, float scale, float *probs)
+                    int32_t n_heads, float scale, enum dtype /* its tensors' */, float *probs)
 {
     struct cuda_state *s = cuda_state_of(b);
     struct tile_params p = {};

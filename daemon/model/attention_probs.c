@@ -9,17 +9,31 @@
 
 #include "kernels/log.h"
 
+/* The keys of one page [head_dim / 2, page_size, 2] to [head_dim, page_size]. */
+static void part_pairs(float *keys, const float *pairs, const struct kv_pages *kv)
+{
+    for (int64_t d = 0; d < kv->head_dim; d++) {
+        for (int64_t i = 0; i < kv->page_size; i++)
+            keys[d * kv->page_size + i] = pairs[(d / 2 * kv->page_size + i) * 2 + d % 2];
+    }
+}
+
 /* keys [n_pages, head_dim, page_size] <- one head of the pages, as float32. */
 static void read_keys(float *keys, struct backend *b, const struct kv_pages *kv,
                       const int32_t *pages, int64_t n_pages, int32_t kv_head)
 {
     size_t n = (size_t)kv->head_dim * (size_t)kv->page_size, n_bytes = n * dtype_size(kv->dtype);
+    const int in_pairs = kv->dtype == DTYPE_BF16 && b->kv_in_pairs;
     void *page = xcalloc(1, n_bytes);
+    float *widened = xcalloc(n, sizeof(float));
     for (int64_t p = 0; p < n_pages; p++) {
         size_t index = (size_t)pages[p] * (size_t)kv->n_kv_heads + (size_t)kv_head;
         op_download(b, page, (const char *)kv->k + index * n_bytes, n_bytes);
-        tensor_widen(keys + (size_t)p * n, page, kv->dtype, (int64_t)n);
+        tensor_widen(in_pairs ? widened : keys + (size_t)p * n, page, kv->dtype, (int64_t)n);
+        if (in_pairs)
+            part_pairs(keys + (size_t)p * n, widened, kv);
     }
+    free(widened);
     free(page);
 }
 
@@ -55,6 +69,8 @@ void attention_probs(float *probs, int32_t n_cols, struct backend *b, const stru
         float *row = probs + (int64_t)i * n_cols;
         op_download(b, query, (const float *)q->data + i * q->row_stride,
                     (size_t)d * sizeof(float));
+        for (int32_t k = 0; kv->dtype == DTYPE_BF16 && k < d; k++)
+            query[k] = bf16_to_f32(f32_to_bf16(query[k]));
         for (int32_t j = start; j < end; j++) {
             const float *key = keys + (int64_t)(j / size) * size * d + j % size;
             float dot = 0;

@@ -118,8 +118,11 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
 {
     const struct vision_config *v = &c->vision;
     uint64_t before = w->n_bytes;
-    *m = (struct vision_model){
-        .config = c, .backend = b, .pixel_mean = pixel_mean, .pixel_std = pixel_std};
+    *m = (struct vision_model){.config = c,
+                               .backend = b,
+                               .dtype = dtype,
+                               .pixel_mean = pixel_mean,
+                               .pixel_std = pixel_std};
     m->cls = weights_vector(w, b, "vision_tower.embeddings.cls_token");
     m->mask_token = weights_vector(w, b, "vision_tower.embeddings.mask_token");
     linear(w, b, &m->patch, dtype, "vision_tower.embeddings.patch_embeddings.", "projection");
@@ -392,7 +395,7 @@ static void attention(struct vision_run *r, const struct vision_layer *l, int i,
         capture(r, VISION_CAPTURE_LAYER0, &r->k, "vision.layer0.k_norm", 0);
     }
     op_attention(b, out, &r->q, &r->k, &r->v, r->n_tiles, v->n_heads,
-                 (float)(1.0 / sqrt((double)v->head_dim)), probs);
+                 (float)(1.0 / sqrt((double)v->head_dim)), m->dtype, probs);
 }
 
 /* InternVLVisionLayer. */

@@ -45,6 +45,7 @@ struct vision_scratch { // rows: n_tokens tokens of as many whole tiles as fit
 struct vision_model {
     const struct model_config *config;
     struct backend *backend;
+    enum dtype dtype; // of its products
     struct linear patch;
     float *cls;                     // [dim]
     float *mask_token;              // [dim] or NULL (use_mask_token)

@@ -22,6 +22,7 @@ struct attention_case {
     struct paged_layout layout;
     int32_t *kv_of_head;
     int32_t n_heads, n_tiles;
+    enum dtype dtype;
 };
 
 static void run_paged(void *arg)
@@ -93,6 +94,7 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
         .op = "paged_attention",
         .what = what,
         .format = dtype_name(dtype),
+        .is_bf16 = dtype == DTYPE_BF16,
         .rows = rows,
         .flops = 4 * pairs * load->n_sequences * (double)(s->n_heads * s->head_dim),
         .bytes = 2.0 * load->n_sequences * load->context * (double)width * element +
@@ -119,15 +121,17 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
 static void run_full(void *arg)
 {
     struct attention_case *c = arg;
-    op_attention(c->b, &c->out, &c->q, &c->k, &c->v, c->n_tiles, c->n_heads, 0.125f, NULL);
+    op_attention(c->b, &c->out, &c->q, &c->k, &c->v, c->n_tiles, c->n_heads, 0.125f, c->dtype,
+                 NULL);
 }
 
-static void measure_full(const struct bench *bench, int32_t n_tiles)
+static void measure_full(const struct bench *bench, int32_t n_tiles, enum dtype dtype)
 {
     const struct shapes *s = bench->shapes;
     const int64_t n = 1025, rows = n * n_tiles, dim = s->v_dim;
     struct tensor qkv = bench_matrix(bench, DTYPE_F32, rows, 3 * dim);
     struct attention_case c = {.b = bench->b, .n_heads = (int32_t)s->v_heads, .n_tiles = n_tiles};
+    c.dtype = dtype;
     c.out = bench_matrix(bench, DTYPE_F32, rows, dim);
     c.q = tensor_columns(&qkv, 0, dim);
     c.k = tensor_columns(&qkv, dim, dim);
@@ -137,7 +141,8 @@ static void measure_full(const struct bench *bench, int32_t n_tiles)
     struct op_case op = {
         .op = "attention",
         .what = what,
-        .format = "float32",
+        .format = dtype_name(dtype),
+        .is_bf16 = dtype == DTYPE_BF16,
         .rows = rows,
         .flops = 4.0 * (double)(rows * n * dim),
         .bytes = 16.0 * (double)(rows * dim),
@@ -387,9 +392,11 @@ void bench_others(const struct bench *bench)
         for (int i = 0; i < 5; i++)
             measure_paged(bench, &loads[i], dtypes[t]);
     }
-    if (bench_wants(bench, "attention", "float32")) {
-        measure_full(bench, 1);
-        measure_full(bench, 4);
+    for (int t = 0; t < 2; t++) {
+        if (!bench_wants(bench, "attention", dtype_name(dtypes[t])))
+            continue;
+        measure_full(bench, 1, dtypes[t]);
+        measure_full(bench, 4, dtypes[t]);
     }
     for (int i = 0; i < N_ROWS; i++) {
         const int64_t rows = row_counts[i];

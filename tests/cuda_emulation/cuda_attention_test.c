@@ -229,16 +229,16 @@ static void check_full(enum dtype type, int n_tiles, int t, int n_heads, int hd)
                          qkv.host + (int64_t)i * 3 * cols + h * hd, qkv.host + at + cols,
                          qkv.host + at + 2 * cols, t, 3 * cols, hd, scale);
         }
-    op_attention(b, &out, &q, &k, &v, n_tiles, n_heads, scale, NULL);
+    op_attention(b, &out, &q, &k, &v, n_tiles, n_heads, scale, type, NULL);
     case_compare(b, "attention", &out, want, bound);
     struct tensor alone = case_matrix_new(b, type, t, cols, 0).device;
     struct tensor q1 = tensor_rows(&q, (n_tiles - 1) * t, t),
                   k1 = tensor_rows(&k, (n_tiles - 1) * t, t);
     struct tensor v1 = tensor_rows(&v, (n_tiles - 1) * t, t);
     struct tensor last = tensor_rows(&out, (n_tiles - 1) * t, t);
-    op_attention(b, &alone, &q1, &k1, &v1, 1, n_heads, scale, NULL);
+    op_attention(b, &alone, &q1, &k1, &v1, 1, n_heads, scale, type, NULL);
     case_same(b, &last, &alone, "attention of one tile");
-    op_attention(b, &out, &q, &k, &v, n_tiles, n_heads, scale, probs);
+    op_attention(b, &out, &q, &k, &v, n_tiles, n_heads, scale, type, probs);
     case_compare(b, "attention with probabilities", &out, want, bound);
     struct tensor p = tensor_2d(probs, DTYPE_F32, n_probs / t, t);
     case_compare(b, "attention probabilities", &p, want_probs, 1e-11);

@@ -386,7 +386,7 @@ static void test_no_tokens(void **state)
     op_rope(b, &y, &x, weight, weight, 4);
     op_kv_write(b, &kv, &layout, &x, &x);
     op_paged_attention(b, &y, &x, &kv, &layout, kv_of_head, 2, 1, 0);
-    op_attention(b, &y, &x, &x, &x, 0, 2, 1, NULL);
+    op_attention(b, &y, &x, &x, &x, 0, 2, 1, DTYPE_BF16, NULL);
     op_pixel_shuffle(b, &wide, &(struct tensor){.n_dims = 2, .shape = {0, 4}, .row_stride = 4}, 2,
                      2);
     op_copy(b, &y, &x);

@@ -1,0 +1,396 @@
+/*
+ * Causal attention over pages on the CPU.
+ *
+ * A few query rows of one kv head walk their keys in steps of positions: scores = q K^T by the tile
+ * product, one softmax step a row, sums += p V by the tile product. A row's result is a function of
+ * its own query and keys: every score is one accumulator over head_dim in order, every output one
+ * accumulator over the keys in order, every softmax sum the fixed tree of its step; rows share a
+ * tile only to share what is loaded.
+ *
+ * With bfloat16 pages both products are bfloat16's, in pairs of dimensions and of positions (2 i, 2
+ * i + 1): queries are rounded once, and so is each e^(score - m) before it meets the values. The
+ * sum that the result is divided by is of the unrounded ones, as in PyTorch's flash attention on
+ * CPUs. Where a row sees one key of a pair, the other's value is taken as 0, whatever is there.
+ */
+#include <string.h>
+
+#include "kernels/cpu_backend.h"
+#include "kernels/log.h"
+
+/* Key positions of one softmax step, whatever the page size: [i * PAGED_STEP, (i + 1) * …). */
+#define PAGED_STEP 64
+#define RUNS_MAX (PAGED_STEP / 16)
+#define BLOCK_BYTES 64 // sixteen keys of one dimension, or of a pair
+
+struct paged_job {
+    struct cpu_state *state;
+    struct tensor *out;
+    const struct tensor *q;
+    const struct kv_pages *kv;
+    const struct paged_layout *layout;
+    const int32_t *kv_of_head;
+    int32_t n_heads, window;
+    float scale;
+    int tile_rows;
+    struct cpu_factor factor; // of queries and of p
+    int64_t dim, dim16;       // head_dim; rounded up to 16
+    int64_t key_bytes;        // of one key, or its values
+    size_t step_bytes;        // of the values of one key or pair of them, of dim16 dimensions
+};
+
+/* The keys of one step that lie in one page. */
+struct paged_run {
+    const char *k, *v; // of the first of these keys
+    int64_t column, n; // of the step: [column, column + n), multiples of 16
+};
+
+/* Key positions first + [from, to), multiples of 16, of which a row may see any. */
+struct paged_step {
+    int64_t first, from, to;
+    int n_runs;
+    struct paged_run runs[RUNS_MAX];
+};
+
+/* A few (token, head) rows of one sequence that read the same kv head; a later one sees no fewer
+ * keys at the end and no more at the beginning. */
+struct paged_tile {
+    int32_t sequence, kv_head, n_rows;
+    int32_t token[TILE_ROWS_MAX], head[TILE_ROWS_MAX];
+    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // key positions it sees: [lo, hi)
+    int64_t page, slot;                           // of the first key after the steps so far
+    struct softmax softmax[TILE_ROWS_MAX];
+    struct cpu_factor_place queries, p;
+    uint32_t *q_rows;    // [TILE_ROWS_MAX][dim16]
+    uint32_t *q_columns; // [dim16][TILE_ROWS_MAX]
+    float *scores;       // [TILE_ROWS_MAX][PAGED_STEP]
+    uint32_t *p_rows;    // [TILE_ROWS_MAX][PAGED_STEP]
+    uint32_t *p_columns; // [PAGED_STEP][TILE_ROWS_MAX]
+    float *sums;         // [TILE_ROWS_MAX][dim16]
+    uint16_t *edge;      // [2][dim16][2] pairs of which one key is seen
+    char *values;        // [PAGED_STEP][dim16] of the page's type, where 16 divides not head_dim
+};
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int thread)
+{
+    const int64_t rows = TILE_ROWS_MAX, dim = job->dim16;
+    const int64_t n_words = 3 * rows * dim + 3 * rows * PAGED_STEP + 2 * dim + PAGED_STEP * dim;
+    char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)n_words * 4);
+    t->q_rows = cpu_carve(&at, rows * dim);
+    t->q_columns = cpu_carve(&at, dim * rows);
+    t->scores = cpu_carve(&at, rows * PAGED_STEP);
+    t->p_rows = cpu_carve(&at, rows * PAGED_STEP);
+    t->p_columns = cpu_carve(&at, PAGED_STEP * rows);
+    t->sums = cpu_carve(&at, rows * dim);
+    t->edge = cpu_carve(&at, 2 * dim);
+    t->values = cpu_carve(&at, PAGED_STEP * dim);
+}
+
+/* The next step of the tile's keys, cut at the ends of pages. */
+static void cut_step(const struct paged_job *job, struct paged_tile *t, struct paged_step *s,
+                     int64_t from, int64_t to)
+{
+    const struct kv_pages *kv = job->kv;
+    const int64_t size = kv->page_size, head = job->dim * size;
+    const int32_t *pages = job->layout->pages + job->layout->page_start[t->sequence];
+    const size_t element = kv->dtype == DTYPE_F32 ? sizeof(float) : sizeof(uint16_t);
+    s->first = from / PAGED_STEP * PAGED_STEP;
+    s->from = from - s->first;
+    s->to = smaller(to - s->first, PAGED_STEP);
+    s->n_runs = 0;
+    for (int64_t column = s->from; column < s->to;) {
+        const int64_t n = smaller(size - t->slot, s->to - column);
+        const int32_t page = pages[t->page];
+        if (page < 0 || page >= kv->n_pages)
+            BUG("page %d of %d", page, kv->n_pages);
+        const int64_t at = ((int64_t)page * kv->n_kv_heads + t->kv_head) * head;
+        s->runs[s->n_runs++] = (struct paged_run){
+            .k = (const char *)kv->k + (size_t)(at + t->slot * job->factor.step) * element,
+            .v = (const char *)kv->v + (size_t)(at + t->slot * job->dim) * element,
+            .column = column,
+            .n = n,
+        };
+        column += n;
+        t->slot += n;
+        if (t->slot == size) {
+            t->slot = 0;
+            t->page++;
+        }
+    }
+}
+
+/* Values of head_dim dimensions, which are no multiple of 16, are padded to one. */
+static void pad_values(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
+{
+    const size_t stored = job->step_bytes / (size_t)job->dim16 * (size_t)job->dim;
+    for (int i = 0; i < s->n_runs; i++) {
+        struct paged_run *run = &s->runs[i];
+        char *to = t->values + (size_t)(run->column / job->factor.step) * job->step_bytes;
+        for (int64_t j = 0; j < run->n / job->factor.step; j++) {
+            memcpy(to + (size_t)j * job->step_bytes, run->v + (size_t)j * stored, stored);
+            memset(to + (size_t)j * job->step_bytes + stored, 0, job->step_bytes - stored);
+        }
+        run->v = to;
+    }
+}
+
+/* The values of the pair that has key `column`, the other key's being 0. */
+static struct tile_part edge_pair(const struct paged_job *job, uint16_t *edge,
+                                  const struct paged_step *s, int64_t column)
+{
+    const struct paged_run *run = s->runs;
+    while (column >= run->column + run->n)
+        run++;
+    const uint16_t *pair =
+        (const uint16_t *)(const void *)(run->v +
+                                         (size_t)((column - run->column) / 2) * job->step_bytes);
+    memset(edge, 0, job->step_bytes);
+    for (int64_t i = column % 2; i < 2 * job->dim16; i += 2)
+        edge[i] = pair[i];
+    return (struct tile_part){.b = edge, .n_k = 1};
+}
+
+/* The values of keys [from, to) of the step; returns how many parts. */
+static int cut_values(const struct paged_job *job, struct paged_tile *t, const struct paged_step *s,
+                      int64_t from, int64_t to, struct tile_part parts[RUNS_MAX + 2])
+{
+    const int64_t step = job->factor.step, whole = to / step * step;
+    int n = 0;
+    if (from % step) {
+        parts[n++] = edge_pair(job, t->edge, s, from);
+        from++;
+    }
+    for (int i = 0; i < s->n_runs; i++) {
+        const struct paged_run *run = &s->runs[i];
+        const int64_t lo = larger(from, run->column), hi = smaller(whole, run->column + run->n);
+        if (lo < hi)
+            parts[n++] = (struct tile_part){
+                .b = run->v + (size_t)((lo - run->column) / step) * job->step_bytes,
+                .n_k = (hi - lo) / step,
+            };
+    }
+    if (whole < to)
+        parts[n++] = edge_pair(job, t->edge + 2 * job->dim16, s, whole);
+    return n;
+}
+
+/* sums[row ..] += p V for n_rows rows from `row` on and keys [from, to) of the step. */
+static void add_values(const struct paged_job *job, struct paged_tile *t,
+                       const struct paged_step *s, int row, int n_rows, int64_t from, int64_t to)
+{
+    struct tile_part parts[RUNS_MAX + 2];
+    if (from >= to)
+        return;
+    const int64_t at = from / job->factor.step * job->factor.words;
+    struct tile product = {
+        .a = t->p.a + row * t->p.a_row + at * t->p.a_step,
+        .a_step = t->p.a_step,
+        .a_row = t->p.a_row,
+        .b_step = job->dim16 * job->factor.step,
+        .b_block = 16 * job->factor.step,
+        .parts = parts,
+        .n_parts = cut_values(job, t, s, from, to, parts),
+        .c = t->sums + row * job->dim16,
+        .c_row = job->dim16,
+        .accumulate = 1,
+    };
+    job->state->tile->run(&product, n_rows, (int)(job->dim16 / 16), job->factor.source);
+}
+
+/* What each row sees of the step, [lo, hi): those keys that all see at once, what is before and
+ * after them by the rows that see the same. Each row's keys come in order. */
+static void take_values(const struct paged_job *job, struct paged_tile *t,
+                        const struct paged_step *s, const int64_t *lo, const int64_t *hi)
+{
+    const int64_t step = job->factor.step;
+    const int n_rows = t->n_rows, last = n_rows - 1;
+    int64_t all_lo = lo[last], all_hi = hi[0];
+    if (lo[0] != lo[last])
+        all_lo = (all_lo + step - 1) / step * step;
+    if (hi[0] != hi[last])
+        all_hi = all_hi / step * step;
+    if (all_lo >= all_hi)
+        all_lo = all_hi = PAGED_STEP;
+    for (int is_after = 0; is_after <= 1; is_after++) {
+        for (int r = 0, end; r < n_rows; r = end) {
+            for (end = r + 1; end < n_rows && lo[end] == lo[r] && hi[end] == hi[r];)
+                end++;
+            add_values(job, t, s, r, end - r, is_after ? larger(lo[r], all_hi) : lo[r],
+                       is_after ? hi[r] : smaller(hi[r], all_lo));
+        }
+        if (!is_after)
+            add_values(job, t, s, 0, n_rows, all_lo, all_hi);
+    }
+}
+
+/* Pages lie anywhere, so the processor's own prefetch ends at the end of each. Into the
+ * second-level cache: a step's keys and values can be more than the first holds. */
+static void prefetch(const char *p, int64_t n_bytes)
+{
+    for (int64_t i = 0; i < n_bytes; i += 64)
+        __builtin_prefetch(p + i, 0, 2);
+}
+
+/* The scores of all rows and the keys of the step. */
+static void score_keys(const struct paged_job *job, struct paged_tile *t,
+                       const struct paged_step *s)
+{
+    const struct cpu_factor *f = &job->factor;
+    const void *blocks[RUNS_MAX];
+    int n_blocks = 0;
+    for (int i = 0; i < s->n_runs; i++) {
+        for (int64_t j = 0; j < s->runs[i].n / 16; j++)
+            blocks[n_blocks++] = s->runs[i].k + (size_t)j * BLOCK_BYTES;
+    }
+    struct tile product = {
+        .a = t->queries.a,
+        .a_step = t->queries.a_step,
+        .a_row = t->queries.a_row,
+        .b_step = job->kv->page_size * f->step,
+        .blocks = blocks,
+        .c = t->scores + s->from,
+        .c_row = PAGED_STEP,
+        .n_k = job->dim / f->step,
+    };
+    job->state->tile->run(&product, t->n_rows, n_blocks, f->source);
+}
+
+/* Each row takes in the keys that it sees of the step. Others may hold anything (a page is reused
+ * without being cleared): they enter no sum of the row. */
+static void tile_take_step(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
+{
+    const struct cpu_vector_ops *vector = job->state->vector;
+    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // what each row sees of the step
+    for (int r = 0; r < t->n_rows; r++) {
+        lo[r] = smaller(larger(t->lo[r] - s->first, 0), PAGED_STEP);
+        hi[r] = smaller(larger(t->hi[r] - s->first, lo[r]), PAGED_STEP);
+    }
+    for (int i = 0; i < s->n_runs; i++)
+        prefetch(s->runs[i].v, s->runs[i].n * job->key_bytes);
+    score_keys(job, t, s);
+    float correction[TILE_ROWS_MAX];
+    vector->softmax_step(t->scores, PAGED_STEP, t->n_rows, lo, hi, job->scale, t->softmax,
+                         correction);
+    for (int r = 0; r < t->n_rows; r++) {
+        if (correction[r] != 1.0f)
+            vector->multiply(t->sums + r * job->dim16, correction[r], job->dim);
+    }
+    const struct cpu_factor *f = &job->factor;
+    const int64_t at = s->from / f->step * f->words;
+    int64_t n_words = s->to - s->from;
+    uint32_t *rows = (uint32_t *)t->scores + at;
+    if (f->source != TILE_F32) {
+        rows = t->p_rows + at;
+        n_words = cpu_factor_rows(vector, f, rows, PAGED_STEP, t->scores + s->from, PAGED_STEP,
+                                  t->n_rows, n_words);
+    }
+    t->p = cpu_factor_place(vector, rows, PAGED_STEP, t->p_columns + at * TILE_ROWS_MAX, t->n_rows,
+                            n_words);
+    t->p.a -= at * t->p.a_step;
+    if (job->dim != job->dim16)
+        pad_values(job, t, s);
+    take_values(job, t, s, lo, hi);
+}
+
+static void tile_run(const struct paged_job *job, struct paged_tile *t)
+{
+    const struct cpu_vector_ops *vector = job->state->vector;
+    const int64_t dim = job->dim, dim16 = job->dim16;
+    const int last = t->n_rows - 1;
+    int64_t n_words = 0;
+    for (int r = 0; r < t->n_rows; r++) {
+        n_words = cpu_factor_rows(vector, &job->factor, t->q_rows + r * dim16, dim16,
+                                  cpu_row(job->q, t->token[r]) + t->head[r] * dim, 0, 1, dim);
+        t->softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
+    }
+    t->queries = cpu_factor_place(vector, t->q_rows, dim16, t->q_columns, t->n_rows, n_words);
+    memset(t->sums, 0, (size_t)(t->n_rows * dim16) * sizeof(float));
+    const int64_t from = t->lo[0] / 16 * 16, to = cpu_round16(t->hi[last]);
+    t->page = from / job->kv->page_size;
+    t->slot = from % job->kv->page_size;
+    struct paged_step steps[2];
+    cut_step(job, t, &steps[0], from, to);
+    for (int i = 0, has_next = 1; has_next; i = !i) {
+        const int64_t end = steps[i].first + steps[i].to;
+        has_next = end < to;
+        if (has_next) {
+            struct paged_step *next = &steps[!i];
+            cut_step(job, t, next, end, to);
+            for (int j = 0; j < next->n_runs; j++)
+                prefetch(next->runs[j].k, next->runs[j].n * job->key_bytes);
+        }
+        tile_take_step(job, t, &steps[i]);
+    }
+    for (int r = 0; r < t->n_rows; r++)
+        vector->divide(cpu_row(job->out, t->token[r]) + t->head[r] * dim, t->sums + r * dim16,
+                       t->softmax[r].l, dim);
+}
+
+/* The rows of one sequence and kv head are its tokens times the heads that read it, token first.
+ * Tile i of them goes to thread i mod n_threads, counted over all sequences and kv heads. */
+static void paged_work(void *arg, int thread, int n_threads)
+{
+    const struct paged_job *job = arg;
+    const struct paged_layout *layout = job->layout;
+    struct paged_tile t;
+    tile_reserve(job, &t, thread);
+    int64_t item = 0;
+    for (int32_t s = 0; s < layout->n_sequences; s++) {
+        const int32_t first = layout->query_start[s], n_tokens = layout->query_start[s + 1] - first;
+        const int64_t position = (int64_t)layout->context_len[s] - n_tokens;
+        for (int32_t g = 0; g < job->kv->n_kv_heads; g++) {
+            t.sequence = s;
+            t.kv_head = g;
+            t.n_rows = 0;
+            for (int32_t i = 0; i < n_tokens; i++) {
+                for (int32_t h = 0; h < job->n_heads; h++) {
+                    if (job->kv_of_head[h] != g)
+                        continue;
+                    int64_t hi = position + i + 1;
+                    t.token[t.n_rows] = first + i;
+                    t.head[t.n_rows] = h;
+                    t.hi[t.n_rows] = hi;
+                    t.lo[t.n_rows] = job->window > 0 && hi > job->window ? hi - job->window : 0;
+                    if (++t.n_rows < job->tile_rows)
+                        continue;
+                    if (item++ % n_threads == thread)
+                        tile_run(job, &t);
+                    t.n_rows = 0;
+                }
+            }
+            if (t.n_rows && item++ % n_threads == thread)
+                tile_run(job, &t);
+        }
+    }
+}
+
+void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
+                         const struct kv_pages *kv, const struct paged_layout *layout,
+                         const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window)
+{
+    struct paged_job job = {.state = cpu_state(b), .out = out, .q = q, .kv = kv, .layout = layout};
+    const int64_t element = (int64_t)dtype_size(kv->dtype);
+    job.kv_of_head = kv_of_head;
+    job.n_heads = n_heads;
+    job.scale = scale;
+    job.window = window;
+    job.factor = cpu_factor_of(job.state->tile, kv->dtype);
+    job.dim = kv->head_dim;
+    job.dim16 = cpu_round16(job.dim);
+    job.key_bytes = job.dim * element;
+    job.step_bytes = (size_t)(job.dim16 * job.factor.step * element);
+    /* Full tiles unless that would leave threads without one. */
+    int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
+    job.tile_rows =
+        (int)smaller((n_rows + b->n_threads - 1) / b->n_threads, job.state->tile->max_rows);
+    cpu_parallel(b, n_rows * kv->head_dim * layout->max_context_len, paged_work, &job);
+}
