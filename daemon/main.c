@@ -1,7 +1,8 @@
 /*
  * From the command line to a role.
  *
- *   alone        check the command line and the checkpoint's config, become mpirun's parent
+ *   alone        check the command line and the checkpoint's config, become the ranks' parent, or
+ *                mpirun's where they need MPI
  *   in a job     the same checks on every rank (rank 0 speaks), then gateway, vision or language
  *
  * The only place that fills the structs each role is told by; environment variables of behaviour
@@ -358,8 +359,9 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
     return rc;
 }
 
-/* Every rank comes to the same errors of settings and layout; rank 0 speaks for all. */
-static int run_rank(struct settings *s, int is_usage_error, struct error *err)
+/* Every rank comes to the same errors of settings and layout; rank 0 speaks for all. `is_made`: the
+ * settings are those of the parent. */
+static int run_rank(struct settings *s, int is_made, int is_usage_error, struct error *err)
 {
     struct topology t = {0};
     sigset_t stops;
@@ -375,7 +377,7 @@ static int run_rank(struct settings *s, int is_usage_error, struct error *err)
     signal(SIGPIPE, SIG_IGN);
     launch_limit("the start", (int)s->options.start_timeout);
     launch_init(&rank, &world);
-    if (!is_usage_error && !settings_make(s, err))
+    if (is_made || (!is_usage_error && !settings_make(s, err)))
         topology_init(&t, rank, world, &s->layout, err);
     if (agree(s, &t, rank, world, err))
         status = is_usage_error ? EXIT_USAGE : 1;
@@ -391,6 +393,8 @@ static int run_rank(struct settings *s, int is_usage_error, struct error *err)
 
 static int run_alone(struct settings *s, char **argv, int is_usage_error, struct error *err)
 {
+    int status;
+
     if (is_usage_error || settings_make(s, err)) {
         say_error(0, err, is_usage_error);
         return is_usage_error ? EXIT_USAGE : 1;
@@ -400,7 +404,11 @@ static int run_alone(struct settings *s, char **argv, int is_usage_error, struct
                    (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE));
         return 0;
     }
-    return launch_mpirun(layout_world(&s->layout), argv);
+    if (layout_shares_tensors(&s->layout))
+        return launch_mpirun(layout_world(&s->layout), argv);
+    if (launch_local(layout_world(&s->layout), &status))
+        return run_rank(s, 1, 0, err);
+    return status;
 }
 
 int main(int argc, char **argv)
@@ -419,7 +427,7 @@ int main(int argc, char **argv)
         return 0;
     }
     if (launch_is_job() && !s.options.plan)
-        status = run_rank(&s, is_usage_error, &err);
+        status = run_rank(&s, 0, is_usage_error, &err);
     else
         status = run_alone(&s, argv, is_usage_error, &err);
     plan_release(&s.plan);

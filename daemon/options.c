@@ -72,7 +72,8 @@ static const struct option table[] = {
      "none|int8|int4|bitsandbytes-fp4|bitsandbytes-nf4", 0, 0,
      "Hold the matrices in fewer bits, made from the checkpoint's floats while loading. int8: a "
      "scale a row. int4: the language model's in groups of --quantization-group-size, the vision "
-     "tower's, the projector's, lm_head and the embeddings as int8. bitsandbytes: its 4-bit formats "
+     "tower's, the projector's, lm_head and the embeddings as int8. bitsandbytes: its 4-bit "
+     "formats "
      "in groups of 64, lm_head and embeddings as they are; fp4 is what load_in_4bit=True means. "
      "Checkpoints that are quantised already (AWQ, GPTQ, bitsandbytes, compressed-tensors, FP8) "
      "are known by their quantization_config and take no other."},
@@ -348,9 +349,9 @@ void options_help(FILE *f)
     options_usage(f);
     fputs(
         "\nServes a model of the InternVL3 family over gRPC (package internvl.v1, with health and\n"
-        "reflection). Alone, it starts itself under mpirun with as many ranks as the layout "
-        "needs;\n"
-        "under mpirun or srun it is one rank of the job.\n",
+        "reflection). Alone, it starts as many ranks as the layout needs, under mpirun where they\n"
+        "share tensors (tensor or pipeline parallel); under mpirun or srun it is one rank of the\n"
+        "job.\n",
         f);
     for (size_t i = 0; i < N_OPTIONS; i++) {
         const struct option *d = &table[i];

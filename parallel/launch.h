@@ -1,6 +1,6 @@
 /*
- * Becoming a job: MPI start and end, the hook that lets die() end every rank, and the re-execution
- * of a lone process under mpirun. The only header besides comm_mpi.c that stands for MPI.
+ * Becoming a job: a lone process forks its ranks or executes itself under mpirun; ranks find each
+ * other, over MPI or the sockets between forked ones; die() ends every rank.
  */
 #ifndef INTERNVLD_PARALLEL_LAUNCH_H
 #define INTERNVLD_PARALLEL_LAUNCH_H
@@ -22,8 +22,18 @@ int launch_is_job(void);
  */
 int launch_mpirun(int n_ranks, char **argv);
 
-/* MPI_Init_thread (FUNNELED suffices: only the main thread of a worker enters MPI), sets the log's
- * rank and die hook. */
+/*
+ * For a lone process whose ranks share no tensors (no communicator of more than one rank, no MPI):
+ * forks n_ranks of them. Returns 1 in each, which goes on with launch_init(); in their parent 0,
+ * when all have ended, with the exit status to leave with. Stops as above: SIGTERM or SIGINT become
+ * SIGUSR1 to every rank, a second one kills. What still lives 0.5 s after rank 0 failed, or 1.5 s
+ * after another rank did, is killed (at once where rank 0 is stopped); all are when the parent is.
+ * Call it before there are threads.
+ */
+int launch_local(int n_ranks, int *status);
+
+/* MPI_Init_thread (FUNNELED suffices: only the main thread of a worker enters MPI) but in a forked
+ * rank, sets the log's rank and die hook. */
 void launch_init(int *rank, int *world);
 /* Ranks of this job on this host, and this rank's index among them (for thread counts and devices).
  */
@@ -38,9 +48,10 @@ void launch_barrier(void);
 int64_t launch_clock_offset(int rank, int world, int64_t *error_ns);
 /* Collective: 1 when this rank and rank 0 run on one kernel, and so have one clock. */
 int launch_shares_clock(void);
-/* The end of MPI. When other ranks do not come within 10 s the process ends with status 1. */
+/* The end of the job, for which all ranks wait. When others do not come within 10 s the process
+ * ends with status 1. */
 void launch_finalize(void);
-/* MPI_Abort, or a plain exit when that takes longer than 0.3 s. */
+/* MPI_Abort where there is MPI, or a plain exit when that takes longer than 0.3 s. */
 _Noreturn void launch_abort(int status);
 
 #endif

@@ -1,8 +1,9 @@
 /*
- * A thread that waits beside MPI. See launch_limit.h.
+ * A thread that waits beside MPI, or the sockets of forked ranks. See launch_limit.h.
  *
  * Owns the thread, and the look at the other ranks of this host in /proc: they are told by the
- * environment that mpirun and srun give them. Must not call MPI, which may be what hangs.
+ * environment that mpirun and srun give them, or by their parent and name. Must not call MPI, which
+ * may be what hangs.
  */
 #include "parallel/launch_limit.h"
 
@@ -18,6 +19,7 @@
 #include <unistd.h>
 
 #include "kernels/log.h"
+#include "parallel/launch_ops.h"
 #include "parallel/process.h"
 
 #define OTHERS_WAIT_S 1             // for rank 0 to have spoken
@@ -51,32 +53,47 @@ static const char *trouble_of(pid_t pid)
     return state == 'T' || state == 't' ? "stopped" : state == 'D' ? "stuck in the kernel" : NULL;
 }
 
-/* Appends ", rank 3 (process 123) is stopped" when `pid` is a rank of `job` in trouble. */
-static void look_at(const char *pid, const char *job, char *environment, char *text, size_t n_text)
+/* The rank that process `pid` is in this rank's job, as text in `buffer`; NULL when it is none. A
+ * forked rank says it by its name. */
+static const char *rank_of(const char *pid, char *buffer, size_t n_bytes)
 {
     char path[64];
-    const char *trouble = trouble_of((pid_t)atoi(pid)), *its_job, *rank;
-    size_t n, used = strlen(text);
-    if (!trouble)
-        return;
+    const char *job = getenv("PMIX_NAMESPACE"), *its_job, *rank;
+    if (launch_forked_rank() >= 0) {
+        if (process_parent((pid_t)atoi(pid)) != getppid())
+            return NULL;
+        snprintf(path, sizeof(path), "/proc/%.16s/comm", pid);
+        process_read(path, buffer, n_bytes);
+        buffer[strcspn(buffer, "\n")] = '\0';
+        return strncmp(buffer, FORKED_NAME, strlen(FORKED_NAME)) == 0 ? buffer + strlen(FORKED_NAME)
+                                                                      : NULL;
+    }
     snprintf(path, sizeof(path), "/proc/%.16s/environ", pid);
-    n = process_read(path, environment, ENVIRONMENT_BYTES);
-    its_job = value_of(environment, n, "PMIX_NAMESPACE");
-    rank = value_of(environment, n, "PMIX_RANK");
-    if (its_job && rank && strcmp(its_job, job) == 0)
+    size_t n = process_read(path, buffer, n_bytes);
+    its_job = value_of(buffer, n, "PMIX_NAMESPACE");
+    rank = value_of(buffer, n, "PMIX_RANK");
+    return job && its_job && rank && strcmp(its_job, job) == 0 ? rank : NULL;
+}
+
+/* Appends ", rank 3 (process 123) is stopped" when `pid` is a rank of this job in trouble. */
+static void look_at(const char *pid, char *buffer, char *text, size_t n_text)
+{
+    const char *trouble = trouble_of((pid_t)atoi(pid));
+    const char *rank = trouble ? rank_of(pid, buffer, ENVIRONMENT_BYTES) : NULL;
+    size_t used = strlen(text);
+    if (rank)
         snprintf(text + used, n_text - used, "%s rank %.16s (process %.16s) is %s",
                  used ? "," : ":", rank, pid, trouble);
 }
 
 static void find_stuck(char *text, size_t n_text)
 {
-    const char *job = getenv("PMIX_NAMESPACE");
-    DIR *processes = job ? opendir("/proc") : NULL;
+    DIR *processes = opendir("/proc");
     char *environment = xcalloc(1, ENVIRONMENT_BYTES);
     text[0] = '\0';
     for (struct dirent *e; processes && (e = readdir(processes));)
         if (isdigit((unsigned char)e->d_name[0]))
-            look_at(e->d_name, job, environment, text, n_text);
+            look_at(e->d_name, environment, text, n_text);
     if (processes)
         closedir(processes);
     free(environment);
@@ -96,12 +113,13 @@ static _Noreturn void give_up(void)
 static void *wait_beside(void *unused)
 {
     const char *rank = getenv("PMIX_RANK");
+    int is_first = launch_forked_rank() == 0 || (rank && strcmp(rank, "0") == 0);
     struct timespec deadline;
     int rc = 0;
     (void)unused;
     pthread_mutex_lock(&limit.lock);
     clock_gettime(CLOCK_REALTIME, &deadline);
-    deadline.tv_sec += limit.limit_s + (rank && strcmp(rank, "0") == 0 ? 0 : OTHERS_WAIT_S);
+    deadline.tv_sec += limit.limit_s + (is_first ? 0 : OTHERS_WAIT_S);
     while (limit.is_on && rc == 0)
         rc = pthread_cond_timedwait(&limit.changed, &limit.lock, &deadline);
     int is_over = limit.is_on;

@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "kernels/log.h"
+#include "parallel/launch_ops.h"
 #include "parallel/process.h"
 
 #define LOOK_MS 250
@@ -164,10 +165,8 @@ static int mpirun_status(pid_t child)
 static void forward_stop(pid_t child, int signal_number, int n_asked)
 {
     static const int forwarded[] = {SIGUSR1, SIGTERM, SIGKILL}; // drain; kill; kill mpirun itself
-    int as = forwarded[n_asked < 2 ? n_asked : 2];
-    log_info("launch", "%s: %s", strsignal(signal_number),
-             n_asked == 0 ? "the job drains (once more to kill it)" : "killing the job");
-    kill(child, as);
+    launch_log_stop(signal_number, n_asked);
+    kill(child, forwarded[n_asked < 2 ? n_asked : 2]);
 }
 
 /* When the ranks have ended, mpirun has nothing left to do. */
@@ -208,13 +207,7 @@ int launch_mpirun(int n_ranks, char **argv)
     self[n] = '\0';
     snprintf(n_text, sizeof(n_text), "%d", n_ranks);
 
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
-    sigaddset(&set, SIGUSR1);
-    sigaddset(&set, SIGCHLD);
-    sigprocmask(SIG_BLOCK, &set, &old);
+    launch_block_signals(&set, &old);
     char *folder = make_folder();
     char **words = mpirun_words(n_text, self, folder, n_ranks > n_cores(), argv);
     struct watched mpirun = {.pid = start_mpirun(words, &old)};

@@ -26,13 +26,27 @@ size_t process_read(const char *path, char *to, size_t n_bytes)
     return n;
 }
 
-char process_state(pid_t pid)
+/* The state's letter and the parent. */
+static char read_stat(pid_t pid, int *parent)
 {
-    char path[64], stat[512];
+    char path[64], stat[512], state;
     snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
     process_read(path, stat, sizeof(stat));
     const char *name_end = strrchr(stat, ')'); /* the name may hold anything */
-    return name_end && name_end[1] == ' ' ? name_end[2] : '\0';
+    return name_end && sscanf(name_end + 1, " %c %d", &state, parent) == 2 ? state : '\0';
+}
+
+char process_state(pid_t pid)
+{
+    int parent;
+    return read_stat(pid, &parent);
+}
+
+pid_t process_parent(pid_t pid)
+{
+    int parent = 0;
+    read_stat(pid, &parent);
+    return parent;
 }
 
 static void count(struct process_children *c, const char *pids)

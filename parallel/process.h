@@ -15,6 +15,7 @@ size_t process_read(const char *path, char *to, size_t n_bytes);
 /* The letter of /proc/PID/stat: R, S, D (stuck in the kernel), T or t (stopped), Z (ended, not
  * reaped); '\0' when there is no such process. */
 char process_state(pid_t pid);
+pid_t process_parent(pid_t pid); // 0 when there is no such process
 
 struct process_children {
     int n_living, n_ended; // n_ended: not reaped

@@ -22,6 +22,11 @@ int layout_world(const struct layout *l)
     return world > INT_MAX ? INT_MAX : (int)world;
 }
 
+int layout_shares_tensors(const struct layout *l)
+{
+    return l->pipeline_parallel > 1 || l->tensor_parallel > 1;
+}
+
 static int layout_check(const struct layout *l, struct error *err)
 {
     int T = l->tensor_parallel;

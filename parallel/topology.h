@@ -31,6 +31,8 @@ struct topology {
 };
 
 int layout_world(const struct layout *l); // 1 + V + P·T
+/* 1 where there is more than one language rank: then tensors go from rank to rank. */
+int layout_shares_tensors(const struct layout *l);
 /* Errors: T not in {1,2,4,8}, V or P < 1, rank out of range, or world != layout_world(): one
  * sentence with the sum. */
 int topology_init(struct topology *t, int rank, int world, const struct layout *l,

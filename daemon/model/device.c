@@ -36,6 +36,8 @@ void device_open(struct device *d, const struct device_options *o, const struct 
     int language = t->role == ROLE_LANGUAGE;
 
     *d = (struct device){.backend = t->role == ROLE_GATEWAY ? NULL : device_open_backend(o)};
+    if (!layout_shares_tensors(&t->layout))
+        return;
     d->comm.shards =
         open_group(d, o, t, language ? t->stage : -1, language ? t->shard : 0, max_bytes);
     d->comm.stages = open_group(d, o, t, language ? t->shard : -1, language ? t->stage : 0, 0);

@@ -28,8 +28,8 @@ struct backend *device_open_backend(const struct device_options *o);
 /* GPUs of this host that this build can use; 0 without a driver, or in a build without CUDA. */
 int device_count(void);
 
-/* Where one rank computes and with whom. The gateway and a rank alone have no groups; the gateway
- * has no back end either. */
+/* Where one rank computes and with whom. The gateway and ranks of a layout that shares no tensors
+ * have no groups; the gateway has no back end either. */
 struct device {
     struct backend *backend; // NULL: the gateway
     struct model_comm comm;

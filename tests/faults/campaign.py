@@ -49,7 +49,7 @@ ROLES = ("gateway", "vision", "language")
 KILL, STOP, CUT = HOWS = ("kill -9", "SIGSTOP", "cut link")
 ROUND = len(ROLES) * len(PHASES) * len(HOWS)  # 54
 N_FAULTS = 6 if os.environ.get("INTERNVLD_SANITIZED") else ROUND
-LAYOUTS = ({"tensor": 2}, {"pipeline": 2, "vision": 2}, {"pipeline": 2})
+LAYOUTS = ({"tensor": 2}, {"pipeline": 2, "vision": 2}, {"pipeline": 2}, {})  # the last needs no mpirun
 CUT_LAYOUT, CUT_SLOTS = 2, (1, 1, 2)  # its hosts: gateway; vision; language
 
 
@@ -64,7 +64,7 @@ class Fault:
 
 
 def all_faults(without_cuts):
-    for layout, n_ranks in ((0, 4), (1, 5)):
+    for layout, n_ranks in ((0, 4), (1, 5), (3, 3)):
         for rank, phase, how in itertools.product(range(n_ranks), PHASES, (KILL, STOP)):
             yield Fault(layout, rank, phase, how)
     if not without_cuts:

@@ -33,7 +33,7 @@ class LostRank(unittest.TestCase):
 
     def test_leaves_no_files(self):
         """Also when every rank is killed at once: what they share in memory is in a folder of mpirun's parent."""
-        d = daemon.Daemon()
+        d = daemon.Daemon(tensor=2)
         words = {word for pid in d.processes() for word in pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")}
         folder, = (pathlib.Path(word) for word in words if word.startswith("/dev/shm/internvld-"))
         self.assertTrue(any(path.is_file() for path in folder.iterdir()))
@@ -44,12 +44,13 @@ class LostRank(unittest.TestCase):
 
     def test_launcher_killed(self):
         """kill -9 of the process that the user started: nothing may stay."""
-        d = daemon.Daemon()
-        d.process.kill()
-        d.process.wait()
-        start = time.monotonic()
-        self.assertEqual(d.wait_gone(LIMIT_S), {}, f"orphans\n{d.log()}")
-        print(f"  launcher killed: nothing left after {time.monotonic() - start:.2f} s", flush=True)
+        for parent_of, tensor in (("the ranks", 1), ("mpirun", 2)):
+            d = daemon.Daemon(tensor=tensor)
+            d.process.kill()
+            d.process.wait()
+            start = time.monotonic()
+            self.assertEqual(d.wait_gone(LIMIT_S), {}, f"orphans\n{d.log()}")
+            print(f"  parent of {parent_of} killed: nothing left after {time.monotonic() - start:.2f} s", flush=True)
 
 
 if __name__ == "__main__":

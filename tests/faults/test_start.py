@@ -74,20 +74,24 @@ class HungStart(unittest.TestCase):
                                   "stopped")
 
     def test_gateway(self):
-        self.hang(0)
+        self.hang(0, tensor=2)
 
     def test_worker(self):
-        self.hang(2)
+        self.hang(2, tensor=2)
+
+    def test_forked(self):
+        self.hang(0)
 
 
 class StaleLauncher(unittest.TestCase):
     def run_under(self, mpirun):
-        """A lone internvld whose mpirun is this script; its status and what it says."""
+        """A lone internvld that needs mpirun, which is this script; its status and what it says."""
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "mpirun"
             path.write_text(mpirun)
             path.chmod(0o755)
-            done = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", daemon.DEMO_MODEL],
+            done = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--model", daemon.DEMO_MODEL,
+                                   "--tensor-parallel-size", "2"],
                                   env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}, capture_output=True,
                                   text=True, timeout=60)
         return done.returncode, done.stderr
@@ -108,7 +112,7 @@ class StaleLauncher(unittest.TestCase):
         os.environ["LD_PRELOAD"] = os.environ["INTERNVLD_DIES_CONNECTING"]
         os.environ["INTERNVLD_TEST_DIES"] = "2"
         try:
-            jobs = [DiesAtStart() for _ in range(N_AT_ONCE)]
+            jobs = [DiesAtStart(tensor=2) for _ in range(N_AT_ONCE)]
         finally:
             del os.environ["LD_PRELOAD"], os.environ["INTERNVLD_TEST_DIES"]
         for job in jobs:
@@ -135,10 +139,11 @@ class UnknownUser(unittest.TestCase):
             for option, path in (("-x", program), ("-r", daemon.DEMO_MODEL / "config.json")):
                 if subprocess.run([*other, "test", option, path]).returncode != 0:
                     self.skipTest(f"another user cannot read {path}")
-            done = subprocess.run([*other, program, "--model", daemon.DEMO_MODEL, "--map"], capture_output=True,
-                                  text=True, env={**environment, "TMPDIR": folder})
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("gateway", done.stdout)
+            for size in "12":  # without mpirun, and with it
+                done = subprocess.run([*other, program, "--model", daemon.DEMO_MODEL, "--map", "--tensor-parallel-size",
+                                       size], capture_output=True, text=True, env={**environment, "TMPDIR": folder})
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn("gateway", done.stdout)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,15 @@ def cpu_shares(pids, seconds):
     return {pid: (cpu_seconds(pid) - before[pid]) / elapsed for pid in pids}
 
 
+def forked_rank(pid):
+    """As mpirun says it in the environment, of a rank that a lone internvld forked."""
+    try:
+        name = pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return {}
+    return {"OMPI_COMM_WORLD_RANK": name.removeprefix("internvld.r")} if name.startswith("internvld.r") else {}
+
+
 def layout_of(text):
     """"2x1x1", T x P x V, as arguments of Daemon."""
     return dict(zip(("tensor", "pipeline", "vision"), map(int, text.split("x")), strict=True))
@@ -127,7 +136,7 @@ class Daemon:
                 continue
             environment = dict(x.split("=", 1) for x in raw.decode(errors="replace").split("\0") if "=" in x)
             if environment.get(MARK) == self.mark and state not in "ZX":
-                found[int(entry)] = environment
+                found[int(entry)] = environment | forked_rank(entry)
         return found
 
     def ranks(self):

@@ -1,6 +1,7 @@
 /*
  * A small daemon for launch_mpi_test: `launch_probe MODE DIR`. Alone it becomes a job of three
- * ranks; each rank writes its pid to DIR/RANK and then behaves as MODE says.
+ * ranks, under mpirun or, with LAUNCH_PROBE_FORKS in the environment, without; each rank writes its
+ * pid to DIR/RANK and then behaves as MODE says.
  *
  *   exit N    every rank finalizes, leaves with N
  *   die       rank 1 dies while the others wait
@@ -65,8 +66,13 @@ int main(int argc, char **argv)
         return 2;
     const char *mode = argv[1], *dir = argv[2];
     log_init();
-    if (!launch_is_job())
-        return launch_mpirun(3, argv);
+    if (!launch_is_job()) {
+        int status;
+        if (!getenv("LAUNCH_PROBE_FORKS"))
+            return launch_mpirun(3, argv);
+        if (!launch_local(3, &status))
+            return status;
+    }
     sigemptyset(&usr1);
     sigaddset(&usr1, SIGUSR1);
     sigprocmask(SIG_BLOCK, &usr1, NULL);
