@@ -119,6 +119,7 @@ void job_describe(struct rank_host *mine, const struct options *o, const char *d
     mine->error = *error;
     look_at_cores(mine);
     mine->n_devices = device_count();
+    device_name(mine->device_name, sizeof(mine->device_name));
     if (error->code != ERROR_OK)
         return;
     mine->checkpoint_hash = hash_checkpoint(o->model);

@@ -4,6 +4,8 @@
  */
 #include "kernels/cuda_backend.h"
 
+#include <string.h>
+
 #include "kernels/log.h"
 
 static const char *const reason = "this build has no CUDA back end (cmake -DINTERNVLD_CUDA=ON)";
@@ -11,6 +13,11 @@ static const char *const reason = "this build has no CUDA back end (cmake -DINTE
 int backend_cuda_count(void)
 {
     return 0;
+}
+
+void backend_cuda_name(char *name, size_t n_bytes)
+{
+    memset(name, 0, n_bytes);
 }
 
 struct backend *backend_cuda_open(const struct cuda_options *o)

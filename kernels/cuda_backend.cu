@@ -84,6 +84,17 @@ extern "C" int backend_cuda_count(void)
     return n;
 }
 
+extern "C" void backend_cuda_name(char *name, size_t n_bytes)
+{
+    struct cudaDeviceProp p;
+
+    name[0] = '\0';
+    if (backend_cuda_count() == 0)
+        return;
+    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    snprintf(name, n_bytes, "%s", p.name);
+}
+
 extern "C" void *backend_cuda_stream(struct backend *b)
 {
     return cuda_state_of(b)->stream;

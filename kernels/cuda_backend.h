@@ -26,6 +26,8 @@ struct cuda_options {
 
 /* The number of devices of this host, 0 without a driver. */
 int backend_cuda_count(void);
+/* name [n_bytes] <- what the first of them calls itself, "" where there is none. */
+void backend_cuda_name(char *name, size_t n_bytes);
 /* Dies when the device does not exist or is older than sm_80. backend_close() closes it. */
 struct backend *backend_cuda_open(const struct cuda_options *o);
 /* The cudaStream_t that every op of `b` runs on. Borrowed. */

@@ -103,6 +103,21 @@ static int check_devices(const struct rank_host *all, int world, int r, struct e
     return 0;
 }
 
+/* Ranks before `r` agree. */
+static int check_kind(const struct rank_host *all, int r, struct error *err)
+{
+    int first = 0;
+    while (all[first].device_use == DEVICE_USE_NONE && first < r)
+        first++;
+    if (all[r].device_use == DEVICE_USE_NONE ||
+        strncmp(all[r].device_name, all[first].device_name, sizeof(all[r].device_name)) == 0)
+        return 0;
+    return error_set(err, ERROR_FAILED_PRECONDITION,
+                     "rank %d on %s has a GPU of another kind (%.64s) than rank %d on %s (%.64s)",
+                     r, all[r].host, all[r].device_name, first, all[first].host,
+                     all[first].device_name);
+}
+
 int hosts_device(const struct rank_host *all, int world, int r)
 {
     int n_own = count_uses(all, world, r, DEVICE_USE_OWN);
@@ -127,7 +142,7 @@ int hosts_check(const struct rank_host *all, int world, struct error *err)
                              r, all[r].host, all[0].host);
     }
     for (int r = 0; r < world; r++)
-        if (check_devices(all, world, r, err))
+        if (check_devices(all, world, r, err) || check_kind(all, r, err))
             return -1;
     return 0;
 }

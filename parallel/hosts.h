@@ -29,6 +29,7 @@ struct rank_host {
     uint64_t cores_hash;      // which these are
     int32_t n_threads;        // that it will use; 0 for the gateway
     int32_t n_devices;        // GPUs of the host that this build can use
+    char device_name[64];     // of the first of them
     int32_t device_use;       // of enum device_use
     struct error error;       // what this rank met while it looked at its settings
 };
@@ -38,7 +39,8 @@ struct rank_host {
 int hosts_exchange(struct rank_host *all, const struct rank_host *mine, const char *version,
                    int world, struct error *err);
 /* Errors, the first found, naming the rank and its host: a rank's own error, settings or a
- * checkpoint unlike rank 0's, fewer GPUs on a host than ranks there that need one. */
+ * checkpoint unlike rank 0's, fewer GPUs on a host than ranks there that need one, GPUs of
+ * several kinds. */
 int hosts_check(const struct rank_host *all, int world, struct error *err);
 /* How many vision and language ranks, rank `r` among them, compute on the same cores of its host.
  */

@@ -11,6 +11,11 @@ int device_count(void)
     return backend_cuda_count();
 }
 
+void device_name(char *name, size_t n_bytes)
+{
+    backend_cuda_name(name, n_bytes);
+}
+
 struct backend *device_open_backend(const struct device_options *o)
 {
     struct cuda_options cuda = {

@@ -27,6 +27,8 @@ struct backend *device_open_backend(const struct device_options *o);
 
 /* GPUs of this host that this build can use; 0 without a driver, or in a build without CUDA. */
 int device_count(void);
+/* name [n_bytes] <- the kind of the first of them, "" where there is none. */
+void device_name(char *name, size_t n_bytes);
 
 /* Where one rank computes and with whom. The gateway and ranks of a layout that shares no tensors
  * have no groups; the gateway has no back end either. */

@@ -218,9 +218,11 @@ cudaError_t cudaSetDevice(int device)
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 {
+    const char *name = getenv("INTERNVLD_EMULATION_NAME");
+
     (void)device;
     memset(p, 0, sizeof(*p));
-    snprintf(p->name, sizeof(p->name), "emulated sm_80");
+    snprintf(p->name, sizeof(p->name), "%s", name ? name : "emulated sm_80");
     p->totalGlobalMem = DEVICE_BYTES;
     p->major = 8;
     p->multiProcessorCount = 4;

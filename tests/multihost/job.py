@@ -25,18 +25,19 @@ def skip_without_hosts():
 
 
 class Job(daemon.Daemon):
-    """`slots` are the ranks on each host. The gateway, on the first host, listens on its bridge address."""
+    """`slots` are the ranks on each host; those of the last may have another model or program (words). The gateway, on
+    the first host, listens on its bridge address."""
 
     def __init__(self, hosts, slots, tensor=1, pipeline=1, vision=1, supervised=("--once",), wait=True, extra=(),
-                 model=daemon.DEMO_MODEL, model_of_last=None):
+                 model=daemon.DEMO_MODEL, model_of_last=None, program_of_last=None):
         self.mark = uuid.uuid4().hex
         self.hosts = hosts
         folder = pathlib.Path(tempfile.mkdtemp(prefix="internvld-test-"))
         atexit.register(self._clean_up, folder)
         self.log_path, self.port_file = folder / "log", folder / "address"
 
-        def program(n, model):
-            return ["-n", n, daemon.program("INTERNVLD_DAEMON"), "--model", model,
+        def program(n, words, model):
+            return ["-n", n, *words, "--model", model,
                     "--listen", f"{hosts.address(0)}:0", "--insecure-listen", "--port-file", self.port_file,
                     "--tensor-parallel-size", tensor, "--pipeline-parallel-size", pipeline,
                     "--vision-ranks", vision, *extra]
@@ -48,10 +49,10 @@ class Job(daemon.Daemon):
                   "--mca", "btl", "self,vader,tcp", "--mca", "btl_vader_single_copy_mechanism", "none",
                   "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0",
                   "--mca", "mpi_yield_when_idle", "1", "-x", daemon.MARK]
-        n_last = slots[-1] if model_of_last else 0
-        mpirun += program(sum(slots) - n_last, model)
-        if model_of_last:
-            mpirun += [":", *program(n_last, model_of_last)]
+        n_last, words = slots[-1] if model_of_last or program_of_last else 0, [daemon.program("INTERNVLD_DAEMON")]
+        mpirun += program(sum(slots) - n_last, words, model)
+        if n_last:
+            mpirun += [":", *program(n_last, program_of_last or words, model_of_last or model)]
         if supervised is not None:
             mpirun = ["sh", SUPERVISE, "--port-file", self.port_file, *supervised, "--", *mpirun]
         self.command = hosts.command(0, *mpirun)

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from unittest import mock
 
 import daemon
 from hosts import Hosts
@@ -93,6 +94,28 @@ class Layout(unittest.TestCase):
             self.assertRegex(line, f"rank 2 on {hosts.names[1]}: .*/nowhere")
             line = self.one_line(Job(hosts, [2, 2], wait=False))
             self.assertRegex(line, "needs 1 gateway .* but the job has 4")
+            version = subprocess.run([daemon.program("INTERNVLD_DAEMON"), "--version"], capture_output=True, text=True,
+                                     check=True).stdout.split()[-1]
+            newer = pathlib.Path(folder) / "newer"
+            text = pathlib.Path(daemon.program("INTERNVLD_DAEMON")).read_bytes()
+            newer.write_bytes(text.replace(f"\0{version}\0".encode(), f"\0{version[:-1]}9\0".encode()))
+            newer.chmod(0o755)
+            line = self.one_line(Job(hosts, [2, 1], wait=False, program_of_last=[newer]))
+            self.assertEqual(line, f"internvld: rank 2 runs internvld {version[:-1]}9, rank 0 runs {version}")
+
+    def test_gpus_disagree(self):
+        """Emulated ones: a host with fewer than its ranks need, a host with another kind."""
+        emulated = os.environ.get("INTERNVLD_EMULATED")
+        if not emulated:
+            self.skipTest("this build has no emulated CUDA")
+        with mock.patch.dict(os.environ, INTERNVLD_DAEMON=emulated), Hosts(2) as hosts:
+            last = hosts.names[1]
+            for has, said in (("DEVICES=1", f"2 ranks on {last} need a GPU each and this build finds 1 there"),
+                              ("NAME=other", f"rank 2 on {last} has a GPU of another kind (other) than rank 1 on")):
+                other = ["env", f"INTERNVLD_EMULATION_{has}", emulated]
+                line = self.one_line(Job(hosts, [2, 2], tensor=2, wait=False, program_of_last=other,
+                                         extra=["--device", "cuda"]))
+                self.assertIn(said, line)
 
     def test_drain_under_load(self):
         """SIGTERM to the supervisor while streams run: they all finish, the job exits 0."""

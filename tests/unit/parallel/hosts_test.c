@@ -27,6 +27,7 @@ static void make_job(struct rank_host *all)
         all[r].n_cores = 8;
         all[r].n_threads = r > 0;
         all[r].n_devices = 3;
+        strcpy(all[r].device_name, "large");
         all[r].device_use = r > 0 ? DEVICE_USE_OWN : DEVICE_USE_NONE;
     }
 }
@@ -93,6 +94,18 @@ static void too_few_devices(void **state)
                         "(--vision-share-gpu: vision ranks share)");
 }
 
+static void devices_of_several_kinds(void **state)
+{
+    struct rank_host all[WORLD];
+    struct error err = {0};
+    (void)state;
+    make_job(all);
+    strcpy(all[0].device_name, "small"); /* the gateway's is not used */
+    assert_int_equal(hosts_check(all, WORLD, &err), 0);
+    strcpy(all[4].device_name, "small");
+    assert_refused(all, "rank 4 on b has a GPU of another kind (small) than rank 1 on a (large)");
+}
+
 static void devices_are_dealt_out(void **state)
 {
     static const int own[WORLD] = {-1, 0, 1, 2, 0, 1}, shared[WORLD] = {-1, 0, 0, 1, 0, 1};
@@ -152,6 +165,7 @@ int main(void)
         cmocka_unit_test(settings_differ),
         cmocka_unit_test(checkpoints_differ),
         cmocka_unit_test(too_few_devices),
+        cmocka_unit_test(devices_of_several_kinds),
         cmocka_unit_test(devices_are_dealt_out),
         cmocka_unit_test(cores_are_shared),
         cmocka_unit_test(prints_a_line_a_rank),
