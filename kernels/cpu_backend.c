@@ -26,7 +26,7 @@ struct isa {
 static const struct isa isas[] = {
 #if INTERNVLD_CPU_X86
     {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_expand_avx512bf16,
-     &cpu_vector_avx512},
+     &cpu_vector_avx512bf16},
     {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_vector_avx512},
     {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_vector_avx2},
 #endif

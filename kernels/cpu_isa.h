@@ -4,7 +4,7 @@
  * cpu_tile.c, cpu_expand.c and cpu_vector.c are compiled once per instruction set and export one
  * table each; cpu_backend.c picks one of each by CPUID. Everything above (threads, layouts, pages,
  * lanes) is written once over them. The bits of a result do not depend on the table, with one
- * exception: the products of cpu_tile_avx512bf16 flush denormals.
+ * exception: the products and roundings of AVX-512 BF16 flush denormals.
  */
 #ifndef INTERNVLD_KERNELS_CPU_ISA_H
 #define INTERNVLD_KERNELS_CPU_ISA_H
@@ -132,7 +132,7 @@ struct cpu_vector_ops {
                        float eps);
     /* x1, x2 [n] <- x1 cos - x2 sin, x2 cos + x1 sin */
     void (*rotate)(float *x1, float *x2, const float *cos, const float *sin, int64_t n);
-    /* Each row r takes in its scores [lo[r], hi[r]) times `scale` and replaces them by
+    /* Each row r takes in its scores [lo[r], hi[r]) times `scale` > 0 and replaces them by
      * e^(score - m); correction[r] is e^(old m - new m), what its older sums are to be multiplied
      * with (1 where lo = hi). Scores are read and written in whole blocks of 16; those of a row's
      * blocks that are outside its range become 0. n_rows <= TILE_ROWS_MAX. */
@@ -152,6 +152,7 @@ extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512
     cpu_tile_avx512bf16;
 extern const struct cpu_expand_ops cpu_expand_scalar, cpu_expand_avx2, cpu_expand_avx512,
     cpu_expand_avx512bf16;
-extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512;
+extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512,
+    cpu_vector_avx512bf16;
 
 #endif

@@ -17,9 +17,11 @@
 #include "kernels/cpu_backend.h"
 #include "kernels/log.h"
 
-/* Key positions of one softmax step, whatever the page size: [i * PAGED_STEP, (i + 1) * …). */
-#define PAGED_STEP 64
-#define RUNS_MAX (PAGED_STEP / 16)
+/* Key positions of one softmax step, whatever the page size: [i * step, (i + 1) * step). */
+#define STEP_F32 64
+#define STEP_BF16 256
+#define STEP_MAX STEP_BF16
+#define RUNS_MAX (STEP_MAX / 16)
 #define BLOCK_BYTES 64 // sixteen keys of one dimension, or of a pair
 
 struct paged_job {
@@ -33,6 +35,8 @@ struct paged_job {
     float scale;
     int tile_rows;
     struct cpu_factor factor; // of queries and of p
+    int pairs;                // 1 with bfloat16 pages, else 0
+    int64_t step;             // positions
     int64_t dim, dim16;       // head_dim; rounded up to 16
     int64_t key_bytes;        // of one key, or its values
     size_t step_bytes;        // of the values of one key or pair of them, of dim16 dimensions
@@ -55,6 +59,7 @@ struct paged_step {
  * keys at the end and no more at the beginning. */
 struct paged_tile {
     int32_t sequence, kv_head, n_rows;
+    int is_first; // of its sequence and kv head
     int32_t token[TILE_ROWS_MAX], head[TILE_ROWS_MAX];
     int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // key positions it sees: [lo, hi)
     int64_t page, slot;                           // of the first key after the steps so far
@@ -62,12 +67,12 @@ struct paged_tile {
     struct cpu_factor_place queries, p;
     uint32_t *q_rows;    // [TILE_ROWS_MAX][dim16]
     uint32_t *q_columns; // [dim16][TILE_ROWS_MAX]
-    float *scores;       // [TILE_ROWS_MAX][PAGED_STEP]
-    uint32_t *p_rows;    // [TILE_ROWS_MAX][PAGED_STEP]
-    uint32_t *p_columns; // [PAGED_STEP][TILE_ROWS_MAX]
+    float *scores;       // [TILE_ROWS_MAX][STEP_MAX]
+    uint32_t *p_rows;    // [TILE_ROWS_MAX][STEP_MAX]
+    uint32_t *p_columns; // [STEP_MAX][TILE_ROWS_MAX]
     float *sums;         // [TILE_ROWS_MAX][dim16]
     uint16_t *edge;      // [2][dim16][2] pairs of which one key is seen
-    char *values;        // [PAGED_STEP][dim16] of the page's type, where 16 divides not head_dim
+    char *values;        // [STEP_MAX][dim16] of the page's type, where 16 divides not head_dim
 };
 
 static int64_t smaller(int64_t a, int64_t b)
@@ -83,16 +88,17 @@ static int64_t larger(int64_t a, int64_t b)
 static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int thread)
 {
     const int64_t rows = TILE_ROWS_MAX, dim = job->dim16;
-    const int64_t n_words = 3 * rows * dim + 3 * rows * PAGED_STEP + 2 * dim + PAGED_STEP * dim;
+    const int64_t padded = dim == job->dim ? 0 : STEP_MAX * dim;
+    const int64_t n_words = 3 * rows * dim + 3 * rows * STEP_MAX + 2 * dim + padded;
     char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)n_words * 4);
     t->q_rows = cpu_carve(&at, rows * dim);
     t->q_columns = cpu_carve(&at, dim * rows);
-    t->scores = cpu_carve(&at, rows * PAGED_STEP);
-    t->p_rows = cpu_carve(&at, rows * PAGED_STEP);
-    t->p_columns = cpu_carve(&at, PAGED_STEP * rows);
+    t->scores = cpu_carve(&at, rows * STEP_MAX);
+    t->p_rows = cpu_carve(&at, rows * STEP_MAX);
+    t->p_columns = cpu_carve(&at, STEP_MAX * rows);
     t->sums = cpu_carve(&at, rows * dim);
     t->edge = cpu_carve(&at, 2 * dim);
-    t->values = cpu_carve(&at, PAGED_STEP * dim);
+    t->values = cpu_carve(&at, padded);
 }
 
 /* The next step of the tile's keys, cut at the ends of pages. */
@@ -103,9 +109,9 @@ static void cut_step(const struct paged_job *job, struct paged_tile *t, struct p
     const int64_t size = kv->page_size, head = job->dim * size;
     const int32_t *pages = job->layout->pages + job->layout->page_start[t->sequence];
     const size_t element = kv->dtype == DTYPE_F32 ? sizeof(float) : sizeof(uint16_t);
-    s->first = from / PAGED_STEP * PAGED_STEP;
+    s->first = from / job->step * job->step;
     s->from = from - s->first;
-    s->to = smaller(to - s->first, PAGED_STEP);
+    s->to = smaller(to - s->first, job->step);
     s->n_runs = 0;
     for (int64_t column = s->from; column < s->to;) {
         const int64_t n = smaller(size - t->slot, s->to - column);
@@ -114,7 +120,7 @@ static void cut_step(const struct paged_job *job, struct paged_tile *t, struct p
             BUG("page %d of %d", page, kv->n_pages);
         const int64_t at = ((int64_t)page * kv->n_kv_heads + t->kv_head) * head;
         s->runs[s->n_runs++] = (struct paged_run){
-            .k = (const char *)kv->k + (size_t)(at + t->slot * job->factor.step) * element,
+            .k = (const char *)kv->k + (size_t)(at + (t->slot << job->pairs)) * element,
             .v = (const char *)kv->v + (size_t)(at + t->slot * job->dim) * element,
             .column = column,
             .n = n,
@@ -134,8 +140,8 @@ static void pad_values(const struct paged_job *job, struct paged_tile *t, struct
     const size_t stored = job->step_bytes / (size_t)job->dim16 * (size_t)job->dim;
     for (int i = 0; i < s->n_runs; i++) {
         struct paged_run *run = &s->runs[i];
-        char *to = t->values + (size_t)(run->column / job->factor.step) * job->step_bytes;
-        for (int64_t j = 0; j < run->n / job->factor.step; j++) {
+        char *to = t->values + (size_t)(run->column >> job->pairs) * job->step_bytes;
+        for (int64_t j = 0; j < run->n >> job->pairs; j++) {
             memcpy(to + (size_t)j * job->step_bytes, run->v + (size_t)j * stored, stored);
             memset(to + (size_t)j * job->step_bytes + stored, 0, job->step_bytes - stored);
         }
@@ -163,9 +169,9 @@ static struct tile_part edge_pair(const struct paged_job *job, uint16_t *edge,
 static int cut_values(const struct paged_job *job, struct paged_tile *t, const struct paged_step *s,
                       int64_t from, int64_t to, struct tile_part parts[RUNS_MAX + 2])
 {
-    const int64_t step = job->factor.step, whole = to / step * step;
+    const int64_t whole = to & ~(int64_t)job->pairs;
     int n = 0;
-    if (from % step) {
+    if (from & job->pairs) {
         parts[n++] = edge_pair(job, t->edge, s, from);
         from++;
     }
@@ -174,8 +180,8 @@ static int cut_values(const struct paged_job *job, struct paged_tile *t, const s
         const int64_t lo = larger(from, run->column), hi = smaller(whole, run->column + run->n);
         if (lo < hi)
             parts[n++] = (struct tile_part){
-                .b = run->v + (size_t)((lo - run->column) / step) * job->step_bytes,
-                .n_k = (hi - lo) / step,
+                .b = run->v + (size_t)((lo - run->column) >> job->pairs) * job->step_bytes,
+                .n_k = (hi - lo) >> job->pairs,
             };
     }
     if (whole < to)
@@ -190,7 +196,7 @@ static void add_values(const struct paged_job *job, struct paged_tile *t,
     struct tile_part parts[RUNS_MAX + 2];
     if (from >= to)
         return;
-    const int64_t at = from / job->factor.step * job->factor.words;
+    const int64_t at = (from >> job->pairs) * job->factor.words;
     struct tile product = {
         .a = t->p.a + row * t->p.a_row + at * t->p.a_step,
         .a_step = t->p.a_step,
@@ -211,15 +217,14 @@ static void add_values(const struct paged_job *job, struct paged_tile *t,
 static void take_values(const struct paged_job *job, struct paged_tile *t,
                         const struct paged_step *s, const int64_t *lo, const int64_t *hi)
 {
-    const int64_t step = job->factor.step;
     const int n_rows = t->n_rows, last = n_rows - 1;
     int64_t all_lo = lo[last], all_hi = hi[0];
     if (lo[0] != lo[last])
-        all_lo = (all_lo + step - 1) / step * step;
+        all_lo += all_lo & job->pairs;
     if (hi[0] != hi[last])
-        all_hi = all_hi / step * step;
+        all_hi -= all_hi & job->pairs;
     if (all_lo >= all_hi)
-        all_lo = all_hi = PAGED_STEP;
+        all_lo = all_hi = job->step;
     for (int is_after = 0; is_after <= 1; is_after++) {
         for (int r = 0, end; r < n_rows; r = end) {
             for (end = r + 1; end < n_rows && lo[end] == lo[r] && hi[end] == hi[r];)
@@ -233,7 +238,8 @@ static void take_values(const struct paged_job *job, struct paged_tile *t,
 }
 
 /* Pages lie anywhere, so the processor's own prefetch ends at the end of each. Into the
- * second-level cache: a step's keys and values can be more than the first holds. */
+ * second-level cache: a step's keys and values can be more than the first holds. The first tile
+ * fetches for those that follow it. */
 static void prefetch(const char *p, int64_t n_bytes)
 {
     for (int64_t i = 0; i < n_bytes; i += 64)
@@ -255,11 +261,11 @@ static void score_keys(const struct paged_job *job, struct paged_tile *t,
         .a = t->queries.a,
         .a_step = t->queries.a_step,
         .a_row = t->queries.a_row,
-        .b_step = job->kv->page_size * f->step,
+        .b_step = job->kv->page_size << job->pairs,
         .blocks = blocks,
         .c = t->scores + s->from,
-        .c_row = PAGED_STEP,
-        .n_k = job->dim / f->step,
+        .c_row = STEP_MAX,
+        .n_k = job->dim >> job->pairs,
     };
     job->state->tile->run(&product, t->n_rows, n_blocks, f->source);
 }
@@ -268,32 +274,33 @@ static void score_keys(const struct paged_job *job, struct paged_tile *t,
  * without being cleared): they enter no sum of the row. */
 static void tile_take_step(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
 {
+    const int has_sums = s->first + s->from > t->lo[0];
     const struct cpu_vector_ops *vector = job->state->vector;
     int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // what each row sees of the step
     for (int r = 0; r < t->n_rows; r++) {
-        lo[r] = smaller(larger(t->lo[r] - s->first, 0), PAGED_STEP);
-        hi[r] = smaller(larger(t->hi[r] - s->first, lo[r]), PAGED_STEP);
+        lo[r] = smaller(larger(t->lo[r] - s->first, 0), job->step);
+        hi[r] = smaller(larger(t->hi[r] - s->first, lo[r]), job->step);
     }
-    for (int i = 0; i < s->n_runs; i++)
+    for (int i = 0; i < s->n_runs && t->is_first; i++)
         prefetch(s->runs[i].v, s->runs[i].n * job->key_bytes);
     score_keys(job, t, s);
     float correction[TILE_ROWS_MAX];
-    vector->softmax_step(t->scores, PAGED_STEP, t->n_rows, lo, hi, job->scale, t->softmax,
+    vector->softmax_step(t->scores, STEP_MAX, t->n_rows, lo, hi, job->scale, t->softmax,
                          correction);
     for (int r = 0; r < t->n_rows; r++) {
-        if (correction[r] != 1.0f)
+        if (correction[r] != 1.0f && has_sums)
             vector->multiply(t->sums + r * job->dim16, correction[r], job->dim);
     }
     const struct cpu_factor *f = &job->factor;
-    const int64_t at = s->from / f->step * f->words;
+    const int64_t at = (s->from >> job->pairs) * f->words;
     int64_t n_words = s->to - s->from;
     uint32_t *rows = (uint32_t *)t->scores + at;
     if (f->source != TILE_F32) {
         rows = t->p_rows + at;
-        n_words = cpu_factor_rows(vector, f, rows, PAGED_STEP, t->scores + s->from, PAGED_STEP,
+        n_words = cpu_factor_rows(vector, f, rows, STEP_MAX, t->scores + s->from, STEP_MAX,
                                   t->n_rows, n_words);
     }
-    t->p = cpu_factor_place(vector, rows, PAGED_STEP, t->p_columns + at * TILE_ROWS_MAX, t->n_rows,
+    t->p = cpu_factor_place(vector, rows, STEP_MAX, t->p_columns + at * TILE_ROWS_MAX, t->n_rows,
                             n_words);
     t->p.a -= at * t->p.a_step;
     if (job->dim != job->dim16)
@@ -325,7 +332,7 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
         if (has_next) {
             struct paged_step *next = &steps[!i];
             cut_step(job, t, next, end, to);
-            for (int j = 0; j < next->n_runs; j++)
+            for (int j = 0; j < next->n_runs && t->is_first; j++)
                 prefetch(next->runs[j].k, next->runs[j].n * job->key_bytes);
         }
         tile_take_step(job, t, &steps[i]);
@@ -351,6 +358,7 @@ static void paged_work(void *arg, int thread, int n_threads)
             t.sequence = s;
             t.kv_head = g;
             t.n_rows = 0;
+            t.is_first = 1;
             for (int32_t i = 0; i < n_tokens; i++) {
                 for (int32_t h = 0; h < job->n_heads; h++) {
                     if (job->kv_of_head[h] != g)
@@ -365,6 +373,7 @@ static void paged_work(void *arg, int thread, int n_threads)
                     if (item++ % n_threads == thread)
                         tile_run(job, &t);
                     t.n_rows = 0;
+                    t.is_first = 0;
                 }
             }
             if (t.n_rows && item++ % n_threads == thread)
@@ -384,6 +393,8 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     job.scale = scale;
     job.window = window;
     job.factor = cpu_factor_of(job.state->tile, kv->dtype);
+    job.pairs = kv->dtype == DTYPE_BF16;
+    job.step = job.pairs ? STEP_BF16 : STEP_F32;
     job.dim = kv->head_dim;
     job.dim16 = cpu_round16(job.dim);
     job.key_bytes = job.dim * element;

@@ -141,6 +141,17 @@ ALWAYS_INLINE vf vf_swap(vf x, const int step)
 
 #endif
 
+/* x * 2^n, rounded once, for whole n in [-151, 129] and x in [1/2, 2]. */
+ALWAYS_INLINE vf vf_scale(vf x, vf n)
+{
+#if VF_N == 16
+    return _mm512_scalef_ps(x, n);
+#else /* in two factors, of which the first is exact */
+    vi whole = (vi)(n + 12582912.0f) - 0x4b400000, half = whole >> 1;
+    return x * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
+#endif
+}
+
 ALWAYS_INLINE vf vf_select(vi mask /* 0 or -1 */, vf a, vf b)
 {
     return (vf)((mask & (vi)a) | (~mask & (vi)b));
@@ -181,6 +192,16 @@ ALWAYS_INLINE vu vf_round_bf16(vf x)
     return (((vu)is_nan & quiet) | (~(vu)is_nan & rounded)) & 0xffff0000u;
 }
 
+/* The same in half the width. The processor's own rounding takes denormals for 0. */
+ALWAYS_INLINE vh vf_to_bf16(vf x)
+{
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh(x);
+#else
+    return __builtin_convertvector(vf_round_bf16(x) >> 16, vh);
+#endif
+}
+
 /* Sixteen partial sums; element i of a row belongs to partial i % 16. */
 struct sum16 {
     vf v[BLOCK_VECTORS];
@@ -211,15 +232,14 @@ ALWAYS_INLINE float vf_largest(vf x)
 
 /*
  * e^x within 1.1 ulp (op_test measures it). x = n ln 2 + r by a round-to-nearest magic number, a
- * degree-6 polynomial in r (coefficients: Cephes expf), and 2^n in two factors so that the whole
- * range of floats comes out, infinity above 88.73 and 0 below -104; a NaN gives a NaN.
+ * degree-6 polynomial in r (coefficients: Cephes expf), and 2^n so that the whole range of floats
+ * comes out, infinity above 88.73 and 0 below -104; a NaN gives a NaN.
  */
 ALWAYS_INLINE vf vf_exp(vf x)
 {
     const vf magic = vf_set(12582912.0f); // 1.5 * 2^23
     x = vf_max(vf_set(-104.0f), vf_min(vf_set(89.0f), x));
     vf shifted = vf_fma(x, vf_set(1.44269504f), magic);
-    vi n = (vi)shifted - (vi)magic;
     vf whole = shifted - magic;
     vf r = vf_fma(whole, vf_set(-0.693359375f), x);
     r = vf_fma(whole, vf_set(2.12194440e-4f), r);
@@ -230,8 +250,7 @@ ALWAYS_INLINE vf vf_exp(vf x)
     p = vf_fma(p, r, vf_set(1.6666665459e-1f));
     p = vf_fma(p, r, vf_set(5.0000001201e-1f));
     p = vf_fma(p, r * r, r) + 1.0f;
-    vi half = n >> 1;
-    return p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
+    return vf_scale(p, whole);
 }
 
 /*

@@ -144,8 +144,6 @@ static void rotate(float *x1, float *x2, const float *cosines, const float *sine
 /* -infinity outside [lo, hi), for the elements from `first` on. */
 ALWAYS_INLINE vf mask_outside(vf x, int64_t first, int64_t lo, int64_t hi)
 {
-    if (first >= lo && first + VF_N <= hi)
-        return x;
     vi i;
     for (int j = 0; j < VF_N; j++)
         i[j] = j;
@@ -155,24 +153,27 @@ ALWAYS_INLINE vf mask_outside(vf x, int64_t first, int64_t lo, int64_t hi)
     return vf_select(inside, x, vf_set(-INFINITY));
 }
 
-/* Scales and masks [lo, hi), to whole blocks; returns the largest of them and m. */
-ALWAYS_INLINE float softmax_largest(float *scores, int64_t lo, int64_t hi, float scale, float m)
+/* Masks [lo, hi), to whole blocks; returns the largest of them. */
+ALWAYS_INLINE float softmax_largest(float *scores, int64_t lo, int64_t hi)
 {
-    vf largest = vf_set(m);
+    vf largest = vf_set(-INFINITY);
     for (int64_t i = lo / 16 * 16; i < (hi + 15) / 16 * 16; i += VF_N) {
-        vf v = mask_outside(vf_load(scores + i) * scale, i, lo, hi);
-        vf_store(scores + i, v);
+        vf v = vf_load(scores + i);
+        if (i < lo || i + VF_N > hi) {
+            v = mask_outside(v, i, lo, hi);
+            vf_store(scores + i, v);
+        }
         largest = vf_max(v, largest);
     }
     return vf_largest(largest);
 }
 
-ALWAYS_INLINE float softmax_exp(float *scores, int64_t lo, int64_t hi, float m)
+ALWAYS_INLINE float softmax_exp(float *scores, int64_t lo, int64_t hi, float scale, float m)
 {
     struct sum16 sum = {{{0}}};
     for (int64_t i = lo / 16 * 16; i < (hi + 15) / 16 * 16; i += 16) {
         for (int j = 0; j < BLOCK_VECTORS; j++) {
-            vf p = vf_exp(vf_load(scores + i + j * VF_N) - m);
+            vf p = vf_exp(vf_load(scores + i + j * VF_N) * scale - m);
             vf_store(scores + i + j * VF_N, p);
             sum.v[j] += p;
         }
@@ -185,32 +186,36 @@ static void softmax_step(float *scores, int64_t row_stride, int n_rows, const in
                          const int64_t *hi, float scale, struct softmax *s, float *correction)
 {
     float fall[16] = {0}, sums[TILE_ROWS_MAX] = {0};
+    int any_falls = 0;
     for (int r = 0; r < n_rows; r++) {
+        correction[r] = 1.0f;
         if (lo[r] == hi[r])
             continue;
-        float m = softmax_largest(scores + r * row_stride, lo[r], hi[r], scale, s[r].m);
-        fall[r] = s[r].m == m ? 0.0f : s[r].m - m;
-        s[r].m = m;
+        float m = softmax_largest(scores + r * row_stride, lo[r], hi[r]) * scale;
+        if (m > s[r].m) {
+            fall[r] = s[r].m - m;
+            s[r].m = m;
+            any_falls = 1;
+        }
     }
     for (int r = 0; r < n_rows; r++) {
         if (lo[r] < hi[r])
-            sums[r] = softmax_exp(scores + r * row_stride, lo[r], hi[r], s[r].m);
+            sums[r] = softmax_exp(scores + r * row_stride, lo[r], hi[r], scale, s[r].m);
     }
-    for (int r = 0; r < 16; r += VF_N)
-        vf_store(fall + r, vf_exp(vf_load(fall + r)));
-    for (int r = 0; r < n_rows; r++) {
-        correction[r] = fall[r];
-        s[r].l = s[r].l * fall[r] + sums[r];
+    if (any_falls) {
+        for (int r = 0; r < 16; r += VF_N)
+            vf_store(fall + r, vf_exp(vf_load(fall + r)));
+        memcpy(correction, fall, (size_t)n_rows * sizeof(float));
     }
+    for (int r = 0; r < n_rows; r++)
+        s[r].l = s[r].l * correction[r] + sums[r];
 }
 
 static void to_bf16(uint16_t *dst, const float *src, int64_t n)
 {
     int64_t i = 0;
-    for (; i + VF_N <= n; i += VF_N) {
-        vu u = vf_round_bf16(vf_load(src + i)) >> 16;
-        *(vh_memory *)(dst + i) = __builtin_convertvector(u, vh);
-    }
+    for (; i + VF_N <= n; i += VF_N)
+        *(vh_memory *)(dst + i) = vf_to_bf16(vf_load(src + i));
     for (; i < n; i++)
         dst[i] = f32_to_bf16(src[i]);
 }
@@ -218,9 +223,9 @@ static void to_bf16(uint16_t *dst, const float *src, int64_t n)
 static void pair_bf16(uint32_t *dst, const float *even, const float *odd, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VF_N) {
-        vu pairs = vf_round_bf16(load_at(even, i, n)) >> 16;
+        vu pairs = __builtin_convertvector(vf_to_bf16(load_at(even, i, n)), vu);
         if (odd)
-            pairs |= vf_round_bf16(load_at(odd, i, n));
+            pairs |= __builtin_convertvector(vf_to_bf16(load_at(odd, i, n)), vu) << 16;
         store_at((float *)dst, i, n, (vf)pairs);
     }
 }

@@ -67,7 +67,7 @@ static void world_free_pages(struct world *w, struct backend *b)
 static void world_init(struct world *w, int n_heads, int n_kv_heads, int head_dim, int page_size,
                        int window, enum dtype dtype)
 {
-    static const int lengths[4] = {1, 50, 17, 133};
+    const int lengths[4] = {1, 50, 17, dtype == DTYPE_F32 ? 133 : 277}; // the last: several steps
     *w = (struct world){.n_sequences = 4, .n_heads = n_heads, .n_kv_heads = n_kv_heads};
     w->head_dim = head_dim;
     w->page_size = page_size;
@@ -98,7 +98,7 @@ static void world_run(struct world *w, struct backend *b, struct tensor *out, in
     int done[4] = {0}, left = 1;
     while (left) {
         int32_t query_start[5] = {0}, context_len[4], n = 0;
-        int rows[256];
+        int rows[512];
         struct paged_layout layout = {.n_sequences = w->n_sequences};
         left = 0;
         for (int s = 0; s < w->n_sequences; s++) {
@@ -182,6 +182,7 @@ static double bound_of(enum dtype dtype)
 /* One back end: prefill against the naive loop; chunks, decode and shuffled pages equal prefill. */
 static void check_world(struct world *w, struct backend *b, const float *want, float *bits)
 {
+    const int page_size = w->page_size;
     struct tensor a = op_case_matrix(w->q.shape[0], w->q.shape[1]);
     struct tensor c = op_case_matrix(w->q.shape[0], w->q.shape[1]);
     size_t n_bytes = (size_t)tensor_n_elements(&a) * sizeof(float);
@@ -197,6 +198,12 @@ static void check_world(struct world *w, struct backend *b, const float *want, f
         world_free_pages(w, b);
         op_case_same(a.data, c.data, n_bytes, "paged attention in chunks, pages shuffled");
     }
+    w->page_size = 112 - page_size;
+    world_make_pages(w, b, 1);
+    world_run(w, b, &c, 23);
+    world_free_pages(w, b);
+    op_case_same(a.data, c.data, n_bytes, "paged attention with pages of another size");
+    w->page_size = page_size;
     if (isnan(bits[0]))
         memcpy(bits, a.data, n_bytes);
     op_case_same(bits, a.data, n_bytes, "paged attention by another instruction set");
