@@ -103,19 +103,25 @@ ALWAYS_INLINE void load_zeros(float *dst, const int8_t *zeros)
 #endif
 }
 
-/* What decodes codes of one group of sixteen columns. */
+/* What decodes a format. */
 struct decoder {
+    struct lookup table; // of 4 bits
+#if VF_N == 16
+    vu words; // [32] bfloat16: INT4's multiples by the low five bits of a word, FP8's denormals
+#endif
+};
+
+/* And of one group of sixteen columns. */
+struct grid {
     vf scale[BLOCK_VECTORS];
     /* Subtracted of a code that lies 0, 4, 8 or 12 bits up: its zero point and the power above. */
     vf bias[4][BLOCK_VECTORS];
-    struct lookup table;
 #if VF_N == 16
-    vu words; // [32] bfloat16: INT4's multiples by the low five bits of a word, FP8's denormals
     vu zeros; // INT4's, of each column twice, as words
 #endif
 };
 
-ALWAYS_INLINE void init_bias(struct decoder *g, const struct expansion *e, int64_t group,
+ALWAYS_INLINE void init_bias(struct grid *g, const struct expansion *e, int64_t group,
                              const enum decoding d, const int has_zeros)
 {
     float zeros[16];
@@ -143,48 +149,57 @@ ALWAYS_INLINE vu upper_halves(vf low, vf high)
     return (vu)_mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1);
 }
 
-ALWAYS_INLINE void init_words(struct decoder *g, const struct expansion *e, int64_t group,
-                              const enum decoding d, const int has_zeros)
+ALWAYS_INLINE vu words_of(const enum decoding d, const int has_zeros)
 {
     const vf ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vf mantissa = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
-    if (d == DECODE_FP8) {
-        g->words = upper_halves(mantissa * 0x1p-9f, mantissa * 0x1p-9f);
-    } else if (has_zeros) { // a code less its zero point in five bits: 0 ... 15, then -16 ... -1
-        const void *of_group = e->zeros + group * 16;
-        vu zero = (vu)_mm512_cvtepi8_epi32(_mm_loadu_si128(of_group));
-        g->zeros = zero | zero << 16;
-        g->words = upper_halves(ramp, ramp - 16.0f);
-    } else { // the fifth bit is another code's
-        g->words = upper_halves(ramp - 8.0f, ramp - 8.0f);
-    }
+    if (d == DECODE_FP8)
+        return upper_halves(mantissa * 0x1p-9f, mantissa * 0x1p-9f);
+    if (has_zeros) // a code less its zero point in five bits: 0 … 15, then -16 … -1
+        return upper_halves(ramp, ramp - 16.0f);
+    return upper_halves(ramp - 8.0f, ramp - 8.0f); // the fifth bit is another code's
 }
 #endif
 
-ALWAYS_INLINE void decoder_init(struct decoder *g, const struct expansion *e, int64_t group,
-                                const enum decoding d, const int has_zeros)
+ALWAYS_INLINE struct decoder decoder_of(const struct expansion *e, const enum decoding d,
+                                        const int has_zeros)
+{
+    struct decoder f = {0};
+    (void)has_zeros;
+    if (d == DECODE_TABLE)
+        f.table = lookup_of(e->table);
+#if VF_N == 16
+    if (d == DECODE_INT4 || d == DECODE_FP8)
+        f.words = words_of(d, has_zeros);
+#endif
+    return f;
+}
+
+ALWAYS_INLINE void grid_init(struct grid *g, const struct expansion *e, int64_t group,
+                             const enum decoding d, const int has_zeros)
 {
 #pragma GCC unroll 4
     for (int v = 0; v < BLOCK_VECTORS; v++)
         g->scale[v] = vf_load(e->scales + group * 16 + v * VF_N);
-    if (d == DECODE_TABLE)
-        g->table = lookup_of(e->table);
     if (d != DECODE_TABLE && d != DECODE_FP8)
         init_bias(g, e, group, d, has_zeros);
 #if VF_N == 16
-    if (d == DECODE_INT4 || d == DECODE_FP8)
-        init_words(g, e, group, d, has_zeros);
+    if (d == DECODE_INT4 && has_zeros) {
+        const void *of_group = e->zeros + group * 16;
+        vu zero = (vu)_mm512_cvtepi8_epi32(_mm_loadu_si128(of_group));
+        g->zeros = zero | zero << 16;
+    }
 #endif
 }
 
 /* Multiples of the scale: of the even or the odd k of pair p of a unit, whose words of the columns
  * of vector v are u. */
-ALWAYS_INLINE vf multiple(vu u, const int p, const int is_odd, const int v, const struct decoder *g,
-                          const enum decoding d)
+ALWAYS_INLINE vf multiple(vu u, const int p, const int is_odd, const int v, const struct decoder *f,
+                          const struct grid *g, const enum decoding d)
 {
     const int at = bits_of(d) * p;
     if (d == DECODE_TABLE)
-        return look_up(&g->table, u >> (at + 16 * is_odd));
+        return look_up(&f->table, u >> (at + 16 * is_odd));
     if (d == DECODE_FP8)
         return decode_fp8(u >> (at + 16 * is_odd));
     const uint32_t mask = ((1u << bits_of(d)) - 1) << at;
@@ -193,10 +208,10 @@ ALWAYS_INLINE vf multiple(vu u, const int p, const int is_odd, const int v, cons
 }
 
 /* quantized_value() */
-ALWAYS_INLINE vf value(vu u, const int p, const int is_odd, const int v, const struct decoder *g,
-                       const enum decoding d)
+ALWAYS_INLINE vf value(vu u, const int p, const int is_odd, const int v, const struct decoder *f,
+                       const struct grid *g, const enum decoding d)
 {
-    vf x = multiple(u, p, is_odd, v, g, d) * g->scale[v];
+    vf x = multiple(u, p, is_odd, v, f, g, d) * g->scale[v];
     return d == DECODE_INT8_127 ? x * INT8_127_FACTOR : x;
 }
 
@@ -220,37 +235,38 @@ ALWAYS_INLINE vu rounded_pair(vf even, vf odd)
 }
 
 #if VF_N == 16
-ALWAYS_INLINE vu int4_pair(vu u, const int p, const struct decoder *g, const int has_zeros)
+ALWAYS_INLINE vu int4_pair(vu u, const int p, const struct decoder *f, const struct grid *g,
+                           const int has_zeros)
 {
     __m512i index = (__m512i)(u >> (4 * p));
     if (has_zeros)
         index = _mm512_sub_epi16((__m512i)((vu)index & 0x000f000fu), (__m512i)g->zeros);
-    return (vu)_mm512_permutexvar_epi16(index, (__m512i)g->words);
+    return (vu)_mm512_permutexvar_epi16(index, (__m512i)f->words);
 }
 
 /* Where E4M3's exponent is not 0, bfloat16's is 120 more. */
-ALWAYS_INLINE vu fp8_pair(vu u, const int p, const struct decoder *g)
+ALWAYS_INLINE vu fp8_pair(vu u, const int p, const struct decoder *f)
 {
     vu high = p == 0 ? u << 8 : u; // each code in the upper half of a word, whatever is below
     __m512i x = _mm512_add_epi16((__m512i)(high >> 4 & 0x07f007f0u), _mm512_set1_epi16(120 << 7));
     __mmask32 is_denormal = _mm512_testn_epi16_mask((__m512i)high, _mm512_set1_epi16(0x7800));
-    x = _mm512_mask_permutexvar_epi16(x, is_denormal, (__m512i)(high >> 8), (__m512i)g->words);
+    x = _mm512_mask_permutexvar_epi16(x, is_denormal, (__m512i)(high >> 8), (__m512i)f->words);
     return (vu)x | (high & 0x80008000u);
 }
 #endif
 
 /* Multiples of pair p of a unit: exact. */
-ALWAYS_INLINE vu multiples_pair(vu u, const int p, const int v, const struct decoder *g,
-                                const enum decoding d, const int has_zeros)
+ALWAYS_INLINE vu multiples_pair(vu u, const int p, const int v, const struct decoder *f,
+                                const struct grid *g, const enum decoding d, const int has_zeros)
 {
 #if VF_N == 16
     if (d == DECODE_INT4)
-        return int4_pair(u, p, g, has_zeros);
+        return int4_pair(u, p, f, g, has_zeros);
     if (d == DECODE_FP8)
-        return fp8_pair(u, p, g);
+        return fp8_pair(u, p, f);
 #endif
     (void)has_zeros;
-    return (vu)multiple(u, p, 0, v, g, d) >> 16 | (vu)multiple(u, p, 1, v, g, d);
+    return (vu)multiple(u, p, 0, v, f, g, d) >> 16 | (vu)multiple(u, p, 1, v, f, g, d);
 }
 
 /* ---- expanding ---- */
@@ -262,9 +278,10 @@ ALWAYS_INLINE void expand_units(void *dst, const struct expansion *e, const uint
                                 const int has_zeros, const int has_groups, const enum expand_to to)
 {
     const int n_pairs = pairs_of_unit(d);
-    struct decoder even, odd;
+    const struct decoder f = decoder_of(e, d, has_zeros);
+    struct grid even, odd;
     uint32_t *words = dst;
-    decoder_init(&even, e, 0, d, has_zeros);
+    grid_init(&even, e, 0, d, has_zeros);
     odd = even;
     for (int64_t i = 0; i < n_units; i++, codes += UNIT_BYTES) {
         __builtin_prefetch(codes + PREFETCH_BYTES);
@@ -272,17 +289,18 @@ ALWAYS_INLINE void expand_units(void *dst, const struct expansion *e, const uint
         for (int p = 0; p < n_pairs; p++) {
             if (has_groups) {
                 const int32_t *of = e->group_of + first + (i * n_pairs + p) * 2;
-                decoder_init(&even, e, of[0], d, has_zeros);
-                decoder_init(&odd, e, of[1], d, has_zeros);
+                grid_init(&even, e, of[0], d, has_zeros);
+                grid_init(&odd, e, of[1], d, has_zeros);
             }
 #pragma GCC unroll 4
             for (int v = 0; v < BLOCK_VECTORS; v++) {
                 vu u = *(const vu_memory *)(codes + v * VF_N * 4);
                 if (to == EXPAND_MULTIPLES) {
-                    *(vu_memory *)(words + v * VF_N) = multiples_pair(u, p, v, &even, d, has_zeros);
+                    *(vu_memory *)(words + v * VF_N) =
+                        multiples_pair(u, p, v, &f, &even, d, has_zeros);
                     continue;
                 }
-                vf x = value(u, p, 0, v, &even, d), y = value(u, p, 1, v, &odd, d);
+                vf x = value(u, p, 0, v, &f, &even, d), y = value(u, p, 1, v, &f, &odd, d);
                 if (to == EXPAND_BF16) {
                     *(vu_memory *)(words + v * VF_N) = rounded_pair(x, y);
                 } else {
@@ -405,18 +423,23 @@ ALWAYS_INLINE void clear(struct sums *s, const int n_rows, const int n_blocks)
 
 /* Pair p of a unit of each block, u, times that pair of each row. */
 ALWAYS_INLINE void add_pair(struct sums *s, const uint32_t *a, const vu *u, const int p,
-                            const struct decoder *g, const int n_rows, const int n_blocks,
-                            const enum decoding d, const int has_zeros)
+                            const struct decoder *f, const struct grid *g, const int n_rows,
+                            const int n_blocks, const enum decoding d, const int has_zeros)
 {
+    __m512i x[PRODUCT_ROWS_MAX];
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; r++) {
+        x[r] = _mm512_set1_epi32((int32_t)a[r]);
+        __asm__("" : "+v"(x[r])); // one broadcast for all blocks, not an operand's for each
+    }
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++) {
-        vu w = d == DECODE_TABLE
-                   ? rounded_pair(value(u[b], p, 0, 0, &g[b], d), value(u[b], p, 1, 0, &g[b], d))
-                   : multiples_pair(u[b], p, 0, &g[b], d, has_zeros);
+        vu w = d == DECODE_TABLE ? rounded_pair(value(u[b], p, 0, 0, f, &g[b], d),
+                                                value(u[b], p, 1, 0, f, &g[b], d))
+                                 : multiples_pair(u[b], p, 0, f, &g[b], d, has_zeros);
 #pragma GCC unroll 4
         for (int r = 0; r < n_rows; r++)
-            s->of[r][b] = _mm512_dpbf16_ps(s->of[r][b], (__m512bh)_mm512_set1_epi32((int32_t)a[r]),
-                                           (__m512bh)w);
+            s->of[r][b] = _mm512_dpbf16_ps(s->of[r][b], (__m512bh)x[r], (__m512bh)w);
     }
 }
 
@@ -430,16 +453,19 @@ ALWAYS_INLINE void load_unit(vu *u, const struct expand_product *m, const uint8_
         ahead += n_blocks * m->block_bytes - m->codes_bytes;
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++) {
-        __builtin_prefetch(ahead + b * m->block_bytes);
-        u[b] = *(const vu_memory *)(codes + b * m->block_bytes);
+        __builtin_prefetch(ahead);
+        u[b] = *(const vu_memory *)codes;
+        ahead += m->block_bytes;
+        codes += m->block_bytes;
+        __asm__("" : "+r"(ahead), "+r"(codes)); // not one register for each block
     }
 }
 
 /* n_k of one group. */
 ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m, const uint8_t *codes,
                              const uint32_t *a, int64_t n_k, int64_t before,
-                             const struct decoder *g, const int n_rows, const int n_blocks,
-                             const enum decoding d, const int has_zeros)
+                             const struct decoder *f, const struct grid *g, const int n_rows,
+                             const int n_blocks, const enum decoding d, const int has_zeros)
 {
     const int n_pairs = pairs_of_unit(d);
     vu u[PRODUCT_BLOCKS_MAX];
@@ -448,13 +474,13 @@ ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m, con
         load_unit(u, m, codes, before, n_blocks);
 #pragma GCC unroll 4
         for (int p = 0; p < n_pairs; p++, a += m->a_step)
-            add_pair(s, a, u, p, g, n_rows, n_blocks, d, has_zeros);
+            add_pair(s, a, u, p, f, g, n_rows, n_blocks, d, has_zeros);
     }
     if (left == 0)
         return;
     load_unit(u, m, codes, before, n_blocks);
     for (; left > 0; left--, a += m->a_step) {
-        add_pair(s, a, u, 0, g, n_rows, n_blocks, d, has_zeros);
+        add_pair(s, a, u, 0, f, g, n_rows, n_blocks, d, has_zeros);
 #pragma GCC unroll 8
         for (int b = 0; b < n_blocks; b++)
             u[b] >>= bits_of(d);
@@ -472,18 +498,29 @@ ALWAYS_INLINE struct expansion block_of(const struct expand_product *m, const st
     return at;
 }
 
-ALWAYS_INLINE void finish(const struct sums *s, const struct expand_product *m,
-                          const struct decoder *g, float factor, const int is_run, const int n_rows,
-                          const int n_blocks)
+ALWAYS_INLINE void store(const struct sums *s, const struct expand_product *m, const int n_rows,
+                         const int n_blocks)
 {
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 8
-        for (int b = 0; b < n_blocks; b++) {
+        for (int b = 0; b < n_blocks; b++)
+            _mm512_storeu_ps(m->c + r * m->c_row + b * 16, s->of[r][b]);
+    }
+}
+
+/* The end of a run of the `group`-th of the lane. */
+ALWAYS_INLINE void add_scaled(const struct sums *s, const struct expand_product *m,
+                              const struct expansion *e, int64_t group, float factor,
+                              const int n_rows, const int n_blocks)
+{
+#pragma GCC unroll 8
+    for (int b = 0; b < n_blocks; b++) {
+        vf scale = vf_load(block_of(m, e, group, b).scales) * factor;
+#pragma GCC unroll 4
+        for (int r = 0; r < n_rows; r++) {
             float *c = m->c + r * m->c_row + b * 16;
-            _mm512_storeu_ps(
-                c, is_run ? _mm512_fmadd_ps(g[b].scale[0] * factor, s->of[r][b], _mm512_loadu_ps(c))
-                          : s->of[r][b]);
+            vf_store(c, vf_fma(scale, (vf)s->of[r][b], vf_load(c)));
         }
     }
 }
@@ -493,33 +530,36 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
                                const enum decoding d, const int has_zeros)
 {
     const int is_factored = d != DECODE_TABLE;
+    const struct decoder f = decoder_of(e, d, has_zeros);
     const uint8_t *codes = e->codes;
     const uint32_t *a = m->a;
-    struct decoder g[PRODUCT_BLOCKS_MAX];
+    struct grid g[PRODUCT_BLOCKS_MAX];
     struct sums s;
     int64_t run = m->first_run, before = m->codes_before;
     clear(&s, n_rows, n_blocks);
     if (is_factored)
-        finish(&s, m, g, factor, 0, n_rows, n_blocks);
+        store(&s, m, n_rows, n_blocks);
     for (int64_t left = e->n_k, group = 0; left > 0; left -= run, run = m->run, group++) {
         run = run < left ? run : left;
 #pragma GCC unroll 8
         for (int b = 0; b < n_blocks; b++) {
             const struct expansion at = block_of(m, e, group, b);
-            decoder_init(&g[b], &at, 0, d, has_zeros);
+            grid_init(&g[b], &at, 0, d, has_zeros);
             __builtin_prefetch((const char *)at.scales + n_blocks * m->block_bytes);
         }
         if (is_factored)
             clear(&s, n_rows, n_blocks);
-        add_codes(&s, m, codes, a, run, before, g, n_rows, n_blocks, d, has_zeros);
-        if (is_factored)
-            finish(&s, m, g, factor, 1, n_rows, n_blocks);
+        add_codes(&s, m, codes, a, run, before, &f, g, n_rows, n_blocks, d, has_zeros);
+        if (is_factored) {
+            __asm__ volatile("" ::: "memory"); // scales are loaded now, not kept until now
+            add_scaled(&s, m, e, group, factor, n_rows, n_blocks);
+        }
         codes += run / (2 * pairs_of_unit(d)) * UNIT_BYTES;
         before += run / (2 * pairs_of_unit(d)) * UNIT_BYTES;
         a += run / 2 * m->a_step;
     }
     if (!is_factored)
-        finish(&s, m, g, factor, 0, n_rows, n_blocks);
+        store(&s, m, n_rows, n_blocks);
 }
 
 /* Blocks that are left over go one by one. */
