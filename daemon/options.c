@@ -48,6 +48,7 @@ static const struct options defaults = {
     .start_timeout = 120,
     .drain_timeout = 30,
     .processor_threads = 2,
+    .stream_interval = 1,
     .max_connections = 1024,
     .max_message_bytes = (int64_t)64 << 20,
     .media_store_bytes = GIB,
@@ -133,6 +134,9 @@ static const struct option table[] = {
      "alike."},
     {NULL, "--max-queued-requests", NULL, OPTION_NUMBER, FIELD(max_queued_requests), "N", 1, 65536,
      "Requests that may wait; more are refused with RESOURCE_EXHAUSTED."},
+    {NULL, "--stream-interval", NULL, OPTION_NUMBER, FIELD(stream_interval), "N", 1, 65536,
+     "Tokens of a stream that are sent together; the first is sent at once. More than 1 leaves the "
+     "processor to the model where messages cost as much as tokens."},
 
     {"Server", "--listen", NULL, OPTION_TEXT, FIELD(listen), "HOST:PORT", 0, 0,
      "Where to serve; also unix:PATH. Port 0 picks a free one and prints it. An address that other "

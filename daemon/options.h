@@ -24,6 +24,7 @@ struct options {
     const char *listen, *metrics_listen, *port_file, *auth_token_file;
     int64_t deterministic, vision_share_gpu, insecure_listen; // flags are 0 or 1
     int64_t start_timeout, drain_timeout, processor_threads, max_connections, max_message_bytes;
+    int64_t stream_interval;
     int64_t media_store_bytes, media_ttl, max_media_bytes;
     int64_t max_image_pixels, max_tiles, max_media, max_frames;
     int64_t plan, map, help, version;

@@ -41,7 +41,7 @@ struct stream {
 
     const struct tokenizer *tokenizer;
     struct stop_string *stops; // [n_stops] bytes owned
-    int32_t n_stops, min_tokens;
+    int32_t n_stops, min_tokens, interval;
     int include_stop_str, want_logprobs;
 
     struct candidate *candidates; // [n_candidates]
@@ -101,6 +101,7 @@ struct stream *stream_new(const struct request *r, const struct tokenizer *t, st
     s->min_tokens = r->min_tokens;
     s->include_stop_str = r->include_stop_str;
     s->want_logprobs = r->sampling.n_logprobs >= 0;
+    s->interval = 1;
     s->n_candidates = r->n;
     s->candidates = xcalloc((size_t)r->n, sizeof(*s->candidates));
     for (int32_t i = 0; i < r->n; i++) {
@@ -109,6 +110,11 @@ struct stream *stream_new(const struct request *r, const struct tokenizer *t, st
         s->candidates[i].stop_token_id = s->candidates[i].stop_string = -1;
     }
     return s;
+}
+
+void stream_set_interval(struct stream *s, int32_t n_tokens)
+{
+    s->interval = n_tokens;
 }
 
 struct stream *stream_ref(struct stream *s)
@@ -292,7 +298,10 @@ enum finish_reason stream_push(struct stream *s, int32_t candidate,
     else
         release_text(c, c->pending.n - held_back(s, &c->pending), 1);
     enum finish_reason result = c->stop_string >= 0 ? FINISH_STOP : FINISH_NONE;
-    unlock_with_news(s);
+    if (c->n_tokens == 1 || c->n_ids >= s->interval)
+        unlock_with_news(s);
+    else
+        pthread_mutex_unlock(&s->mutex);
     return result;
 }
 

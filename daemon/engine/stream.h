@@ -73,6 +73,9 @@ struct stream_delta {
  * take the gateway's with stream_ref(). Without a tokenizer (NULL) there are ids but no text. */
 struct stream *stream_new(const struct request *r, const struct tokenizer *t, stream_notify notify,
                           void *arg);
+/* Before the first push: a candidate's tokens are news when n_tokens >= 1 of them have gathered;
+ * its first one and its end always are. 1 unless set. */
+void stream_set_interval(struct stream *s, int32_t n_tokens);
 struct stream *stream_ref(struct stream *s);
 void stream_unref(struct stream *s);
 /* Sets the request's `cancelled` flag while there is a request, else nothing. Any thread with a
@@ -84,7 +87,7 @@ void stream_detach(struct stream *s);
  * without any lock that notify takes. */
 void stream_mute(struct stream *s);
 
-/* Gateway side. Takes everything that has gathered; 0 when there is nothing. */
+/* Gateway side. Takes everything that has gathered; 0 when there are no news. */
 int stream_drain(struct stream *s, struct stream_delta *out);
 void stream_delta_release(struct stream_delta *d);
 

@@ -21,6 +21,7 @@ struct gateway_options {
     int64_t max_message_bytes, media_ttl_s;
     uint64_t media_store_bytes, max_media_bytes; // of all uploaded media, 0: none; of one
     int max_connections, n_processor_threads, drain_timeout_s;
+    int32_t stream_interval; // tokens
     const char *dtype_name; // "float32", "bfloat16": what the workers compute with
     struct processor_limits limits;
     struct engine_config engine;

@@ -192,6 +192,7 @@ void reply_submit(struct reply *r, struct request *request, const struct media_p
     request->arrival_ns = rpc_call_arrival_ns(r->call);
     request->deadline_ns = rpc_call_deadline_ns(r->call);
     request->stream = stream_new(request, processor_tokenizer(g->processor), rpc_wake, r->call);
+    stream_set_interval(request->stream, g->options->stream_interval);
     r->stream = stream_ref(request->stream);
     if (take_room(r, request->arena.used_bytes + targets_bytes(request), &err) ||
         engine_submit(g->engine, request, &err)) {

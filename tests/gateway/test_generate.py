@@ -1,11 +1,13 @@
 """Generate, as a Python client sees it: answers, streaming, every sampling parameter."""
 
+import contextlib
 import json
 import math
 
 import grpc
 
-from support import (Answer, Code, DaemonTest, Picture, ROOT, at_once, chat, example, examples, main, pb,
+import daemon
+from support import (Answer, Client, Code, DaemonTest, Picture, ROOT, at_once, chat, example, examples, main, pb,
                      position_bits, user)
 
 STOP, LENGTH = pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH
@@ -85,6 +87,14 @@ class Generate(DaemonTest):
         self.assertEqual(streamed.text, whole.text)
         self.assertEqual(streamed.ids, whole.ids)
         self.assertEqual(len(whole.ids), 1000)
+
+    def test_stream_interval(self):
+        """Fewer messages, the same answer; a reader that is slow gets fewer still."""
+        each = self.free(45)
+        with daemon.Daemon(extra=("--stream-interval", 8)) as d, contextlib.closing(Client(d.address)) as client:
+            together = client.generate(chat("What is the opposite of old?"), max_tokens=45, ignore_eos=True)
+        self.assertEqual((together.ids, together.text), (each.ids, each.text))
+        self.assertIn(together.n_deltas, range(2, 1 + 5 + 1 + 1))  # the first token, five times 8, the rest
 
     def test_text_is_the_tokens(self):
         a = self.free(200, skip_special_tokens=False, logprobs=0)

@@ -232,6 +232,32 @@ static void test_random_stops(void **state)
     }
 }
 
+static void test_interval(void **state)
+{
+    (void)state;
+    int n_told = 0;
+    struct request *r = new_request(NULL, 0);
+    struct stream *s = stream_new(r, tokenizer, count, &n_told);
+    struct stream_delta d;
+    stream_set_interval(s, 3);
+    push_id(s, 0, id_of("a"), 0); // the first one at once
+    assert_int_equal(n_told, 1);
+    assert_drained(s, "a", 1);
+    push_id(s, 0, id_of("b"), 0);
+    push_id(s, 0, id_of("c"), 0);
+    assert_int_equal(n_told, 1);
+    assert_false(stream_drain(s, &d));
+    push_id(s, 0, id_of("d"), 0);
+    assert_int_equal(n_told, 2);
+    assert_drained(s, "bcd", 3);
+    push_id(s, 0, id_of("e"), 0);
+    stream_finish_candidate(s, 0, FINISH_LENGTH); // and the end
+    assert_int_equal(n_told, 3);
+    assert_drained(s, "e", 1);
+    stream_unref(s);
+    request_free(r);
+}
+
 static void test_coalescing_and_notify(void **state)
 {
     (void)state;
@@ -431,6 +457,7 @@ int main(void)
         cmocka_unit_test(test_held_text_comes_at_the_end),
         cmocka_unit_test(test_end_token),
         cmocka_unit_test(test_random_stops),
+        cmocka_unit_test(test_interval),
         cmocka_unit_test(test_coalescing_and_notify),
         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_targets),
