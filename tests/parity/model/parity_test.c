@@ -283,6 +283,21 @@ static int count_flips(const float *logits, const float *expected, int64_t n, in
     return n_flips;
 }
 
+/* The largest difference of the first layer's probabilities from the float32 record. */
+static double attentions_difference(struct capture_list *captures, struct safetensors *golden)
+{
+    int64_t n = 0;
+    int32_t n_rows = 0, n_cols = 0;
+    float *expected = golden_floats(golden, "attentions.0", &n);
+    float *ours = join_captures(captures, "attentions.0", 0, &n_rows, &n_cols);
+    double worst = INFINITY;
+    if (expected && ours && n == (int64_t)n_rows * n_cols)
+        worst = largest_difference(ours, expected, n);
+    free(expected);
+    free(ours);
+    return worst;
+}
+
 /* The same prompt with bfloat16 weights and products, against the float32 record: the reference's
  * tolerances are 0.8 for the worst logit and 0.1 on average (2.4 for the worst of a mixture of
  * experts), and the same best token where it leads by more than 0.5. */
@@ -308,10 +323,11 @@ static void check_bf16(struct check *c, const char *path, const char *dir, const
                                  .n = (int32_t)n,
                                  .rope_len = (int32_t)n,
                                  .image_token_id = r->config.image_token_id,
-                                 .captures = CAPTURE_LOGITS};
+                                 .captures = CAPTURE_LOGITS | CAPTURE_ATTENTIONS};
     batch_begin(b, features, 2 * r->config.n_features_per_tile, r->config.text.hidden_size);
     batch_add(b, &part);
     language_forward(&r->language, &b->batch, &out, &captures);
+    c->n_failed += !(attentions_difference(&captures, &golden) <= 0.02); // 0.008 at most
     float *logits = join_captures(&captures, "logits", 0, &n_rows, &n_cols);
     double sum = 0, worst = largest_difference(logits, expected, n_logits);
     for (int64_t i = 0; i < n_logits; i++)
