@@ -22,6 +22,8 @@
 #define STEP_BF16 256
 #define STEP_MAX STEP_BF16
 #define RUNS_MAX (STEP_MAX / 16)
+#define ITEMS_A_THREAD 4
+#define ITEM_TOKENS_MAX 64
 #define BLOCK_BYTES 64 // sixteen keys of one dimension, or of a pair
 
 struct paged_job {
@@ -34,6 +36,8 @@ struct paged_job {
     int32_t n_heads, window;
     float scale;
     int tile_rows;
+    int64_t item_tokens; // of a sequence, at most; what a thread takes at a time, with one kv head
+    int64_t *item_start; // [n_sequences + 1] the first item of each
     struct cpu_factor factor; // of queries and of p
     int pairs;                // 1 with bfloat16 pages, else 0
     int64_t step;             // positions
@@ -342,44 +346,75 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
                        t->softmax[r].l, dim);
 }
 
-/* The rows of one sequence and kv head are its tokens times the heads that read it, token first.
- * Tile i of them goes to thread i mod n_threads, counted over all sequences and kv heads. */
+/* The rows of one kv head and tokens [from, to) of its sequence, times the heads that read it,
+ * token first. */
+static void run_tokens(const struct paged_job *job, struct paged_tile *t, int64_t from, int64_t to)
+{
+    const struct paged_layout *layout = job->layout;
+    const int32_t first = layout->query_start[t->sequence];
+    const int64_t n_tokens = layout->query_start[t->sequence + 1] - first;
+    const int64_t position = layout->context_len[t->sequence] - n_tokens;
+    t->n_rows = 0;
+    t->is_first = 1;
+    for (int64_t i = from; i < to; i++) {
+        for (int32_t h = 0; h < job->n_heads; h++) {
+            if (job->kv_of_head[h] != t->kv_head)
+                continue;
+            const int64_t hi = position + i + 1;
+            t->token[t->n_rows] = first + (int32_t)i;
+            t->head[t->n_rows] = h;
+            t->hi[t->n_rows] = hi;
+            t->lo[t->n_rows] = job->window > 0 && hi > job->window ? hi - job->window : 0;
+            if (++t->n_rows < job->tile_rows)
+                continue;
+            tile_run(job, t);
+            t->n_rows = 0;
+            t->is_first = 0;
+        }
+    }
+    if (t->n_rows)
+        tile_run(job, t);
+}
+
+/* An item is some tokens of a sequence and a kv head. */
 static void paged_work(void *arg, int thread, int n_threads)
 {
     const struct paged_job *job = arg;
-    const struct paged_layout *layout = job->layout;
-    struct paged_tile t;
+    const int32_t n_kv_heads = job->kv->n_kv_heads;
+    struct paged_tile t = {0};
+    int64_t item, end;
+    (void)n_threads;
     tile_reserve(job, &t, thread);
-    int64_t item = 0;
-    for (int32_t s = 0; s < layout->n_sequences; s++) {
-        const int32_t first = layout->query_start[s], n_tokens = layout->query_start[s + 1] - first;
-        const int64_t position = (int64_t)layout->context_len[s] - n_tokens;
-        for (int32_t g = 0; g < job->kv->n_kv_heads; g++) {
-            t.sequence = s;
-            t.kv_head = g;
-            t.n_rows = 0;
-            t.is_first = 1;
-            for (int32_t i = 0; i < n_tokens; i++) {
-                for (int32_t h = 0; h < job->n_heads; h++) {
-                    if (job->kv_of_head[h] != g)
-                        continue;
-                    int64_t hi = position + i + 1;
-                    t.token[t.n_rows] = first + i;
-                    t.head[t.n_rows] = h;
-                    t.hi[t.n_rows] = hi;
-                    t.lo[t.n_rows] = job->window > 0 && hi > job->window ? hi - job->window : 0;
-                    if (++t.n_rows < job->tile_rows)
-                        continue;
-                    if (item++ % n_threads == thread)
-                        tile_run(job, &t);
-                    t.n_rows = 0;
-                    t.is_first = 0;
-                }
-            }
-            if (t.n_rows && item++ % n_threads == thread)
-                tile_run(job, &t);
-        }
+    while (cpu_parts_take(job->state, thread, 1, &item, &end)) {
+        if (item < job->item_start[t.sequence])
+            t.sequence = 0;
+        while (item >= job->item_start[t.sequence + 1])
+            t.sequence++;
+        const int32_t *tokens = job->layout->query_start + t.sequence;
+        const int64_t place = item - job->item_start[t.sequence];
+        const int64_t from = place / n_kv_heads * job->item_tokens;
+        t.kv_head = (int32_t)(place % n_kv_heads);
+        run_tokens(job, &t, from, smaller(from + job->item_tokens, tokens[1] - tokens[0]));
     }
+}
+
+/* Enough items for every thread to be busy to the end; returns how many. */
+static int64_t cut_items(struct paged_job *job, int n_threads)
+{
+    const struct paged_layout *layout = job->layout;
+    const int64_t n_kv_heads = job->kv->n_kv_heads;
+    const int64_t n = (int64_t)layout->n_tokens * n_kv_heads / (n_threads * ITEMS_A_THREAD);
+    job->item_tokens = larger(1, smaller(n, ITEM_TOKENS_MAX));
+    job->item_start = cpu_scratch_reserve(&job->state->shared, (size_t)(layout->n_sequences + 1) *
+                                                                   sizeof(*job->item_start));
+    job->item_start[0] = 0;
+    for (int32_t s = 0; s < layout->n_sequences; s++) {
+        const int64_t n_tokens = layout->query_start[s + 1] - layout->query_start[s];
+        job->item_start[s + 1] =
+            job->item_start[s] +
+            n_kv_heads * ((n_tokens + job->item_tokens - 1) / job->item_tokens);
+    }
+    return job->item_start[layout->n_sequences];
 }
 
 void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
@@ -403,5 +438,6 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
     job.tile_rows =
         (int)smaller((n_rows + b->n_threads - 1) / b->n_threads, job.state->tile->max_rows);
+    cpu_parts_init(job.state, cut_items(&job, b->n_threads));
     cpu_parallel(b, n_rows * kv->head_dim * layout->max_context_len, paged_work, &job);
 }
