@@ -31,7 +31,7 @@ struct format {
 static const struct format formats[] = {
     {"float32", DTYPE_F32, WEIGHT_FLOAT, 0}, {"bfloat16", DTYPE_BF16, WEIGHT_FLOAT, 0},
     {"int8", DTYPE_BF16, WEIGHT_INT8, 0},    {"int4", DTYPE_BF16, WEIGHT_INT4, 128},
-    {"nf4", DTYPE_BF16, WEIGHT_NF4, 64},
+    {"fp8", DTYPE_BF16, WEIGHT_FP8, 0},      {"nf4", DTYPE_BF16, WEIGHT_NF4, 64},
 };
 #define N_FORMATS ((int)(sizeof(formats) / sizeof(formats[0])))
 
