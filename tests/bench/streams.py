@@ -1,6 +1,6 @@
 """Tokens a second of the demo model at 1, 4, 16 and 64 requests in flight, and how many times one stream's rate that is.
 
-    python tests/bench/streams.py BUILD [--rounds 5] [--in-flight 1,4,16,64] [--tokens 256] [--csv FILE] [-- DAEMON OPTION...]
+    python tests/bench/streams.py BUILD [--rounds 5] [--in-flight 1,4,16,64] [--words 4] [--tokens 256] [--csv FILE] [-- DAEMON OPTION...]
 
 BUILD holds daemon/internvld and client/internvl. The loads take turns on one daemon, after one that has touched every
 page of its KV cache; a ratio is the median of those of the rounds. The client is `internvl bench`, closed loop, on the
@@ -28,7 +28,8 @@ def parse():
     p.add_argument("build", type=pathlib.Path)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--in-flight", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 64])
-    p.add_argument("--tokens", type=int, default=256, help="of a request")
+    p.add_argument("--words", type=int, default=4, help="of a prompt")
+    p.add_argument("--tokens", type=int, default=256, help="of an answer")
     p.add_argument("--warm-up", type=int, default=WARM_UP, help="requests")
     p.add_argument("--csv", type=pathlib.Path)
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -39,7 +40,7 @@ def parse():
 
 def load(a, address, in_flight, n_requests):
     """What the client printed."""
-    command = [str(a.build / "client/internvl"), "bench", "--address", address, "--json", "--input-len", "12",
+    command = [str(a.build / "client/internvl"), "bench", "--address", address, "--json", "--input-len", str(a.words),
                "--concurrency", str(in_flight), "--num-requests", str(n_requests), "--warm-up", str(in_flight),
                "--output-len", str(a.tokens)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
