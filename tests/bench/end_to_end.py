@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/gateway"))
 import daemon  # noqa: E402
 import made_files  # noqa: E402
+import results_file  # noqa: E402
 
 PROMPTS, TILES, ANSWER, STREAMS = (512, 1024), (1, 13), 32, 16
 BITS = {"none": 16, "int8": 8, "int4": 4.25, "bitsandbytes-nf4": 4.5}  # of a weight, with its share of a scale
@@ -290,12 +291,7 @@ def main():
         print(f"{engine:12s} {what:22s} {r['ms']:9.1f} ms  {r['share_of_limit']:5.2f} of the limit, "
               f"internvld is {r['ours_faster']:.2f} times as fast")
     if a.csv:
-        is_new = not a.csv.exists()
-        with a.csv.open("a", newline="") as f:
-            out = csv.DictWriter(f, rows[0])
-            if is_new:
-                out.writeheader()
-            out.writerows(rows)
+        results_file.append(a.csv, rows)
 
 
 if __name__ == "__main__":

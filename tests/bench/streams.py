@@ -7,7 +7,6 @@ page of its KV cache; a ratio is the median of those of the rounds. The client i
 same processors.
 """
 import argparse
-import csv
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/gateway"))
 import daemon  # noqa: E402
+import results_file  # noqa: E402
 
 KV_BYTES = 32 << 20  # some 64 requests: soon touched whole
 WARM_UP = 256  # requests
@@ -31,7 +31,7 @@ def parse():
     p.add_argument("--words", type=int, default=4, help="of a prompt")
     p.add_argument("--tokens", type=int, default=256, help="of an answer")
     p.add_argument("--warm-up", type=int, default=WARM_UP, help="requests")
-    p.add_argument("--csv", type=pathlib.Path)
+    p.add_argument("--csv", type=pathlib.Path, help="lines are added")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     a = p.parse_args(sys.argv[1:end])
     a.daemon_options = sys.argv[end + 1:]
@@ -65,12 +65,7 @@ def main():
         print(f"{n:3} in flight: {statistics.median(rates[n]):8.0f} tokens/s, {ratio:5.2f} times as many as with "
               f"{a.in_flight[0]}")
     if a.csv:
-        is_new = not a.csv.exists()
-        with open(a.csv, "a", newline="") as f:
-            out = csv.DictWriter(f, rows[0])
-            if is_new:
-                out.writeheader()
-            out.writerows(rows)
+        results_file.append(a.csv, rows)
 
 
 if __name__ == "__main__":
