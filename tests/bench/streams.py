@@ -57,8 +57,9 @@ def main():
                 done = load(a, d.address, n, 8 + 6 * n)
                 rates[n].append(done["output_tokens_per_second"])
                 rows.append({"options": " ".join(a.daemon_options), "round": i + 1, "in_flight": n,
-                             "tokens_per_second": round(rates[n][-1], 1), "ttft_ms_p50": done["ttft_ms"]["p50"],
-                             "itl_ms_p50": done["itl_ms"]["p50"], "itl_ms_p99": done["itl_ms"]["p99"]})
+                             "tokens_per_second": round(rates[n][-1], 1), "ttft_ms_p50": round(done["ttft_ms"]["p50"], 3),
+                             "itl_ms_p50": round(done["itl_ms"]["p50"], 3),
+                             "itl_ms_p99": round(done["itl_ms"]["p99"], 3)})
             print(f"  {i + 1}: " + ", ".join(f"{n} in flight {rates[n][-1]:.0f}" for n in a.in_flight), flush=True)
     for n in a.in_flight:
         ratio = statistics.median(x / y for x, y in zip(rates[n], rates[a.in_flight[0]]))
