@@ -350,10 +350,10 @@ static struct metrics *open_metrics(struct gateway *g)
 
 static void serve(struct gateway *g, struct watch *w)
 {
-    if (g->options->port_file)
-        write_port_file(g->options->port_file, rpc_server_address(g->server));
     rpc_server_serve(g->server);
     health_set_serving(g->health, 1);
+    if (g->options->port_file) // whoever reads it may call at once
+        write_port_file(g->options->port_file, rpc_server_address(g->server));
     say_ready(g);
     watch_wait(w, g);
     if (watch_lost_rank(w) < 0)
