@@ -231,6 +231,7 @@ static void become_rank(int rank, int n_ranks, int (*pairs)[2], pid_t parent, co
     }
     snprintf(name, sizeof(name), FORKED_NAME "%d", rank);
     prctl(PR_SET_NAME, name);
+    setpgid(0, 0); /* the terminal's Ctrl-C is for the parent, which hands it on */
     sigprocmask(SIG_SETMASK, mask, NULL);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent)

@@ -46,6 +46,7 @@ static pid_t start(const char *mode, const char *arg)
     pid_t pid = fork();
     assert_true(pid >= 0);
     if (pid == 0) {
+        setpgid(0, 0);
         execl(probe, probe, mode, arg, (char *)NULL);
         _exit(126);
     }
@@ -131,11 +132,14 @@ static void test_no_mpirun(void **state)
     assert_int_equal(wait_status(pid), getenv("LAUNCH_PROBE_FORKS") ? 0 : 1);
 }
 
-static void drain_by(int signal_number)
+/* of_all: as a terminal does, to the process group of what was started. */
+static void drain_by(int signal_number, int of_all)
 {
     pid_t pids[WORLD], parent = start("serve", dir);
     wait_ranks(pids);
-    kill(parent, signal_number);
+    for (int r = 0; r < WORLD; r++)
+        assert_int_not_equal(getpgid(pids[r]), parent);
+    kill(of_all ? -parent : parent, signal_number);
     assert_int_equal(wait_status(parent), 0);
     expect_gone(pids);
 }
@@ -143,9 +147,9 @@ static void drain_by(int signal_number)
 static void test_drain(void **state)
 {
     (void)state;
-    drain_by(SIGTERM);
-    drain_by(SIGINT);
-    drain_by(SIGUSR1);
+    drain_by(SIGTERM, 0);
+    drain_by(SIGINT, 1);
+    drain_by(SIGUSR1, 0);
 }
 
 static void test_second_signal_kills(void **state)
