@@ -708,6 +708,7 @@ static void *run(void *arg)
         receive(e);
     }
     stop_workers(e);
+    push_late(e); // of a step whose tickets have ended
     publish(e);
     return NULL;
 }
