@@ -23,7 +23,7 @@
 #define STEP_MAX STEP_BF16
 #define RUNS_MAX (STEP_MAX / 16)
 #define ITEMS_A_THREAD 4
-#define ITEM_TOKENS_MAX 64
+#define ITEM_TILES_MAX 32
 #define BLOCK_BYTES 64 // sixteen keys of one dimension, or of a pair
 
 struct paged_job {
@@ -36,8 +36,8 @@ struct paged_job {
     int32_t n_heads, window;
     float scale;
     int tile_rows;
-    int64_t item_tokens; // of a sequence, at most; what a thread takes at a time, with one kv head
-    int64_t *item_start; // [n_sequences + 1] the first item of each
+    int64_t item_rows;        // of a sequence and kv head: what a thread takes at a time
+    int64_t *item_start;      // [n_sequences + 1] the first item of each
     struct cpu_factor factor; // of queries and of p
     int pairs;                // 1 with bfloat16 pages, else 0
     int64_t step;             // positions
@@ -63,7 +63,7 @@ struct paged_step {
  * keys at the end and no more at the beginning. */
 struct paged_tile {
     int32_t sequence, kv_head, n_rows;
-    int is_first; // of its sequence and kv head
+    int is_first; // of its item
     int32_t token[TILE_ROWS_MAX], head[TILE_ROWS_MAX];
     int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // key positions it sees: [lo, hi)
     int64_t page, slot;                           // of the first key after the steps so far
@@ -346,19 +346,28 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
                        t->softmax[r].l, dim);
 }
 
-/* The rows of one kv head and tokens [from, to) of its sequence, times the heads that read it,
- * token first. */
-static void run_tokens(const struct paged_job *job, struct paged_tile *t, int64_t from, int64_t to)
+static int heads_of(const struct paged_job *job, int32_t kv_head)
+{
+    int n = 0;
+    for (int32_t h = 0; h < job->n_heads; h++)
+        n += job->kv_of_head[h] == kv_head;
+    return n;
+}
+
+/* Rows [from, to) of the tile's sequence and kv head, which are its tokens times the heads that
+ * read it, token first; there may be fewer. */
+static void run_rows(const struct paged_job *job, struct paged_tile *t, int64_t from, int64_t to)
 {
     const struct paged_layout *layout = job->layout;
     const int32_t first = layout->query_start[t->sequence];
     const int64_t n_tokens = layout->query_start[t->sequence + 1] - first;
     const int64_t position = layout->context_len[t->sequence] - n_tokens;
+    const int64_t n_heads = larger(1, heads_of(job, t->kv_head));
     t->n_rows = 0;
     t->is_first = 1;
-    for (int64_t i = from; i < to; i++) {
+    for (int64_t i = from / n_heads, row = i * n_heads; i < n_tokens && row < to; i++) {
         for (int32_t h = 0; h < job->n_heads; h++) {
-            if (job->kv_of_head[h] != t->kv_head)
+            if (job->kv_of_head[h] != t->kv_head || row++ < from || row > to)
                 continue;
             const int64_t hi = position + i + 1;
             t->token[t->n_rows] = first + (int32_t)i;
@@ -376,7 +385,7 @@ static void run_tokens(const struct paged_job *job, struct paged_tile *t, int64_
         tile_run(job, t);
 }
 
-/* An item is some tokens of a sequence and a kv head. */
+/* An item is some rows of a sequence and a kv head. */
 static void paged_work(void *arg, int thread, int n_threads)
 {
     const struct paged_job *job = arg;
@@ -390,29 +399,30 @@ static void paged_work(void *arg, int thread, int n_threads)
             t.sequence = 0;
         while (item >= job->item_start[t.sequence + 1])
             t.sequence++;
-        const int32_t *tokens = job->layout->query_start + t.sequence;
         const int64_t place = item - job->item_start[t.sequence];
-        const int64_t from = place / n_kv_heads * job->item_tokens;
+        const int64_t from = place / n_kv_heads * job->item_rows;
         t.kv_head = (int32_t)(place % n_kv_heads);
-        run_tokens(job, &t, from, smaller(from + job->item_tokens, tokens[1] - tokens[0]));
+        run_rows(job, &t, from, from + job->item_rows);
     }
 }
 
-/* Enough items for every thread to be busy to the end; returns how many. */
-static int64_t cut_items(struct paged_job *job, int n_threads)
+/* Items of whole tiles, enough for every thread to be busy to the end; returns how many. */
+static int64_t cut_items(struct paged_job *job, int64_t n_rows, int n_threads)
 {
     const struct paged_layout *layout = job->layout;
     const int64_t n_kv_heads = job->kv->n_kv_heads;
-    const int64_t n = (int64_t)layout->n_tokens * n_kv_heads / (n_threads * ITEMS_A_THREAD);
-    job->item_tokens = larger(1, smaller(n, ITEM_TOKENS_MAX));
+    const int64_t n_tiles = n_rows / (n_threads * ITEMS_A_THREAD * job->tile_rows);
+    int64_t most_heads = 1;
+    for (int32_t g = 0; g < n_kv_heads; g++)
+        most_heads = larger(most_heads, heads_of(job, g));
+    job->item_rows = job->tile_rows * larger(1, smaller(n_tiles, ITEM_TILES_MAX));
     job->item_start = cpu_scratch_reserve(&job->state->shared, (size_t)(layout->n_sequences + 1) *
                                                                    sizeof(*job->item_start));
     job->item_start[0] = 0;
     for (int32_t s = 0; s < layout->n_sequences; s++) {
-        const int64_t n_tokens = layout->query_start[s + 1] - layout->query_start[s];
+        const int64_t rows = most_heads * (layout->query_start[s + 1] - layout->query_start[s]);
         job->item_start[s + 1] =
-            job->item_start[s] +
-            n_kv_heads * ((n_tokens + job->item_tokens - 1) / job->item_tokens);
+            job->item_start[s] + n_kv_heads * ((rows + job->item_rows - 1) / job->item_rows);
     }
     return job->item_start[layout->n_sequences];
 }
@@ -438,6 +448,6 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
     job.tile_rows =
         (int)smaller((n_rows + b->n_threads - 1) / b->n_threads, job.state->tile->max_rows);
-    cpu_parts_init(job.state, cut_items(&job, b->n_threads));
+    cpu_parts_init(job.state, cut_items(&job, n_rows, b->n_threads));
     cpu_parallel(b, n_rows * kv->head_dim * layout->max_context_len, paged_work, &job);
 }

@@ -148,7 +148,7 @@ struct job {
     int n_ranks, n_living;
     pid_t *pids;      // [n_ranks] 0: has ended
     int status;       // of the first rank that failed, 0: none
-    uint64_t kill_ns; // 0: no rank has ended yet, or all are meant to
+    uint64_t kill_ns; // 0: rank 0 has not ended, and no other has failed
 };
 
 static void signal_ranks(const struct job *job, int signal_number)

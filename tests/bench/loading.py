@@ -2,8 +2,8 @@
 
     python tests/bench/loading.py BUILD [--rounds 7] [--csv FILE]
 
-Two models take turns: the demo model, whose start is that of an MPI job (beside it: `internvld --map`, which starts the
-same job and loads nothing), and a checkpoint of InternVL3-1B's shapes that is written to a temporary file first (random
+Two models take turns: the demo model (beside it: `internvld --map`, which starts the same ranks and loads nothing), and a
+checkpoint of InternVL3-1B's shapes that is written to a temporary file first (random
 bytes of bfloat16, 1.9 GB), beside a plain read of that file into new memory. All files are in the page cache. The
 ranks' resident memory is compared with `--plan`.
 """
