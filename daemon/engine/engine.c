@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "daemon/engine/scheduler.h"
+#include "daemon/engine/ticket_report.h"
 #include "daemon/engine/vision_stage.h"
 #include "kernels/clock.h"
 #include "kernels/log.h"
@@ -73,46 +74,6 @@ static void wake(struct engine *e)
 
 /* ---- the end of a request ---- */
 
-static uint64_t since_us(uint64_t from_ns, uint64_t to_ns)
-{
-    return from_ns == 0 || to_ns < from_ns ? 0 : (to_ns - from_ns) / 1000;
-}
-
-static void measure(const struct ticket *t, uint64_t now, struct usage *u, struct timing *m)
-{
-    const struct request *r = t->request;
-    uint64_t first_step_ns = t->first_step_ns ? t->first_step_ns : now;
-    *u = (struct usage){.prompt_tokens = r->n_ids,
-                        .image_tokens = r->n_image_tokens,
-                        .cached_tokens = t->n_cached_tokens,
-                        .tiles = r->n_tiles,
-                        .cached_tiles = t->n_cached_tiles};
-    for (int32_t i = 0; i < r->n; i++)
-        u->completion_tokens += t->beams ? t->beams->finished[i].n_ids : t->sequences[i].n_output;
-    *m = (struct timing){.queue_us = since_us(r->arrival_ns, first_step_ns),
-                         .media_us = r->media_ns / 1000,
-                         .vision_us = since_us(t->vision_start_ns, t->vision_end_ns),
-                         .prefill_us = since_us(t->first_step_ns, t->prefill_end_ns),
-                         .first_token_us = since_us(r->arrival_ns, t->first_token_ns),
-                         .total_us = since_us(r->arrival_ns, now),
-                         .preemptions = t->n_preempted};
-}
-
-static void log_request(const struct request *r, const struct usage *u, const struct timing *m,
-                        enum finish_reason finish, const struct error *err)
-{
-    log_info("engine",
-             "request %s: %d prompt tokens (%d of images), %d drawn, queue %.1f ms, vision %.1f "
-             "ms, prefill %.1f ms, total %.1f ms, preempted %u times, %s%s%s",
-             r->id, u->prompt_tokens, u->image_tokens, u->completion_tokens,
-             (double)m->queue_us / 1e3, (double)m->vision_us / 1e3, (double)m->prefill_us / 1e3,
-             (double)m->total_us / 1e3, m->preemptions,
-             err                     ? error_code_name(err->code)
-             : finish == FINISH_STOP ? "stop"
-                                     : "length",
-             err ? ": " : "", err ? err->msg : "");
-}
-
 /* All at once, because tiles that were known come in no order. */
 static void push_image_features(struct engine *e, const struct ticket *t)
 {
@@ -120,20 +81,6 @@ static void push_image_features(struct engine *e, const struct ticket *t)
         t->n_tiles * request_features_per_tile(t->request, e->config.n_features_per_tile);
     stream_push_rows(t->request->stream, "image_features", t->n_tiles, 0, n_rows, n_rows,
                      e->config.feature_dim, t->features);
-}
-
-/* The request's way through the daemon, as phases of the timeline. */
-static void trace_request(const struct ticket *t)
-{
-    const struct request *r = t->request;
-    uint64_t now = trace_begin(), begun = t->first_step_ns ? t->first_step_ns : now;
-    if (now == 0)
-        return;
-    trace_phase(t->number, r->id, "request", r->arrival_ns, now);
-    trace_phase(t->number, r->id, "queue", r->arrival_ns, begun);
-    trace_phase(t->number, r->id, "vision", t->vision_start_ns, t->vision_end_ns);
-    trace_phase(t->number, r->id, "prefill", t->first_step_ns, t->prefill_end_ns);
-    trace_phase(t->number, r->id, "decode", t->prefill_end_ns, now);
 }
 
 static void push_late(struct engine *e);
@@ -149,14 +96,14 @@ static void end_request(struct engine *e, struct ticket *t, const struct error *
     if (t->vision_start_ns != 0)
         histogram_add(&e->observed.vision_queue,
                       (double)since_us(t->request->arrival_ns, t->vision_start_ns) / 1e6);
-    measure(t, clock_now_ns(), &u, &m);
+    ticket_measure(t, clock_now_ns(), &u, &m);
     if (!err && t->request->want_image_features && t->n_tiles > 0)
         push_image_features(e, t);
-    trace_request(t);
+    ticket_trace(t);
     vision_stage_forget(&e->vision, t);
     struct request *r = scheduler_remove(&e->scheduler, t);
     stream_finish(r->stream, err, &u, &m);
-    log_request(r, &u, &m, finish, err);
+    request_log(r, &u, &m, finish, err);
     if (err)
         finish = err->code == ERROR_CANCELLED ? FINISH_CANCELLED : FINISH_ERROR;
     observations_add_request(&e->observed, finish, r->n_tiles, &m);
