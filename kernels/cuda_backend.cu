@@ -37,6 +37,7 @@ static void release(struct backend *b, void *p)
     CUDA_CHECK(cudaFree(p));
 }
 
+/* Pageable memory has been read when this returns, pinned memory when the copy has run. */
 static void upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes)
 {
     if (n_bytes)
@@ -53,6 +54,21 @@ static void download(struct backend *b, void *host_dst, const void *src, size_t 
     CUDA_CHECK(cudaStreamSynchronize(s->stream));
 }
 
+char *cuda_staging_next(struct cuda_state *s)
+{
+    s->staging_half = (s->staging_half + 1) % STAGING_HALVES;
+    CUDA_CHECK(cudaEventSynchronize(s->staged[s->staging_half]));
+    return s->staging + (size_t)s->staging_half * s->staging_bytes;
+}
+
+void cuda_staging_upload(struct backend *b, void *dst, size_t n_bytes)
+{
+    struct cuda_state *s = cuda_state_of(b);
+
+    upload(b, dst, s->staging + (size_t)s->staging_half * s->staging_bytes, n_bytes);
+    CUDA_CHECK(cudaEventRecord(s->staged[s->staging_half], s->stream));
+}
+
 static void sync_stream(struct backend *b)
 {
     CUDA_CHECK(cudaStreamSynchronize(cuda_state_of(b)->stream));
@@ -67,6 +83,8 @@ static void close_backend(struct backend *b)
     CUDA_CHECK(cudaFree(s->workspace));
     CUDA_CHECK(cudaFree(s->dense));
     CUDA_CHECK(cudaFree(s->scratch));
+    for (int i = 0; i < STAGING_HALVES; i++)
+        CUDA_CHECK(cudaEventDestroy(s->staged[i]));
     CUDA_CHECK(cudaFreeHost(s->staging));
     CUDA_CHECK(cudaStreamDestroy(s->stream));
     free(s);
@@ -210,7 +228,9 @@ extern "C" struct backend *backend_cuda_open(const struct cuda_options *o)
     s->dense_bytes_max = o->dense_bytes ? o->dense_bytes : DENSE_BYTES;
     CUDA_CHECK(cudaMalloc(&s->workspace, s->workspace_bytes));
     CUDA_CHECK(cudaMalloc((void **)&s->scratch, s->scratch_bytes));
-    CUDA_CHECK(cudaMallocHost((void **)&s->staging, s->staging_bytes));
+    CUDA_CHECK(cudaMallocHost((void **)&s->staging, STAGING_HALVES * s->staging_bytes));
+    for (int i = 0; i < STAGING_HALVES; i++)
+        CUDA_CHECK(cudaEventCreateWithFlags(&s->staged[i], cudaEventDisableTiming));
     b->ops = &cuda_ops;
     b->activation_dtype = o->activation_dtype;
     b->n_threads = 1;

@@ -19,6 +19,7 @@ extern "C" {
 #include "kernels/cuda_primitives.h"
 
 #define PLANS_MAX 512
+#define STAGING_HALVES 2
 
 /* How one shape of product is computed, chosen once (cuda_matmul.cu). */
 struct cuda_plan {
@@ -40,8 +41,10 @@ struct cuda_state {
     size_t scratch_bytes;
     void *dense; // a quantised weight's values, as they are used (cuda_quantized.cu)
     size_t dense_bytes, dense_bytes_max;
-    char *staging; // pinned host memory for packing weights
+    char *staging; // pinned host memory for packing weights, STAGING_HALVES of staging_bytes
     size_t staging_bytes;
+    int staging_half;                   // the one that was filled last
+    cudaEvent_t staged[STAGING_HALVES]; // each half's last upload
     struct cuda_plan plans[PLANS_MAX];
     int n_plans;
 };
@@ -84,6 +87,12 @@ static inline struct cuda_state *cuda_state_of(struct backend *b)
             BUG("%s is no activation type", dtype_name(dtype_));                                   \
         }                                                                                          \
     } while (0)
+
+/* The half of the staging memory [staging_bytes] to fill next: waits until its last upload has read
+ * it, while the other half's may still run (cuda_backend.cu). */
+char *cuda_staging_next(struct cuda_state *s);
+/* Uploads the first n_bytes of that half; returns before it has been read. */
+void cuda_staging_upload(struct backend *b, void *dst, size_t n_bytes);
 
 /* To the alignment of cudaMalloc(): parts of one block begin there. */
 static inline size_t rounded(size_t n_bytes)

@@ -71,7 +71,6 @@ void cuda_weight_alloc(struct backend *b, struct linear *l, size_t n_bytes,
     l->bias = (float *)b->ops->alloc(b, (size_t)l->out_dim * sizeof(float));
     b->ops->upload(b, l->bias, wide, (size_t)l->out_dim * sizeof(float));
     b->ops->upload(b, (char *)l->packed + n_bytes, half, (size_t)l->out_dim * sizeof(uint16_t));
-    b->ops->sync(b);
     free(half);
     free(wide);
 }
@@ -92,10 +91,9 @@ void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const 
     }
     for (int64_t row = 0; row < n_rows; row += rows_at_once) {
         int64_t n = n_rows - row < rows_at_once ? n_rows - row : rows_at_once;
-        convert_rows(s->staging, l->dtype, w, row, n, buffer);
-        b->ops->upload(b, (char *)l->packed + (size_t)(first + row) * row_bytes, s->staging,
-                       (size_t)n * row_bytes);
-        b->ops->sync(b); // the staging buffer is pinned: it is read when the copy runs
+        convert_rows(cuda_staging_next(s), l->dtype, w, row, n, buffer);
+        cuda_staging_upload(b, (char *)l->packed + (size_t)(first + row) * row_bytes,
+                            (size_t)n * row_bytes);
     }
     free(buffer);
 }

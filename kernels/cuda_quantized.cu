@@ -114,11 +114,10 @@ void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struc
     cuda_weight_alloc(b, l, cuda_quantized_bytes(l), bias);
     for (int64_t row = 0; row < l->out_dim; row += at_once) {
         int64_t n = l->out_dim - row < at_once ? l->out_dim - row : at_once;
+        uint8_t *half = (uint8_t *)cuda_staging_next(s);
         for (int64_t i = 0; i < n; i++)
-            pack_row((uint8_t *)s->staging + i * row_bytes, q, row + i,
-                     weight_format_bits(l->format) == 4);
-        b->ops->upload(b, (char *)l->packed + row * row_bytes, s->staging, (size_t)(n * row_bytes));
-        b->ops->sync(b); // the staging buffer is pinned: it is read when the copy runs
+            pack_row(half + i * row_bytes, q, row + i, weight_format_bits(l->format) == 4);
+        cuda_staging_upload(b, (char *)l->packed + row * row_bytes, (size_t)(n * row_bytes));
     }
     b->ops->upload(b, (char *)l->packed + scales_at(l), q->scales, n_scales * sizeof(float));
     if (q->zeros)
@@ -127,7 +126,6 @@ void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struc
         l->group_of = (int32_t *)b->ops->alloc(b, (size_t)l->in_dim * sizeof(int32_t));
         b->ops->upload(b, l->group_of, q->group_of, (size_t)l->in_dim * sizeof(int32_t));
     }
-    b->ops->sync(b);
 }
 
 /* ---- values ---- */

@@ -198,6 +198,41 @@ static void test_shards_add_up(void **state)
     backend_close(b);
 }
 
+/* Weights packed one behind the other pass through few halves of staging memory: each must have
+ * been read before the next part is put there. */
+static void test_packed_in_a_row(void **state)
+{
+    enum { N_WEIGHTS = 5, M = 2, N = 48, K = 64, FIRST = 2 * LINEAR_PACK_ROWS };
+    (void)state;
+    struct backend *b = case_open(DTYPE_F32, 0);
+    struct tensor w[N_WEIGHTS];
+    struct linear l[N_WEIGHTS];
+
+    case_seed(6);
+    struct case_matrix x = case_matrix_new(b, DTYPE_F32, M, K, 0);
+    struct case_matrix y = case_matrix_new(b, DTYPE_F32, M, N, 0);
+    struct tensor hx = tensor_2d(x.host, DTYPE_F32, M, K);
+    for (int i = 0; i < N_WEIGHTS; i++)
+        w[i] = host_weight(N, K, DTYPE_F32);
+    for (int i = 0; i < N_WEIGHTS; i++) {
+        struct tensor top = tensor_2d(w[i].data, DTYPE_F32, FIRST, K);
+        struct tensor rest = tensor_2d((float *)w[i].data + FIRST * K, DTYPE_F32, N - FIRST, K);
+        l[i] = (struct linear){.out_dim = N, .in_dim = K, .dtype = DTYPE_F32, .n_lanes = 1};
+        l[i].lane_start[1] = K;
+        op_linear_pack_rows(b, &l[i], 0, &top, NULL);
+        op_linear_pack_rows(b, &l[i], FIRST, &rest, NULL);
+    }
+    for (int i = 0; i < N_WEIGHTS; i++) {
+        float *want = case_floats(M * N, 0, DTYPE_F32);
+        naive_matmul(want, &hx, &w[i], 0, NULL, ACTIVATION_NONE, NULL, NULL);
+        op_matmul(b, &y.device, &x.device, &l[i], NULL);
+        case_compare(b, "weights packed in a row", &y.device, want, 1e-11);
+        op_linear_free(b, &l[i]);
+    }
+    case_clear(b);
+    backend_close(b);
+}
+
 /* A recorded step runs on what its buffers hold at each replay. */
 static void test_graph(void **state)
 {
@@ -240,6 +275,7 @@ int cuda_matmul_tests(void)
         cmocka_unit_test(test_stored_types),
         cmocka_unit_test(test_rows_are_independent),
         cmocka_unit_test(test_shards_add_up),
+        cmocka_unit_test(test_packed_in_a_row),
         cmocka_unit_test(test_graph),
     };
     return cmocka_run_group_tests_name("cuda matmul", tests, NULL, NULL);

@@ -18,11 +18,13 @@ enum planted {
     HOST_TOUCH,
     TOO_MANY_THREADS,
     CAPTURED_ALLOCATION,
+    REUSED_HALF,
     N_PLANTED
 };
 static const char *const names[N_PLANTED] = {
     "none",         "no-barrier",  "divergent-barrier", "exited-lane",      "early-read",
-    "never-waited", "blocks-race", "host-touch",        "too-many-threads", "captured-allocation"};
+    "never-waited", "blocks-race", "host-touch",        "too-many-threads", "captured-allocation",
+    "reused-half"};
 
 /* y[i] <- sum over the block of x, through shared memory; y[n] counts blocks. */
 __global__ void sum_kernel(float *y, const float *x, enum planted planted)
@@ -75,6 +77,27 @@ static int check(struct backend *b, const float *y, float want, int n)
     return 0;
 }
 
+/* Uploads from pinned memory that is filled anew, once the first upload has read it. */
+static int check_staging(struct backend *b, float *y, enum planted planted)
+{
+    cudaStream_t stream = (cudaStream_t)backend_cuda_stream(b);
+    cudaEvent_t read;
+    float *half;
+
+    CUDA_CHECK(cudaMallocHost((void **)&half, sizeof(float)));
+    CUDA_CHECK(cudaEventCreateWithFlags(&read, cudaEventDisableTiming));
+    *half = 3.0f;
+    b->ops->upload(b, y, half, sizeof(float));
+    CUDA_CHECK(cudaEventRecord(read, stream));
+    if (planted != REUSED_HALF)
+        CUDA_CHECK(cudaEventSynchronize(read));
+    *half = 4.0f;
+    int failed = check(b, y, 3.0f, 1);
+    CUDA_CHECK(cudaEventDestroy(read));
+    CUDA_CHECK(cudaFreeHost(half));
+    return failed;
+}
+
 int main(int argc, char **argv)
 {
     struct cuda_options o = {0, DTYPE_F32, 0, 1 << 20, 0};
@@ -98,6 +121,7 @@ int main(int argc, char **argv)
     int failed = check(b, y, 128.0f, 256);
     LAUNCH(copy_kernel, dim3(1), dim3(128), 0, stream, y, x, (enum planted)planted);
     failed |= check(b, y, 1.0f, 128);
+    failed |= check_staging(b, y, (enum planted)planted);
     b->ops->free(b, x);
     b->ops->free(b, y);
     b->ops->close(b);

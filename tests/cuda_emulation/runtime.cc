@@ -43,6 +43,7 @@ struct emulated_graph {
 
 struct emulated_event {
     int pending;
+    struct emulated_stream *stream; // of the last record
 };
 
 static const size_t DEVICE_BYTES = (size_t)16 << 30, GAP_BYTES = 256;
@@ -433,6 +434,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t e)
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s)
 {
     e->pending++;
+    e->stream = s;
     emulated_submit(s, [e] { e->pending--; });
     return cudaSuccess;
 }
@@ -440,6 +442,21 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s)
 cudaError_t cudaEventQuery(cudaEvent_t e)
 {
     return e->pending ? cudaErrorNotReady : cudaSuccess;
+}
+
+/* Runs no more than what was queued before the record: whoever waits for too little sees it. */
+cudaError_t cudaEventSynchronize(cudaEvent_t e)
+{
+    if (any_capture())
+        return fail(cudaErrorStreamCaptureUnsupported);
+    device_open();
+    while (e->pending) {
+        std::function<void()> work = std::move(e->stream->queue.front());
+        e->stream->queue.erase(e->stream->queue.begin());
+        work();
+    }
+    device_close();
+    return cudaSuccess;
 }
 
 } // extern "C"
