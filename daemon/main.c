@@ -32,6 +32,7 @@
 #include "parallel/hosts.h"
 #include "parallel/launch.h"
 #include "parallel/launch_limit.h"
+#include "parallel/placement.h"
 #include "parallel/topology.h"
 
 #define EXIT_USAGE 2
@@ -197,6 +198,18 @@ static void give_way(const struct settings *s, const struct topology *t)
         log_warn("main", "the vision rank cannot lower its priority");
 }
 
+/* Before anything is allocated, by the rank or by CUDA in its name: memory follows the threads. On
+ * the CPU ranks stay where the launcher put them, their threads were counted by its cores. */
+static void settle(const struct settings *s)
+{
+    char address[32];
+
+    if (s->device_index < 0)
+        return;
+    device_pci_address(s->device_index, address, sizeof(address));
+    placement_near(address);
+}
+
 static int run_worker(const struct settings *s, const struct topology *t, struct device *device,
                       const float *mean, const float *std, struct control *control)
 {
@@ -307,6 +320,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
         open_trace(t, err);
     if (err->code == ERROR_OK) {
         give_way(s, t);
+        settle(s);
         device_open(&device, &d, t,
                     (size_t)s->options.max_num_batched_tokens * (size_t)s->model.text.hidden_size *
                         sizeof(float));

@@ -3,7 +3,7 @@
 # As root, or as a user with sudo. Installs nothing when everything is there; safe to run again.
 set -eu
 
-build="gcc g++ make cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libgrpc-dev libssl-dev libprotobuf-c-dev
+build="gcc g++ make cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libhwloc-dev libgrpc-dev libssl-dev libprotobuf-c-dev
  protobuf-c-compiler protobuf-compiler libprotobuf-dev libcjson-dev libjpeg62-turbo-dev libpng-dev libwebp-dev
  libpcre2-dev libmicrohttpd-dev libutf8proc-dev libavcodec-dev libavformat-dev libavutil-dev libswscale-dev"
 package="$build file dpkg-dev"

@@ -20,6 +20,12 @@ void backend_cuda_name(char *name, size_t n_bytes)
     memset(name, 0, n_bytes);
 }
 
+void backend_cuda_pci_address(int device, char *address, size_t n_bytes)
+{
+    memset(address, 0, n_bytes);
+    die("device %d: %s", device, reason);
+}
+
 struct backend *backend_cuda_open(const struct cuda_options *o)
 {
     die("device %d: %s", o->device, reason);

@@ -113,6 +113,11 @@ extern "C" void backend_cuda_name(char *name, size_t n_bytes)
     snprintf(name, n_bytes, "%s", p.name);
 }
 
+extern "C" void backend_cuda_pci_address(int device, char *address, size_t n_bytes)
+{
+    CUDA_CHECK(cudaDeviceGetPCIBusId(address, (int)n_bytes, device));
+}
+
 extern "C" void *backend_cuda_stream(struct backend *b)
 {
     return cuda_state_of(b)->stream;

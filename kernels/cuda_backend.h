@@ -1,6 +1,6 @@
 /*
- * The CUDA back end as the rest of the daemon sees it: how it is opened, and the four things that
- * are not ops (stream, graphs, the tree sum of comm_nccl, device memory).
+ * The CUDA back end as the rest of the daemon sees it: how it is opened, and the things that are
+ * not ops (stream, graphs, the tree sum of comm_nccl, device memory, where the device is).
  *
  * Plain C, no CUDA headers. Where the build has no CUDA toolkit, cuda_absent.c answers instead:
  * backend_cuda_count() is 0 and backend_cuda_open() dies.
@@ -28,6 +28,9 @@ struct cuda_options {
 int backend_cuda_count(void);
 /* name [n_bytes] <- what the first of them calls itself, "" where there is none. */
 void backend_cuda_name(char *name, size_t n_bytes);
+/* address [n_bytes] <- where device `device` of this host is on the PCI bus: "0000:1B:00.0". Dies
+ * when it does not exist. */
+void backend_cuda_pci_address(int device, char *address, size_t n_bytes);
 /* Dies when the device does not exist or is older than sm_80. backend_close() closes it. */
 struct backend *backend_cuda_open(const struct cuda_options *o);
 /* The cudaStream_t that every op of `b` runs on. Borrowed. */

@@ -16,6 +16,11 @@ void device_name(char *name, size_t n_bytes)
     backend_cuda_name(name, n_bytes);
 }
 
+void device_pci_address(int index, char *address, size_t n_bytes)
+{
+    backend_cuda_pci_address(index, address, n_bytes);
+}
+
 struct backend *device_open_backend(const struct device_options *o)
 {
     struct cuda_options cuda = {

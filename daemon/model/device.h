@@ -30,6 +30,9 @@ int device_count(void);
 /* name [n_bytes] <- the kind of the first of them, "" where there is none. */
 void device_name(char *name, size_t n_bytes);
 
+/* address [n_bytes] <- where GPU `index` is on the PCI bus, for parallel/placement.h. */
+void device_pci_address(int index, char *address, size_t n_bytes);
+
 /* Where one rank computes and with whom. The gateway and ranks of a layout that shares no tensors
  * have no groups; the gateway has no back end either. */
 struct device {

@@ -217,6 +217,16 @@ cudaError_t cudaSetDevice(int device)
     return fail(device >= 0 && device < n ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
+/* Domains that no machine has, so that an emulated GPU is next to nothing but in a test's topology;
+ * hexadecimal digits in capitals, as the real call gives them. */
+cudaError_t cudaDeviceGetPCIBusId(char *address, int n_bytes, int device)
+{
+    if (cudaSetDevice(device) != cudaSuccess || n_bytes < 13)
+        return fail(cudaErrorInvalidValue);
+    snprintf(address, (size_t)n_bytes, "FFFE:%02X:00.0", 0xa0 + device);
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 {
     const char *name = getenv("INTERNVLD_EMULATION_NAME");

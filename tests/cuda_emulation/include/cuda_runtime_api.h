@@ -53,6 +53,7 @@ const char *cudaGetErrorString(cudaError_t e);
 cudaError_t cudaGetLastError(void);
 cudaError_t cudaGetDeviceCount(int *n);
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetPCIBusId(char *address, int n_bytes, int device);
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device);
 
 cudaError_t cudaMalloc(void **p, size_t n_bytes);
