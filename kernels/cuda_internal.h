@@ -134,6 +134,15 @@ __device__ __forceinline__ float block_sum(float v)
     return warp_sum(lane < n_warps ? partial[lane] : 0.0f);
 }
 
+/* The lanes' binary tree over N values `stride` apart: ((p0 + p1) + (p2 + p3)) + … */
+template <int N, class P> __device__ __forceinline__ float tree_of(const P *p, size_t stride)
+{
+    if (N == 1)
+        return to_float(p[0]);
+    return tree_of<(N + 1) / 2>(p, stride) +
+           tree_of<(N + 1) / 2>(p + (size_t)(N / 2) * stride, stride);
+}
+
 /* The activation functions of enum activation in float32. */
 __device__ __forceinline__ float activate(float x, enum activation act)
 {

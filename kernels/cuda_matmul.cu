@@ -245,15 +245,6 @@ struct combine {
     enum activation act;
 };
 
-/* The lanes' binary tree over N values `stride` apart: ((p0 + p1) + (p2 + p3)) + … */
-template <int N, class P> __device__ __forceinline__ float tree_of(const P *p, size_t stride)
-{
-    if (N == 1)
-        return to_float(p[0]);
-    return tree_of<(N + 1) / 2>(p, stride) +
-           tree_of<(N + 1) / 2>(p + (size_t)(N / 2) * stride, stride);
-}
-
 template <class P> __device__ __forceinline__ float tree_sum(const P *p, size_t stride, int n)
 {
     return n == 1   ? tree_of<1>(p, stride)

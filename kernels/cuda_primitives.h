@@ -1,7 +1,7 @@
 /*
  * What CUDA C++ says with its own syntax or in inline assembly: launches, shared memory, bfloat16
- * conversion, and the tensor-core and asynchronous-copy instructions of sm_80 (PTX manual, mma,
- * ldmatrix, cp.async).
+ * conversion, the tensor-core and asynchronous-copy instructions of sm_80, and words shared with
+ * other devices (PTX manual, mma, ldmatrix, cp.async, ld.acquire, st.release).
  *
  * The CUDA sources use these and never the syntax itself, so that the emulation
  * (tests/cuda_emulation/include/kernels/cuda_primitives.h, same names) can stand in for the device.
@@ -105,6 +105,39 @@ __device__ __forceinline__ void cp_async_commit(void)
 template <int n_pending> __device__ __forceinline__ void cp_async_wait(void)
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(n_pending) : "memory");
+}
+
+/* A word that other devices and the host read and write: what was written before the store is seen
+ * by whoever loads its value. */
+__device__ __forceinline__ void store_release_system(uint32_t *p, uint32_t v)
+{
+    asm volatile("st.release.sys.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.acquire.sys.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+/* Between two looks at such a word. */
+__device__ __forceinline__ void spin_pause(void)
+{
+    __nanosleep(20);
+}
+
+__device__ __forceinline__ uint64_t device_clock_ns(void)
+{
+    uint64_t ns;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+    return ns;
+}
+
+/* Ends the context: every later call of the run time fails. */
+__device__ __forceinline__ void device_trap(void)
+{
+    __trap();
 }
 
 #endif

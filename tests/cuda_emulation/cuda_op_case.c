@@ -199,5 +199,8 @@ int main(int argc, char **argv)
     struct backend *b = case_open(DTYPE_F32, 0);
     printf("device: %s\n", b->ops->describe(b));
     backend_close(b);
-    return cuda_matmul_tests() + cuda_quantized_tests() + cuda_row_tests() + cuda_attention_tests() ? 1 : 0;
+    return cuda_matmul_tests() + cuda_quantized_tests() + cuda_row_tests() +
+                   cuda_attention_tests() + cuda_all_reduce_tests()
+               ? 1
+               : 0;
 }

@@ -42,5 +42,6 @@ int cuda_matmul_tests(void);
 int cuda_quantized_tests(void);
 int cuda_row_tests(void);
 int cuda_attention_tests(void);
+int cuda_all_reduce_tests(void);
 
 #endif

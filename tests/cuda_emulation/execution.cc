@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <utility>
 #include <vector>
 
@@ -71,6 +72,7 @@ enum {
     N_STACKS = EMULATION_TSAN ? TSAN_FIBRES : THREADS_MAX
 };
 static const size_t STACK_BYTES = 256 * 1024;
+static const long PAUSE_NS = 20000;
 
 enum state { READY, AT_BARRIER, IN_COLLECTIVE, DONE };
 
@@ -416,6 +418,14 @@ void emulated_collective(unsigned mask, emulated_operation op, const void *in, v
          if (op == EMULATED_SYNCWARP) __tsan_release(token));
     yield_to_scheduler();
     TSAN(if (op == EMULATED_SYNCWARP) __tsan_acquire(token));
+}
+
+void emulated_pause(void)
+{
+    struct timespec t = {0, PAUSE_NS};
+
+    yield_to_scheduler(); // still READY
+    nanosleep(&t, nullptr);
 }
 
 void *emulated_shared(const void *site, size_t n_bytes)

@@ -48,6 +48,8 @@ typedef void (*emulated_complete)(unsigned mask, const void *const in[32], void 
 void emulated_barrier(const char *file, int line);
 void emulated_collective(unsigned mask, emulated_operation op, const void *in, void *out,
                          emulated_complete complete = nullptr);
+/* Of a thread that waits for another process: lets other threads and processes run. */
+void emulated_pause(void);
 [[noreturn]] void emulated_die(const char *what);
 
 /* Memory of the running block, fresh and filled with 0xff (a NaN) for every block. `site` tells one

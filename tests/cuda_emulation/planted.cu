@@ -6,6 +6,9 @@
 #include <string.h>
 
 #include "kernels/cuda_internal.h"
+extern "C" {
+#include "kernels/cuda_all_reduce.h"
+}
 
 enum planted {
     NONE,
@@ -19,12 +22,13 @@ enum planted {
     TOO_MANY_THREADS,
     CAPTURED_ALLOCATION,
     REUSED_HALF,
+    ABSENT_PEER,
     N_PLANTED
 };
 static const char *const names[N_PLANTED] = {
     "none",         "no-barrier",  "divergent-barrier", "exited-lane",      "early-read",
     "never-waited", "blocks-race", "host-touch",        "too-many-threads", "captured-allocation",
-    "reused-half"};
+    "reused-half",  "absent-peer"};
 
 /* y[i] <- sum over the block of x, through shared memory; y[n] counts blocks. */
 __global__ void sum_kernel(float *y, const float *x, enum planted planted)
@@ -98,6 +102,18 @@ static int check_staging(struct backend *b, float *y, enum planted planted)
     return failed;
 }
 
+/* A sum among two, where nobody plays the other. */
+static void wait_for_nobody(struct backend *b, float *x)
+{
+    struct cuda_all_reduce one, other;
+
+    cuda_all_reduce_open(&one, b, 0, 2);
+    cuda_all_reduce_open(&other, b, 1, 2);
+    one.mailboxes[1] = other.mailboxes[1];
+    backend_cuda_all_reduce(b, &one, x, 1, 1000000, 1);
+    b->ops->sync(b);
+}
+
 int main(int argc, char **argv)
 {
     struct cuda_options o = {0, DTYPE_F32, 0, 1 << 20, 0};
@@ -116,6 +132,8 @@ int main(int argc, char **argv)
         printf("%g\n", x[0]);
     if (planted == CAPTURED_ALLOCATION)
         backend_cuda_capture_begin(b), b->ops->alloc(b, 64);
+    if (planted == ABSENT_PEER)
+        wait_for_nobody(b, y);
     LAUNCH(sum_kernel, dim3(2), dim3(planted == TOO_MANY_THREADS ? 1056 : 128), 0, stream, y, x,
            (enum planted)planted);
     int failed = check(b, y, 128.0f, 256);

@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/clock.h"
 #include "kernels/tensor.h"
 
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
@@ -137,6 +138,32 @@ template <int n_pending> void cp_async_wait(void)
 
     while (emulated_copy_pop(n_pending, &c))
         *(uint4 *)c.dst = c.src ? *(const uint4 *)c.src : uint4{0, 0, 0, 0};
+}
+
+/* The host's order is stronger than the device's: a missing acquire or release does not show. */
+inline void store_release_system(uint32_t *p, uint32_t v)
+{
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+
+inline uint32_t load_acquire_system(const uint32_t *p)
+{
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+inline void spin_pause(void)
+{
+    emulated_pause();
+}
+
+inline uint64_t device_clock_ns(void)
+{
+    return clock_now_ns();
+}
+
+inline void device_trap(void)
+{
+    emulated_die("trap");
 }
 
 #endif
