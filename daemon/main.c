@@ -125,6 +125,8 @@ static int settings_make(struct settings *s, struct error *err)
     p = (struct plan_settings){
         .layout = s->layout,
         .dtype = s->dtype,
+        .activation_dtype = device_activation_dtype(
+            strcmp(o->device, "cuda") == 0 ? DEVICE_CUDA : DEVICE_CPU, s->dtype),
         .page_size = (int32_t)o->block_size,
         .kv_budget_bytes = (uint64_t)o->kv_cache_memory_bytes,
         .max_model_len = s->max_model_len,
@@ -309,6 +311,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
     struct processor *processor = open_processor(s, t, &limits, mean, std, err);
     struct device device = {0};
     struct device_options d = {.kind = s->device_kind,
+                               .dtype = s->dtype,
                                .n_threads = s->n_threads,
                                .isa = getenv("INTERNVLD_ISA"),
                                .index = s->device_index,

@@ -27,9 +27,14 @@ static int same_rows(const struct tensor *a, const struct tensor *b)
     return tensor_n_rows(a) == tensor_n_rows(b);
 }
 
+static int same_shape(const struct tensor *a, const struct tensor *b)
+{
+    return same_rows(a, b) && tensor_n_cols(a) == tensor_n_cols(b);
+}
+
 static int same_matrix(const struct tensor *a, const struct tensor *b)
 {
-    return same_rows(a, b) && tensor_n_cols(a) == tensor_n_cols(b) && a->dtype == b->dtype;
+    return same_shape(a, b) && a->dtype == b->dtype;
 }
 
 static int is_empty(const struct tensor *t)
@@ -147,7 +152,7 @@ void op_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
 void op_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
                  float eps)
 {
-    CHECK(is_activation(b, y) && same_matrix(y, x) && weight);
+    CHECK(is_activation(b, y) && is_activation(b, x) && same_shape(y, x) && weight);
     if (!is_empty(y))
         b->ops->rms_norm(b, y, x, weight, eps);
 }
@@ -155,7 +160,7 @@ void op_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, co
 void op_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
                    const float *bias, float eps)
 {
-    CHECK(is_activation(b, y) && same_matrix(y, x) && weight && bias);
+    CHECK(is_activation(b, y) && is_activation(b, x) && same_shape(y, x) && weight && bias);
     if (!is_empty(y))
         b->ops->layer_norm(b, y, x, weight, bias, eps);
 }
@@ -260,7 +265,7 @@ void op_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *
 
 void op_copy(struct backend *b, struct tensor *y, const struct tensor *x)
 {
-    CHECK(same_rows(y, x) && tensor_n_cols(y) == tensor_n_cols(x));
+    CHECK(same_shape(y, x));
     CHECK(y->dtype == DTYPE_F32 || y->dtype == DTYPE_BF16 || y->dtype == x->dtype);
     CHECK(x->dtype == DTYPE_F32 || x->dtype == DTYPE_BF16 || y->dtype == x->dtype);
     if (!is_empty(y))

@@ -17,8 +17,8 @@
  *
  * Activations are float32 on the CPU in both --dtype modes; with bfloat16 weights the input of a
  * matmul is first rounded to bfloat16 and products accumulate in float32; so are, in attention,
- * queries, keys, values and the probabilities that values are multiplied with. (CUDA will hold
- * bfloat16 activations; ops take the type from their tensors.)
+ * queries, keys, values and the probabilities that values are multiplied with. CUDA holds what
+ * products read as bfloat16 then; ops take the type from their tensors, and norms may change it.
  *
  * Letters in shapes: n_tokens rows of a step, dim the hidden size, n_heads/n_kv_heads the shard's
  * own heads.

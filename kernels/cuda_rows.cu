@@ -90,12 +90,12 @@ void cuda_copy(struct backend *b, struct tensor *y, const struct tensor *x)
             WITH_TYPE(x->dtype, U, move_rows_of<T, U>(b, y, NULL, x, NULL, tensor_n_rows(x))));
 }
 
-/* The normalised value is rounded to y's type before the weight (LlamaRMSNorm). */
-template <class T>
-__global__ void rms_norm_kernel(T *y, int64_t y_stride, const T *x, int64_t x_stride,
+/* The normalised value is rounded to x's type before the weight (LlamaRMSNorm). */
+template <class T, class U>
+__global__ void rms_norm_kernel(T *y, int64_t y_stride, const U *x, int64_t x_stride,
                                 const float *weight, float eps, int64_t n_cols)
 {
-    const T *xr = x + blockIdx.x * x_stride;
+    const U *xr = x + blockIdx.x * x_stride;
     T *yr = y + blockIdx.x * y_stride;
     float sum = 0;
 
@@ -105,7 +105,7 @@ __global__ void rms_norm_kernel(T *y, int64_t y_stride, const T *x, int64_t x_st
     }
     float inverse = 1.0f / sqrtf(block_sum(sum) / (float)n_cols + eps);
     for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x)
-        yr[c] = from_float<T>(weight[c] * to_float(from_float<T>(to_float(xr[c]) * inverse)));
+        yr[c] = from_float<T>(weight[c] * to_float(from_float<U>(to_float(xr[c]) * inverse)));
 }
 
 void cuda_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
@@ -113,18 +113,19 @@ void cuda_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, 
 {
     int64_t n = tensor_n_rows(y), n_cols = tensor_n_cols(y);
 
-    WITH_TYPE(y->dtype, T,
-
-              LAUNCH((rms_norm_kernel<T>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
-                     cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const T *)x->data,
-                     x->row_stride, weight, eps, n_cols));
+    WITH_TYPE(
+        y->dtype, T,
+        WITH_TYPE(x->dtype, U,
+                  LAUNCH((rms_norm_kernel<T, U>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+                         cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const U *)x->data,
+                         x->row_stride, weight, eps, n_cols)));
 }
 
-template <class T>
-__global__ void layer_norm_kernel(T *y, int64_t y_stride, const T *x, int64_t x_stride,
+template <class T, class U>
+__global__ void layer_norm_kernel(T *y, int64_t y_stride, const U *x, int64_t x_stride,
                                   const float *weight, const float *bias, float eps, int64_t n_cols)
 {
-    const T *xr = x + blockIdx.x * x_stride;
+    const U *xr = x + blockIdx.x * x_stride;
     T *yr = y + blockIdx.x * y_stride;
     float sum = 0, squares = 0;
 
@@ -146,11 +147,12 @@ void cuda_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x
 {
     int64_t n = tensor_n_rows(y), n_cols = tensor_n_cols(y);
 
-    WITH_TYPE(y->dtype, T,
-
-              LAUNCH((layer_norm_kernel<T>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
-                     cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const T *)x->data,
-                     x->row_stride, weight, bias, eps, n_cols));
+    WITH_TYPE(
+        y->dtype, T,
+        WITH_TYPE(x->dtype, U,
+                  LAUNCH((layer_norm_kernel<T, U>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+                         cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const U *)x->data,
+                         x->row_stride, weight, bias, eps, n_cols)));
 }
 
 template <class T, class U>

@@ -61,14 +61,17 @@ void attention_probs(float *probs, int32_t n_cols, struct backend *b, const stru
     float scale = (float)(1.0 / sqrt((double)d));
     float *keys = xcalloc((size_t)(n_pages * size * d), sizeof(float));
     float *query = xcalloc((size_t)d, sizeof(float));
+    size_t size_q = dtype_size(q->dtype);
+    void *held = xcalloc((size_t)d, size_q);
     read_keys(keys, b, kv, pages, n_pages, kv_head);
     memset(probs, 0, (size_t)n * (size_t)n_cols * sizeof(float));
     for (int32_t i = 0; i < n; i++) {
         int32_t end = context_len - n + i + 1;
         int32_t start = window > 0 && end > window ? end - window : 0;
         float *row = probs + (int64_t)i * n_cols;
-        op_download(b, query, (const float *)q->data + i * q->row_stride,
-                    (size_t)d * sizeof(float));
+        op_download(b, held, (const char *)q->data + (size_t)(i * q->row_stride) * size_q,
+                    (size_t)d * size_q);
+        tensor_widen(query, held, q->dtype, d);
         for (int32_t k = 0; kv->dtype == DTYPE_BF16 && k < d; k++)
             query[k] = bf16_to_f32(f32_to_bf16(query[k]));
         for (int32_t j = start; j < end; j++) {
@@ -80,6 +83,7 @@ void attention_probs(float *probs, int32_t n_cols, struct backend *b, const stru
         }
         softmax(row + start, end - start);
     }
+    free(held);
     free(query);
     free(keys);
 }

@@ -28,9 +28,13 @@ void capture_tensor(struct capture_list *l, struct backend *b, const char *name,
 {
     int64_t n_rows = tensor_n_rows(x), n_cols = tensor_n_cols(x);
     float *data = capture_add(l, name, owner, first_row, (int32_t)n_rows, (int32_t)n_cols);
-    for (int64_t r = 0; r < n_rows; r++)
-        op_download(b, data + r * n_cols, (const float *)x->data + r * x->row_stride,
-                    (size_t)n_cols * sizeof(float));
+    size_t size = dtype_size(x->dtype), n_bytes = (size_t)n_cols * size;
+    void *row = xcalloc(n_bytes + 1, 1);
+    for (int64_t r = 0; r < n_rows; r++) {
+        op_download(b, row, (const char *)x->data + (size_t)(r * x->row_stride) * size, n_bytes);
+        tensor_widen(data + r * n_cols, row, x->dtype, n_cols);
+    }
+    free(row);
 }
 
 void capture_clear(struct capture_list *l)

@@ -21,10 +21,16 @@ void device_pci_address(int index, char *address, size_t n_bytes)
     backend_cuda_pci_address(index, address, n_bytes);
 }
 
+enum dtype device_activation_dtype(enum device_kind kind, enum dtype dtype)
+{
+    return kind == DEVICE_CUDA ? dtype : DTYPE_F32;
+}
+
 struct backend *device_open_backend(const struct device_options *o)
 {
-    struct cuda_options cuda = {
-        .device = o->index, .activation_dtype = DTYPE_F32, .deterministic = o->deterministic};
+    struct cuda_options cuda = {.device = o->index,
+                                .activation_dtype = device_activation_dtype(o->kind, o->dtype),
+                                .deterministic = o->deterministic};
 
     return o->kind == DEVICE_CUDA ? backend_cuda_open(&cuda)
                                   : backend_cpu_open(o->n_threads, o->isa);

@@ -16,12 +16,15 @@ enum device_kind { DEVICE_CPU, DEVICE_CUDA };
 
 struct device_options {
     enum device_kind kind;
+    enum dtype dtype;  // of the model's products, F32 or BF16: activations on CUDA have it
     int n_threads;     // CPU: at least 1
     const char *isa;   // CPU: NULL or "auto": CPUID
     int index;         // CUDA: number among this host's devices
     int deterministic; // CUDA: sums by lanes and tree, bitwise the same in every layout
 };
 
+/* What the activations of a back end of `kind` are when products are of `dtype`. */
+enum dtype device_activation_dtype(enum device_kind kind, enum dtype dtype);
 /* A back end without groups, closed by backend_close(). */
 struct backend *device_open_backend(const struct device_options *o);
 

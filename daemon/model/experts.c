@@ -11,16 +11,17 @@
 #include "kernels/log.h"
 
 void expert_scratch_lay_out(struct expert_scratch *s, struct carve *c, const struct text_config *t,
-                            const struct weight_cut *cut, int64_t max_tokens)
+                            const struct weight_cut *cut, int64_t max_tokens, enum dtype activation)
 {
+    size_t size = dtype_size(activation);
     int64_t n = max_tokens, dim = t->hidden_size, columns = cut->expert.columns.n;
     if (!t->n_experts)
         return;
     s->router = carve(c, n * t->n_experts, sizeof(float));
-    s->in = carve(c, n * dim, sizeof(float));
+    s->in = carve(c, n * dim, size);
     s->out = carve(c, n * dim, sizeof(float));
-    s->gate_up = carve(c, 2 * n * columns, sizeof(float));
-    s->gated = carve(c, n * columns, sizeof(float));
+    s->gate_up = carve(c, 2 * n * columns, size);
+    s->gated = carve(c, n * columns, size);
     s->slots = carve(c, n * t->n_experts_per_token * dim, sizeof(float));
     s->rows = carve(c, n, sizeof(int32_t));
 }
@@ -146,9 +147,9 @@ static void run_expert(const struct expert_layer *e, struct expert_scratch *s, s
     int32_t n = rows_of_expert(s, n_tokens, t->n_experts_per_token, id);
     if (n == 0)
         return;
-    struct tensor in = tensor_2d(s->in, DTYPE_F32, n, dim);
-    struct tensor gate_up = tensor_2d(s->gate_up, DTYPE_F32, n, 2 * columns);
-    struct tensor gated = tensor_2d(s->gated, DTYPE_F32, n, columns);
+    struct tensor in = tensor_2d(s->in, b->activation_dtype, n, dim);
+    struct tensor gate_up = tensor_2d(s->gate_up, b->activation_dtype, n, 2 * columns);
+    struct tensor gated = tensor_2d(s->gated, b->activation_dtype, n, columns);
     struct tensor out = tensor_2d(s->out, DTYPE_F32, n, dim);
     upload_rows(s, b, s->host_rows, n);
     op_gather_rows(b, &in, x, s->rows);

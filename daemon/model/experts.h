@@ -22,9 +22,10 @@ struct expert_layer {
 
 struct expert_scratch { // in back-end memory but for the host's part; n = max_tokens, k = per token
     float *router;      // [n, n_experts]
-    float *in, *out;    // [n, dim] rows of one expert
-    float *gate_up;     // [n, 2 * columns]
-    float *gated;       // [n, columns]
+    void *in;           // [n, dim] rows of one expert; void: of the back end's activation_dtype
+    float *out;         // [n, dim] of the same rows
+    void *gate_up;      // [n, 2 * columns]
+    void *gated;        // [n, columns]
     float *slots;       // [n * k, dim]
     int32_t *rows;      // [n]
     float *host_router; // [n, n_experts]
@@ -37,7 +38,8 @@ struct expert_scratch { // in back-end memory but for the host's part; n = max_t
 
 /* Adds to the back end's carve; nothing for a model without experts. */
 void expert_scratch_lay_out(struct expert_scratch *s, struct carve *c, const struct text_config *t,
-                            const struct weight_cut *cut, int64_t max_tokens);
+                            const struct weight_cut *cut, int64_t max_tokens,
+                            enum dtype activation);
 /* What expert_scratch_allocate_host() takes. */
 size_t expert_scratch_host_bytes(const struct text_config *t, int64_t max_tokens);
 void expert_scratch_allocate_host(struct expert_scratch *s, const struct text_config *t,

@@ -222,7 +222,7 @@ static void begin(struct step *s)
     upload(m, t->pages, b->pages, b->n_pages);
     int64_t dim = m->config->hidden_size;
     s->x = tensor_2d(t->x, DTYPE_F32, s->n, dim);
-    s->normed = tensor_2d(t->normed, DTYPE_F32, s->n, dim);
+    s->normed = tensor_2d(t->normed, m->backend->activation_dtype, s->n, dim);
     s->sum = tensor_2d(t->sum, DTYPE_F32, s->n, dim);
     kv_cache_copy_pages(&m->kv, b->copy_src, b->copy_dst, b->n_copies);
 }
@@ -274,7 +274,7 @@ static void embed(struct step *s)
         }
     if (n) {
         struct tensor features = tensor_2d(m->scratch.features, DTYPE_F32, batch->n_features, dim);
-        struct tensor chosen = tensor_2d(m->scratch.normed, DTYPE_F32, n, dim);
+        struct tensor chosen = tensor_2d(m->scratch.sum, DTYPE_F32, n, dim);
         op_upload(b, features.data, batch->features,
                   (size_t)batch->n_features * (size_t)dim * sizeof(float));
         upload(m, m->scratch.rows, m->feature_from, n);
@@ -302,10 +302,10 @@ static void attention(struct step *s, const struct language_layer *l, struct kv_
     struct backend *b = m->backend;
     const struct layer_shard *part = &m->cut.dense;
     int64_t d = m->config->head_dim, q_dim = part->heads.n * d, kv_dim = part->kv_heads.n * d;
-    struct tensor qkv = tensor_2d(m->scratch.qkv, DTYPE_F32, s->n, q_dim + 2 * kv_dim);
+    struct tensor qkv = tensor_2d(m->scratch.qkv, b->activation_dtype, s->n, q_dim + 2 * kv_dim);
     struct tensor q = tensor_columns(&qkv, 0, q_dim), k = tensor_columns(&qkv, q_dim, kv_dim);
     struct tensor v = tensor_columns(&qkv, q_dim + kv_dim, kv_dim);
-    struct tensor mixed = tensor_2d(m->scratch.attention, DTYPE_F32, s->n, q_dim);
+    struct tensor mixed = tensor_2d(m->scratch.attention, b->activation_dtype, s->n, q_dim);
 
     op_matmul(b, &qkv, &s->normed, &l->qkv, NULL);
     if (l->q_norm) {
@@ -330,8 +330,8 @@ static void mlp(struct step *s, const struct language_layer *l)
     struct language_model *m = s->m;
     struct backend *b = m->backend;
     int64_t columns = l->down.in_dim;
-    struct tensor gate_up = tensor_2d(m->scratch.gate_up, DTYPE_F32, s->n, 2 * columns);
-    struct tensor gated = tensor_2d(m->scratch.gated, DTYPE_F32, s->n, columns);
+    struct tensor gate_up = tensor_2d(m->scratch.gate_up, b->activation_dtype, s->n, 2 * columns);
+    struct tensor gated = tensor_2d(m->scratch.gated, b->activation_dtype, s->n, columns);
     op_matmul(b, &gate_up, &s->normed, &l->gate_up, NULL);
     op_gated_activation(b, &gated, &gate_up, m->config->hidden_act);
     op_matmul(b, &s->sum, &gated, &l->down, NULL);
@@ -468,7 +468,7 @@ static void finish(struct step *s)
     for (int32_t first = 0; first < n_needed; first += LANGUAGE_LOGIT_ROWS) {
         int32_t n = n_needed - first;
         n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
-        struct tensor chosen = tensor_2d(m->scratch.sum, DTYPE_F32, n, dim);
+        struct tensor chosen = tensor_2d(m->scratch.sum, b->activation_dtype, n, dim);
         struct tensor logits = tensor_2d(m->scratch.logits, DTYPE_F32, n, part);
         size_t n_bytes = (size_t)n * (size_t)part * sizeof(float);
         upload(m, m->scratch.rows, m->needed + first, n);

@@ -6,7 +6,8 @@
  *     last stage    norm -> lm_head on the rows that need it -> target log-probabilities, samples
  *
  * Prefill and decode are this one path. Owns its weights, scratch and KV bytes; a step is a
- * function of (batch, weights, KV pages). The residual stream is float32 and whole on every shard;
+ * function of (batch, weights, KV pages). The residual stream is float32 and whole on every shard,
+ * as are the sums that are added to it and the logits; what products read has the back end's type.
  * the two row-parallel products end in an all-reduce that is the upper part of the lanes' tree, so
  * every T gives the same bits. Source: Transformers Qwen2Model, Qwen3Model, Qwen3MoeModel,
  * LlamaModel.
@@ -43,14 +44,14 @@ struct language_layer {
     int32_t window;                 // tokens, 0: none
 };
 
-struct language_scratch {
-    float *x;         // [max_tokens, dim] the residual stream
-    float *normed;    // [max_tokens, dim]
-    float *sum;       // [max_tokens, dim] what an all-reduce sums
-    float *qkv;       // [max_tokens, (heads + 2 kv heads) * head_dim]
-    float *attention; // [max_tokens, heads * head_dim]
-    float *gate_up;   // [max_tokens, 2 * columns]
-    float *gated;     // [max_tokens, columns]
+struct language_scratch { // void: of the back end's activation_dtype
+    float *x;             // [max_tokens, dim] the residual stream
+    void *normed;         // [max_tokens, dim]
+    float *sum;           // [max_tokens, dim] what an all-reduce sums
+    void *qkv;            // [max_tokens, (heads + 2 kv heads) * head_dim]
+    void *attention;      // [max_tokens, heads * head_dim]
+    void *gate_up;        // [max_tokens, 2 * columns]
+    void *gated;          // [max_tokens, columns]
     struct expert_scratch experts;
     float *cos, *sin;    // [max_tokens, head_dim / 2]
     float *features;     // [max_tokens, dim]
@@ -106,9 +107,10 @@ struct language_output {
 /* Rows that lm_head takes at once. */
 #define LANGUAGE_LOGIT_ROWS 64
 
-/* Back-end scratch of one shard of a stage. */
+/* Back-end scratch of one shard of a stage, on a back end with activations of `activation`. */
 size_t language_scratch_bytes(const struct text_config *t, const struct weight_cut *cut,
-                              int n_shards, int is_last, const struct language_limits *limits);
+                              int n_shards, int is_last, const struct language_limits *limits,
+                              enum dtype activation);
 
 /* Host memory of the same; `samples`: of the rank that draws the tokens. */
 size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,

@@ -15,20 +15,21 @@ static int64_t logit_rows(const struct language_limits *limits)
 
 static void lay_out(struct language_scratch *s, struct carve *c, const struct text_config *t,
                     const struct weight_cut *cut, int n_shards, int is_last,
-                    const struct language_limits *limits)
+                    const struct language_limits *limits, enum dtype activation)
 {
+    size_t size = dtype_size(activation);
     int64_t n = limits->max_tokens, sequences = limits->max_sequences, dim = t->hidden_size;
     int64_t d = t->head_dim, q_dim = cut->dense.heads.n * d, kv_dim = cut->dense.kv_heads.n * d;
     int64_t columns = cut->dense.columns.n, rows = is_last ? logit_rows(limits) : 0;
     int64_t pages_each = (limits->max_model_len + limits->page_size - 1) / limits->page_size;
     s->x = carve(c, n * dim, sizeof(float));
-    s->normed = carve(c, n * dim, sizeof(float));
+    s->normed = carve(c, n * dim, size);
     s->sum = carve(c, n * dim, sizeof(float));
-    s->qkv = carve(c, n * (q_dim + 2 * kv_dim), sizeof(float));
-    s->attention = carve(c, n * q_dim, sizeof(float));
-    s->gate_up = carve(c, 2 * n * columns, sizeof(float));
-    s->gated = carve(c, n * columns, sizeof(float));
-    expert_scratch_lay_out(&s->experts, c, t, cut, n);
+    s->qkv = carve(c, n * (q_dim + 2 * kv_dim), size);
+    s->attention = carve(c, n * q_dim, size);
+    s->gate_up = carve(c, 2 * n * columns, size);
+    s->gated = carve(c, n * columns, size);
+    expert_scratch_lay_out(&s->experts, c, t, cut, n, activation);
     s->cos = carve(c, n * d / 2, sizeof(float));
     s->sin = carve(c, n * d / 2, sizeof(float));
     s->features = carve(c, n * dim, sizeof(float));
@@ -43,11 +44,12 @@ static void lay_out(struct language_scratch *s, struct carve *c, const struct te
 }
 
 size_t language_scratch_bytes(const struct text_config *t, const struct weight_cut *cut,
-                              int n_shards, int is_last, const struct language_limits *limits)
+                              int n_shards, int is_last, const struct language_limits *limits,
+                              enum dtype activation)
 {
     struct language_scratch s;
     struct carve sum = {0};
-    lay_out(&s, &sum, t, cut, n_shards, is_last, limits);
+    lay_out(&s, &sum, t, cut, n_shards, is_last, limits, activation);
     return sum.used_bytes;
 }
 
@@ -193,10 +195,11 @@ void language_init(struct language_model *m, const struct model_config *c, struc
     m->weight_bytes = w->n_bytes - before;
     kv_cache_init(&m->kv, b, (int)m->layer_range.n, (int)m->cut.dense.kv_heads.n, text->head_dim,
                   limits->page_size, limits->n_pages, dtype);
-    m->scratch_bytes = language_scratch_bytes(text, &m->cut, m->n_shards, is_last, limits);
+    m->scratch_bytes =
+        language_scratch_bytes(text, &m->cut, m->n_shards, is_last, limits, b->activation_dtype);
     m->scratch_base = op_alloc_resident(b, m->scratch_bytes);
     struct carve c2 = {.base = m->scratch_base};
-    lay_out(&m->scratch, &c2, text, &m->cut, m->n_shards, is_last, limits);
+    lay_out(&m->scratch, &c2, text, &m->cut, m->n_shards, is_last, limits, b->activation_dtype);
     allocate_host(m);
 }
 

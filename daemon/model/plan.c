@@ -65,7 +65,7 @@ static uint64_t vision_step_bytes(const struct model_config *c, const struct pla
 {
     int64_t n_rows, n_columns;
     vision_largest_input(c, s->max_vision_tiles, &n_rows, &n_columns);
-    return vision_scratch_bytes(c, s->max_vision_tiles) +
+    return vision_scratch_bytes(c, s->max_vision_tiles, s->activation_dtype) +
            vision_host_bytes(c, s->max_vision_tiles) +
            backend_cpu_matmul_bytes(s->cpu_isa, n_rows, n_columns, s->dtype);
 }
@@ -80,7 +80,7 @@ static uint64_t language_step_bytes(const struct text_config *t, const struct pl
                                      .max_sequences = s->max_num_seqs,
                                      .max_model_len = s->max_model_len,
                                      .page_size = s->page_size};
-    return language_scratch_bytes(t, cut, n_shards, is_last, &limits) +
+    return language_scratch_bytes(t, cut, n_shards, is_last, &limits, s->activation_dtype) +
            language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, &limits) +
            backend_cpu_matmul_bytes(s->cpu_isa, limits.max_tokens, language_widest_input(t, cut),
                                     s->dtype);

@@ -22,6 +22,7 @@ struct plan_settings {
     struct layout layout;
     const struct weight_list *weights; // as the files hold them; NULL: as the config lets expect
     enum dtype dtype;                  // F32 or BF16
+    enum dtype activation_dtype;       // device_activation_dtype()
     int32_t page_size;                 // tokens
     uint64_t kv_budget_bytes;          // for KV pages, of each language rank
     int32_t max_model_len;             // tokens of one sequence

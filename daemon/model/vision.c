@@ -25,8 +25,9 @@ static int scratch_tiles(const struct vision_config *v, int max_tiles)
 }
 
 static void lay_out(struct vision_scratch *s, struct carve *c, const struct model_config *m,
-                    int n_tiles)
+                    int n_tiles, enum dtype activation)
 {
+    size_t size = dtype_size(activation);
     const struct vision_config *v = &m->vision;
     int64_t dim = v->hidden_size, text = m->text.hidden_size;
     int64_t patch = (int64_t)v->n_channels * v->patch_height * v->patch_width;
@@ -38,24 +39,24 @@ static void lay_out(struct vision_scratch *s, struct carve *c, const struct mode
     int64_t n_pixels = 2 * pixels * (n_tiles > VISION_MAX_SCALE ? n_tiles : VISION_MAX_SCALE);
     s->n_tokens = n;
     s->pixels = carve(c, n_pixels, sizeof(float));
-    s->patches = carve(c, n * patch, sizeof(float));
+    s->patches = carve(c, n * patch, size);
     s->x = carve(c, n * dim, sizeof(float));
-    s->normed = carve(c, n * dim, sizeof(float));
-    s->qkv = carve(c, 3 * n * dim, sizeof(float));
-    s->attention = carve(c, n * dim, sizeof(float));
-    s->hidden = carve(c, n * v->intermediate_size, sizeof(float));
+    s->normed = carve(c, n * dim, size);
+    s->qkv = carve(c, 3 * n * dim, size);
+    s->attention = carve(c, n * dim, size);
+    s->hidden = carve(c, n * v->intermediate_size, size);
     s->selected = carve(c, n * dim, sizeof(float));
     s->block = carve(c, n * dim, sizeof(float));
-    s->linear_1 = carve(c, n * text, sizeof(float));
+    s->linear_1 = carve(c, n * text, size);
     s->features = carve(c, n * text, sizeof(float));
     s->position = carve(c, largest * dim, sizeof(float));
 }
 
-size_t vision_scratch_bytes(const struct model_config *c, int max_tiles)
+size_t vision_scratch_bytes(const struct model_config *c, int max_tiles, enum dtype activation)
 {
     struct vision_scratch s;
     struct carve sum = {0};
-    lay_out(&s, &sum, c, scratch_tiles(&c->vision, max_tiles));
+    lay_out(&s, &sum, c, scratch_tiles(&c->vision, max_tiles), activation);
     return sum.used_bytes;
 }
 
@@ -143,10 +144,10 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
     linear(w, b, &m->linear_1, dtype, "multi_modal_projector.", "linear_1");
     linear(w, b, &m->linear_2, dtype, "multi_modal_projector.", "linear_2");
     m->weight_bytes = w->n_bytes - before;
-    m->scratch_bytes = vision_scratch_bytes(c, max_tiles);
+    m->scratch_bytes = vision_scratch_bytes(c, max_tiles, b->activation_dtype);
     m->scratch_base = op_alloc_resident(b, m->scratch_bytes);
     struct carve carve = {.base = m->scratch_base};
-    lay_out(&m->scratch, &carve, c, scratch_tiles(v, max_tiles));
+    lay_out(&m->scratch, &carve, c, scratch_tiles(v, max_tiles), b->activation_dtype);
 }
 
 void vision_release(struct vision_model *m)
@@ -345,8 +346,8 @@ static void embed(struct vision_run *r, const struct tile_batch *t)
                             .n_dims = 4,
                             .shape = {r->n_tiles, t->channels, t->height, t->width},
                             .row_stride = t->width};
-    struct tensor patches = tensor_2d(m->scratch.patches, DTYPE_F32, n, m->patch.in_dim);
-    struct tensor embedded = tensor_2d(m->scratch.attention, DTYPE_F32, n, dim);
+    struct tensor patches = tensor_2d(m->scratch.patches, b->activation_dtype, n, m->patch.in_dim);
+    struct tensor embedded = tensor_2d(m->scratch.qkv, DTYPE_F32, n, dim);
     struct tensor cls = tensor_2d(m->cls, DTYPE_F32, 1, dim);
     op_upload(b, pixels.data, (const char *)t->pixels + (size_t)r->first_tile * tile_bytes,
               (size_t)r->n_tiles * tile_bytes);
@@ -375,7 +376,7 @@ static void attention(struct vision_run *r, const struct vision_layer *l, int i,
     struct backend *b = m->backend;
     const struct vision_config *v = &m->config->vision;
     int64_t dim = v->hidden_size;
-    struct tensor qkv = tensor_2d(m->scratch.qkv, DTYPE_F32, r->x.shape[0], 3 * dim);
+    struct tensor qkv = tensor_2d(m->scratch.qkv, b->activation_dtype, r->x.shape[0], 3 * dim);
     op_matmul(b, &qkv, &r->normed, &l->qkv, NULL);
     r->q = tensor_columns(&qkv, 0, dim);
     r->k = tensor_columns(&qkv, dim, dim);
@@ -405,8 +406,9 @@ static void layer(struct vision_run *r, const struct vision_layer *l, int i)
     struct backend *b = m->backend;
     const struct vision_config *v = &m->config->vision;
     int64_t n = r->x.shape[0], n_probs = (int64_t)r->n_tokens * r->n_tokens * v->n_heads;
-    struct tensor mixed = tensor_2d(m->scratch.attention, DTYPE_F32, n, v->hidden_size);
-    struct tensor hidden = tensor_2d(m->scratch.hidden, DTYPE_F32, n, v->intermediate_size);
+    struct tensor mixed = tensor_2d(m->scratch.attention, b->activation_dtype, n, v->hidden_size);
+    struct tensor hidden =
+        tensor_2d(m->scratch.hidden, b->activation_dtype, n, v->intermediate_size);
     int want_probs = (r->wanted & VISION_CAPTURE_ATTENTIONS) != 0;
     float *probs = want_probs ? op_alloc(b, (size_t)(r->n_tiles * n_probs) * sizeof(float)) : NULL;
 
@@ -444,7 +446,9 @@ static void project(struct vision_run *r, const struct tensor *hidden, int n_fea
     struct tensor shuffled =
         tensor_3d(m->scratch.block, DTYPE_F32, r->n_tiles, n_features, k * k * dim);
     struct tensor block = tensor_2d(m->scratch.block, DTYPE_F32, n, k * k * dim);
-    struct tensor inner = tensor_2d(m->scratch.linear_1, DTYPE_F32, n, c->text.hidden_size);
+    struct tensor normed = tensor_2d(m->scratch.attention, b->activation_dtype, n, k * k * dim);
+    struct tensor inner =
+        tensor_2d(m->scratch.linear_1, b->activation_dtype, n, c->text.hidden_size);
     struct tensor features = tensor_2d(m->scratch.features, DTYPE_F32, n, c->text.hidden_size);
     for (int32_t t = 0; t < r->n_tiles; t++) {
         struct tensor from = tensor_rows(hidden, (int64_t)t * r->n_tokens + drop, kept);
@@ -454,13 +458,13 @@ static void project(struct vision_run *r, const struct tensor *hidden, int n_fea
     capture(r, VISION_CAPTURE_PROJECTOR, &flat, "projector.selected", 0);
     op_pixel_shuffle(b, &shuffled, &selected, side, (int32_t)k);
     capture(r, VISION_CAPTURE_PROJECTOR, &block, "projector.pixel_shuffled", 0);
-    op_layer_norm(b, &block, &block, m->block_norm, m->block_bias, PROJECTOR_EPS);
-    capture(r, VISION_CAPTURE_PROJECTOR, &block, "projector.layer_norm", 0);
+    op_layer_norm(b, &normed, &block, m->block_norm, m->block_bias, PROJECTOR_EPS);
+    capture(r, VISION_CAPTURE_PROJECTOR, &normed, "projector.layer_norm", 0);
     if (r->wanted & VISION_CAPTURE_PROJECTOR) { // before the activation
-        op_matmul(b, &inner, &block, &m->linear_1, NULL);
+        op_matmul(b, &inner, &normed, &m->linear_1, NULL);
         capture(r, VISION_CAPTURE_PROJECTOR, &inner, "projector.linear_1", 0);
     }
-    op_matmul(b, &inner, &block, &m->linear_1, &(struct epilogue){.act = c->projector_act});
+    op_matmul(b, &inner, &normed, &m->linear_1, &(struct epilogue){.act = c->projector_act});
     op_matmul(b, &features, &inner, &m->linear_2, NULL);
     op_download(b, out + (int64_t)r->first_tile * n_features * c->text.hidden_size, features.data,
                 (size_t)(n * c->text.hidden_size) * sizeof(float));
@@ -476,7 +480,7 @@ static void run_tiles(struct vision_run *r, const struct tile_batch *t, int n_fe
     int64_t n = (int64_t)r->n_tiles * r->n_tokens;
     struct tensor chosen = tensor_2d(m->scratch.selected, DTYPE_F32, n, v->hidden_size);
     r->x = tensor_2d(m->scratch.x, DTYPE_F32, n, v->hidden_size);
-    r->normed = tensor_2d(m->scratch.normed, DTYPE_F32, n, v->hidden_size);
+    r->normed = tensor_2d(m->scratch.normed, b->activation_dtype, n, v->hidden_size);
 
     embed(r, t);
     capture(r, VISION_CAPTURE_HIDDEN_STATES, &r->x, "vision.hidden_states.%d", 0);

@@ -26,20 +26,21 @@ struct vision_layer {
     struct linear qkv, projection, fc1, fc2;
 };
 
-struct vision_scratch { // rows: n_tokens tokens of as many whole tiles as fit
+/* Rows: n_tokens tokens of as many whole tiles as fit. void: of the back end's activation_dtype. */
+struct vision_scratch {
     int64_t n_tokens;
-    float *pixels;    // [tiles, channels, height, width]
-    float *patches;   // [n_tokens, channels * patch_height * patch_width]
-    float *x;         // [n_tokens, dim] the residual stream
-    float *normed;    // [n_tokens, dim]
-    float *qkv;       // [n_tokens, 3 * dim]; the selected and the shuffled tokens later
-    float *attention; // [n_tokens, dim]
-    float *hidden;    // [n_tokens, intermediate]
-    float *selected;  // [n_tokens, dim] hidden_states[feature_layer]
-    float *block;     // [n_tokens, dim] seen as [n_features, k * k * dim]
-    float *linear_1;  // [n_features, text dim]
-    float *features;  // [n_features, text dim]
-    float *position;  // [n_tokens, dim] position table of the current tile size
+    float *pixels;   // [tiles, channels, height, width]
+    void *patches;   // [n_tokens, channels * patch_height * patch_width]
+    float *x;        // [n_tokens, dim] the residual stream
+    void *normed;    // [n_tokens, dim]
+    void *qkv;       // [n_tokens, 3 * dim]; also, as float32, embedded patches, selected tokens
+    void *attention; // [n_tokens, dim]; the projector's norm later
+    void *hidden;    // [n_tokens, intermediate]
+    float *selected; // [n_tokens, dim] hidden_states[feature_layer]
+    float *block;    // [n_tokens, dim] seen as [n_features, k * k * dim]
+    void *linear_1;  // [n_features, text dim]
+    float *features; // [n_features, text dim]
+    float *position; // [n_tokens, dim] position table of the current tile size
 };
 
 struct vision_model {
@@ -66,8 +67,8 @@ struct vision_model {
 #define VISION_MAX_SCALE 4
 
 /* Scratch for max_tiles native tiles at once, or as many as make 8192 tokens, and for one tile of
- * VISION_MAX_SCALE. */
-size_t vision_scratch_bytes(const struct model_config *c, int max_tiles);
+ * VISION_MAX_SCALE, on a back end with activations of `activation`. */
+size_t vision_scratch_bytes(const struct model_config *c, int max_tiles, enum dtype activation);
 
 /* Host memory: the table of positions, a batch of tiles, its features and their message. */
 size_t vision_host_bytes(const struct model_config *c, int max_tiles);

@@ -21,9 +21,10 @@ static double bound_of(enum dtype t)
     return t == DTYPE_F32 ? 1e-12 : 1e-5;
 }
 
-static void check_norms(struct backend *b, enum dtype t, int m, int n)
+/* x of type tx, y of type ty. */
+static void check_norms(struct backend *b, enum dtype ty, enum dtype tx, int m, int n)
 {
-    struct case_matrix x = case_matrix_new(b, t, m, n, 3), y = case_matrix_new(b, t, m, n, 1);
+    struct case_matrix x = case_matrix_new(b, tx, m, n, 3), y = case_matrix_new(b, ty, m, n, 1);
     struct tensor hx = tensor_2d(x.host, DTYPE_F32, m, n);
     const float *weight = case_floats(n, 1, DTYPE_F32), *bias = case_floats(n, 1, DTYPE_F32);
     const float *dw = case_upload(b, weight, n), *db = case_upload(b, bias, n);
@@ -31,14 +32,17 @@ static void check_norms(struct backend *b, enum dtype t, int m, int n)
 
     naive_rms_norm(want, &hx, weight, 1e-6f);
     op_rms_norm(b, &y.device, &x.device, dw, 1e-6f);
-    case_compare(b, "rms_norm", &y.device, want, bound_of(t));
+    double bound = bound_of(tx) > bound_of(ty) ? bound_of(tx) : bound_of(ty);
+    case_compare(b, "rms_norm", &y.device, want, bound);
     struct tensor row = tensor_rows(&x.device, m - 1, 1), row_y = tensor_rows(&y.device, m - 1, 1);
-    struct case_matrix alone = case_matrix_new(b, t, 1, n, 0);
+    struct case_matrix alone = case_matrix_new(b, ty, 1, n, 0);
     op_rms_norm(b, &alone.device, &row, dw, 1e-6f);
     case_same(b, &row_y, &alone.device, "rms_norm of one row");
     naive_layer_norm(want, &hx, weight, bias, 1e-5f);
+    op_layer_norm(b, &y.device, &x.device, dw, db, 1e-5f);
+    case_compare(b, "layer_norm", &y.device, want, bound);
     op_layer_norm(b, &x.device, &x.device, dw, db, 1e-5f); // in place
-    case_compare(b, "layer_norm", &x.device, want, bound_of(t));
+    case_compare(b, "layer_norm", &x.device, want, bound_of(tx));
     case_clear(b);
 }
 
@@ -212,7 +216,8 @@ static void test_rows(void **state)
         struct backend *b = case_open(t, 0);
         static const int sizes[][2] = {{1, 1}, {3, 17}, {2, 128}, {5, 200}, {2, 1100}};
         for (int s = 0; s < 5; s += 1 + case_small) {
-            check_norms(b, t, sizes[s][0], sizes[s][1]);
+            check_norms(b, t, t, sizes[s][0], sizes[s][1]);
+            check_norms(b, b->activation_dtype, DTYPE_F32, sizes[s][0], sizes[s][1]);
             check_sums(b, t, sizes[s][0], sizes[s][1]);
             check_gate(b, t, sizes[s][0], sizes[s][1]);
         }

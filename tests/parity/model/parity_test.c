@@ -20,7 +20,7 @@ enum kind { KIND_VISION, KIND_FEATURES, KIND_HIDDEN, KIND_LOGITS, KIND_LOSS, N_K
 static const char *const kind_names[N_KINDS] = {"vision", "features", "hidden", "logits", "loss"};
 static const double tolerances[N_KINDS] = {1e-4, 1e-4, 1e-4, 5e-4, 1e-4};
 
-static struct backend *backend; // of all checkpoints
+static struct backend *backends[2]; // [DTYPE_F32, DTYPE_BF16] of all checkpoints
 
 struct check {
     const char *name; // of the checkpoint
@@ -106,7 +106,29 @@ static void check_interpolated(struct check *c, struct model_run *r,
     }
 }
 
-/* The tower and the projector on the golden's tiles; returns their features [n]. */
+/* The tower and the projector on the golden's tiles; returns their features. */
+static float *encode(struct model_run *r, const struct safetensors *vision, uint32_t wanted,
+                     struct capture_list *captures, int32_t *n_tiles)
+{
+    int64_t n = 0;
+    const struct safetensors_tensor *t = safetensors_find(vision, "pixel_values");
+    float *pixels = golden_floats(vision, "pixel_values", &n);
+    struct tile_batch tiles = {.n_tiles = (int32_t)t->shape[0],
+                               .channels = (int32_t)t->shape[1],
+                               .height = (int32_t)t->shape[2],
+                               .width = (int32_t)t->shape[3],
+                               .captures = wanted,
+                               .pixels = pixels};
+    float *features = xcalloc((size_t)tiles.n_tiles * (size_t)r->config.n_features_per_tile *
+                                  (size_t)r->config.text.hidden_size,
+                              sizeof(float));
+    vision_forward(&r->vision, &tiles, features, captures);
+    free(pixels);
+    *n_tiles = tiles.n_tiles;
+    return features;
+}
+
+/* What encode() computes, point by point; returns the features. */
 static float *check_vision(struct check *c, struct model_run *r, const char *dir,
                            const char *goldens)
 {
@@ -120,26 +142,16 @@ static float *check_vision(struct check *c, struct model_run *r, const char *dir
     struct safetensors vision, projector;
     struct capture_list captures = {0};
     int64_t n = 0;
+    int32_t n_tiles;
     char name[CAPTURE_NAME_MAX];
     golden_open(&vision, dir, goldens, "vision");
     golden_open(&projector, dir, goldens, "projector");
-    const struct safetensors_tensor *t = safetensors_find(&vision, "pixel_values");
-    float *pixels = golden_floats(&vision, "pixel_values", &n);
-    struct tile_batch tiles = {.n_tiles = (int32_t)t->shape[0],
-                               .channels = (int32_t)t->shape[1],
-                               .height = (int32_t)t->shape[2],
-                               .width = (int32_t)t->shape[3],
-                               .captures = 15,
-                               .pixels = pixels};
-    float *features = xcalloc((size_t)tiles.n_tiles * (size_t)r->config.n_features_per_tile *
-                                  (size_t)r->config.text.hidden_size,
-                              sizeof(float));
-    vision_forward(&r->vision, &tiles, features, &captures);
-    compare_list(c, &captures, tiles.n_tiles, &vision, KIND_VISION, "vision.", parts);
-    compare_list(c, &captures, tiles.n_tiles, &projector, KIND_FEATURES, "projector.", steps);
+    float *features = encode(r, &vision, 15, &captures, &n_tiles);
+    compare_list(c, &captures, n_tiles, &vision, KIND_VISION, "vision.", parts);
+    compare_list(c, &captures, n_tiles, &projector, KIND_FEATURES, "projector.", steps);
     for (int i = 0; i <= r->config.vision.n_layers; i++) {
         snprintf(name, sizeof(name), "vision.hidden_states.%d", i);
-        compare(c, KIND_VISION, &captures, name, tiles.n_tiles, &vision, name + 7);
+        compare(c, KIND_VISION, &captures, name, n_tiles, &vision, name + 7);
         snprintf(name, sizeof(name), "vision.attentions.%d", i);
         compare(c, KIND_VISION, &captures, name, 1, &vision, name + 7);
     }
@@ -147,7 +159,6 @@ static float *check_vision(struct check *c, struct model_run *r, const char *dir
     record(c, KIND_FEATURES, "image_features", largest_difference(features, expected, n));
     check_interpolated(c, r, &vision);
     free(expected);
-    free(pixels);
     capture_release(&captures);
     safetensors_release(&projector);
     safetensors_release(&vision);
@@ -298,27 +309,29 @@ static double attentions_difference(struct capture_list *captures, struct safete
     return worst;
 }
 
-/* The same prompt with bfloat16 weights and products, against the float32 record: the reference's
- * tolerances are 0.8 for the worst logit and 0.1 on average (2.4 for the worst of a mixture of
- * experts), and the same best token where it leads by more than 0.5. */
-static void check_bf16(struct check *c, const char *path, const char *dir, const char *goldens,
-                       const float *features)
+/* The same tiles and prompt with bfloat16 weights and products, against the float32 record: the
+ * reference's tolerances are 0.8 for the worst logit and 0.1 on average (2.4 for the worst of a
+ * mixture of experts), and the same best token where it leads by more than 0.5. */
+static void check_bf16(struct check *c, const char *path, const char *dir, const char *goldens)
 {
-    struct safetensors golden;
+    struct safetensors golden, vision;
     struct capture_list captures = {0};
     struct language_output out;
     struct model_run *r = xcalloc(1, sizeof(*r));
     struct batch_builder *b = xcalloc(1, sizeof(*b));
     int64_t n = 0, n_logits = 0;
-    int32_t n_rows = 0, n_cols = 0, ids[RUN_MAX_MODEL_LEN];
+    int32_t n_rows = 0, n_cols = 0, n_tiles, ids[RUN_MAX_MODEL_LEN];
+    float *features = NULL;
     golden_open(&golden, dir, goldens, "lm");
+    golden_open(&vision, dir, goldens, "vision");
     int64_t *wide = golden_ints(&golden, "input_ids", &n);
     float *expected = golden_floats(&golden, "logits", &n_logits);
     if (!expected)
         goto out;
     for (int64_t i = 0; i < n; i++)
         ids[i] = (int32_t)wide[i];
-    model_run_open(r, path, DTYPE_BF16, backend);
+    model_run_open(r, path, DTYPE_BF16, backends[DTYPE_BF16]);
+    features = encode(r, &vision, 0, &captures, &n_tiles);
     struct sequence_part part = {.ids = ids,
                                  .n = (int32_t)n,
                                  .rope_len = (int32_t)n,
@@ -341,10 +354,12 @@ static void check_bf16(struct check *c, const char *path, const char *dir, const
     capture_release(&captures);
     model_run_close(r);
 out:
+    free(features);
     free(expected);
     free(wide);
     free(b);
     free(r);
+    safetensors_release(&vision);
     safetensors_release(&golden);
 }
 
@@ -360,10 +375,10 @@ static int check_checkpoint(const char *name, const char *goldens)
         return 0;
     }
     snprintf(path, sizeof(path), "%s/checkpoints/%s", dir, name);
-    model_run_open(r, path, DTYPE_F32, backend);
+    model_run_open(r, path, DTYPE_F32, backends[DTYPE_F32]);
     float *features = check_vision(&c, r, dir, goldens);
     check_language(&c, r, dir, goldens, features);
-    check_bf16(&c, path, dir, goldens, features);
+    check_bf16(&c, path, dir, goldens);
     free(features);
     model_run_close(r);
     free(r);
@@ -426,11 +441,15 @@ int main(int argc, char **argv)
     const char *only = argv[1 + on_cuda]; // NULL: all
     struct device_options device = {
         .kind = on_cuda ? DEVICE_CUDA : DEVICE_CPU, .n_threads = 2, .deterministic = 1};
-    backend = device_open_backend(&device);
+    for (enum dtype t = DTYPE_F32; t <= DTYPE_BF16; t++) {
+        device.dtype = t;
+        backends[t] = device_open_backend(&device);
+    }
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
         if (!only || strcmp(only, names[i][0]) == 0)
             n_failed += check_checkpoint(names[i][0], names[i][1]);
-    backend_close(backend);
+    backend_close(backends[DTYPE_BF16]);
+    backend_close(backends[DTYPE_F32]);
     printf("%d checkpoints failed\n", n_failed);
     return n_failed != 0;
 }
