@@ -1,6 +1,6 @@
-"""The daemon on the emulated CUDA back end against Transformers' recorded numbers, through RPC.
+"""The daemon on the CUDA back end, emulated or real, against Transformers' recorded numbers, through RPC.
 
-    daemon_parity.py CHECKPOINT LAYOUT...      a layout is T x P x V: 2x2x1 is four ranks over NCCL
+    daemon_parity.py CHECKPOINT LAYOUT... [--OPTION of internvld]...    2x2x1, T x P x V, is four ranks over NCCL
 
 The tensors of tests/parity/daemon/reference.py with its tolerances, and the first greedy generations one after the
 other (emulated threads are slow). Between layouts not a bit may differ.
@@ -21,7 +21,8 @@ TIMEOUT_S = 300
 
 
 def main():
-    name, layouts = sys.argv[1], sys.argv[2:]
+    name, layouts = sys.argv[1], [x for x in sys.argv[2:] if not x.startswith("--")]
+    options = [x for x in sys.argv[2:] if x.startswith("--")]
     folder = reference.reference_folder(name)
     if folder is None:
         print("skipped: no reference data (INTERNVLD_REFERENCE, tests/data/reference, ../shared/reference)")
@@ -38,7 +39,7 @@ def main():
     cases = list(reference.generations(goldens, [], folder, config, report, alone))[:N_GENERATIONS]
     for text in layouts:
         with daemon.Daemon(model=folder / "checkpoints" / name, dtype="float32", **daemon.layout_of(text),
-                           extra=("--device", "cuda", "--deterministic", "--max-model-len", "2048")) as d:
+                           extra=("--device", "cuda", "--deterministic", "--max-model-len", "2048", *options)) as d:
             client = Client(d.address)
             reference.check_vision(client, text, goldens, report, config)
             reference.check_language(client, text, goldens, report, config)

@@ -1,6 +1,7 @@
-"""Weights of fewer bits on the emulated CUDA back end, beside the CPU in the same daemon: tokens, log-probabilities.
+"""Weights of fewer bits on the CUDA back end, emulated or real, beside the CPU in the same daemon: tokens,
+log-probabilities.
 
-    daemon_quantized.py [METHOD...]
+    daemon_quantized.py [METHOD]... [--OPTION of internvld]...
 
 Both hold the same values and sum in float32 in different orders; the CPU is held to Transformers elsewhere. T=2 gives
 the bits of T=1. Text alone: emulated threads are slow.
@@ -11,7 +12,8 @@ import sys
 import daemon
 from support import Client, pb, position_bits
 
-METHODS = sys.argv[1:] or ["int4"]  # every format: cuda_op_test, bit for bit
+OPTIONS = [x for x in sys.argv[1:] if x.startswith("--")]
+METHODS = [x for x in sys.argv[1:] if x not in OPTIONS] or ["int4"]  # every format: cuda_op_test, bit for bit
 MODEL = daemon.ROOT / "tests/data/reference/checkpoints/ln-1b-style"
 PROMPT = pb.Prompt(tokens=pb.TokenPrompt(token_ids=[5 + 31 * i % 900 for i in range(16)]))
 LOGPROB_ABS = 1e-4  # as logits against Transformers
@@ -19,7 +21,7 @@ LOGPROB_ABS = 1e-4  # as logits against Transformers
 
 def ask(method, device, tensor):
     with daemon.Daemon(model=MODEL, dtype="float32", tensor=tensor, extra=(
-            "--quantization", method, "--device", device, "--deterministic", "--max-model-len", 64)) as d:
+            "--quantization", method, "--device", device, "--deterministic", "--max-model-len", 64, *OPTIONS)) as d:
         client = Client(d.address)
         reply = client.generate(PROMPT, timeout=300, temperature=0, max_tokens=3, prompt_logprobs=1)
         client.close()
