@@ -315,7 +315,8 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
                                .n_threads = s->n_threads,
                                .isa = getenv("INTERNVLD_ISA"),
                                .index = s->device_index,
-                               .deterministic = (int)s->options.deterministic};
+                               .deterministic = (int)s->options.deterministic,
+                               .enforce_eager = (int)s->options.enforce_eager};
     struct control *control;
     int status = 1;
 

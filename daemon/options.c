@@ -102,6 +102,10 @@ static const struct option table[] = {
     {NULL, "--deterministic", NULL, OPTION_FLAG, FIELD(deterministic), NULL, 0, 0,
      "With cuda: sum in an order that no layout changes, at some cost. On the CPU that is always "
      "so."},
+    {NULL, "--enforce-eager", NULL, OPTION_FLAG, FIELD(enforce_eager), NULL, 0, 0,
+     "With cuda: start every kernel of every step by itself. Default: decode steps and pictures "
+     "are "
+     "recorded as CUDA graphs at the start and replayed, to the same bits."},
     {NULL, "--plan", NULL, OPTION_FLAG, FIELD(plan), NULL, 0, 0,
      "Print each rank's memory for this model and layout, and exit without starting anything."},
     {NULL, "--map", NULL, OPTION_FLAG, FIELD(map), NULL, 0, 0,

@@ -312,3 +312,26 @@ void op_sync(struct backend *b)
 {
     b->ops->sync(b);
 }
+
+void op_graph_begin(struct backend *b)
+{
+    CHECK(b->ops->graph_begin);
+    b->ops->graph_begin(b);
+}
+
+struct graph *op_graph_end(struct backend *b)
+{
+    return b->ops->graph_end(b);
+}
+
+void op_graph_launch(struct backend *b, struct graph *g)
+{
+    CHECK(g);
+    b->ops->graph_launch(b, g);
+}
+
+void op_graph_free(struct backend *b, struct graph *g)
+{
+    if (g)
+        b->ops->graph_free(b, g);
+}

@@ -91,6 +91,12 @@ struct paged_layout {
 
 struct backend;
 
+/* Ops recorded once and replayed as one. They must have run once before with the same shapes
+ * (products choose their algorithm at the first call), and nothing between begin and end may
+ * allocate, upload, download or synchronise. What the ops point to must stay; what it holds may
+ * change from replay to replay. Back ends with `replays` have them: a CUDA graph. */
+struct graph;
+
 struct backend_ops {
     const char *name; // "cpu", "cuda"
     const char *(*describe)(
@@ -182,6 +188,11 @@ struct backend_ops {
     /* Page dst[i] <- page src[i], keys and values; src and dst are host arrays [n]. */
     void (*copy_pages)(struct backend *b, struct kv_pages *kv, const int32_t *src,
                        const int32_t *dst, int32_t n);
+    /* NULL where nothing is ever recorded. Ops between are recorded, not run. */
+    void (*graph_begin)(struct backend *b);
+    struct graph *(*graph_end)(struct backend *b);
+    void (*graph_launch)(struct backend *b, struct graph *g);
+    void (*graph_free)(struct backend *b, struct graph *g);
     void (*close)(struct backend *b); // releases `state` and `b`; backend_close() calls it
 };
 
@@ -189,6 +200,7 @@ struct backend {
     const struct backend_ops *ops;
     enum dtype activation_dtype; // F32 on the CPU
     int kv_in_pairs;             // how bfloat16 pages are laid out (struct kv_pages)
+    int replays;                 // steps are to be recorded and replayed as graphs
     int n_threads;
     void *state; // the back end's own
 };
@@ -257,5 +269,10 @@ void op_free(struct backend *b, void *p);
 void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
 void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes);
 void op_sync(struct backend *b);
+/* Of a back end that can record, whether it is to (`replays`) or not. */
+void op_graph_begin(struct backend *b);
+struct graph *op_graph_end(struct backend *b); // the caller frees it, before the back end closes
+void op_graph_launch(struct backend *b, struct graph *g);
+void op_graph_free(struct backend *b, struct graph *g); // NULL allowed
 
 #endif

@@ -42,27 +42,6 @@ void backend_cuda_memory(struct backend *b, size_t *free_bytes, size_t *total_by
     BUG("%s has no device memory: %s", b->ops->name, reason);
 }
 
-void backend_cuda_capture_begin(struct backend *b)
-{
-    BUG("%s has no graphs: %s", b->ops->name, reason);
-}
-
-struct cuda_graph *backend_cuda_capture_end(struct backend *b)
-{
-    BUG("%s has no graphs: %s", b->ops->name, reason);
-}
-
-void backend_cuda_graph_launch(struct backend *b, struct cuda_graph *g)
-{
-    BUG("graph %p on %s: %s", (void *)g, b->ops->name, reason);
-}
-
-void backend_cuda_graph_free(struct cuda_graph *g)
-{
-    if (g)
-        BUG("graph %p: %s", (void *)g, reason);
-}
-
 void backend_cuda_tree_sum(struct backend *b, float *x, const float *parts, int n_parts, size_t n)
 {
     BUG("%s: tree of %d x %zu, %p from %p: %s", b->ops->name, n_parts, n, (void *)x,

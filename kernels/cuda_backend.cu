@@ -131,18 +131,18 @@ extern "C" void backend_cuda_memory(struct backend *b, size_t *free_bytes, size_
 
 /* ---- graphs ---- */
 
-struct cuda_graph {
+struct graph {
     cudaGraphExec_t exec;
 };
 
-extern "C" void backend_cuda_capture_begin(struct backend *b)
+static void graph_begin(struct backend *b)
 {
     CUDA_CHECK(cudaStreamBeginCapture(cuda_state_of(b)->stream, cudaStreamCaptureModeThreadLocal));
 }
 
-extern "C" struct cuda_graph *backend_cuda_capture_end(struct backend *b)
+static struct graph *graph_end(struct backend *b)
 {
-    struct cuda_graph *g = (struct cuda_graph *)xcalloc(1, sizeof(*g));
+    struct graph *g = (struct graph *)xcalloc(1, sizeof(*g));
     cudaGraph_t graph;
 
     CUDA_CHECK(cudaStreamEndCapture(cuda_state_of(b)->stream, &graph));
@@ -151,15 +151,14 @@ extern "C" struct cuda_graph *backend_cuda_capture_end(struct backend *b)
     return g;
 }
 
-extern "C" void backend_cuda_graph_launch(struct backend *b, struct cuda_graph *g)
+static void graph_launch(struct backend *b, struct graph *g)
 {
     CUDA_CHECK(cudaGraphLaunch(g->exec, cuda_state_of(b)->stream));
 }
 
-extern "C" void backend_cuda_graph_free(struct cuda_graph *g)
+static void graph_free(struct backend *b, struct graph *g)
 {
-    if (!g)
-        return;
+    (void)b;
     CUDA_CHECK(cudaGraphExecDestroy(g->exec));
     free(g);
 }
@@ -198,6 +197,10 @@ static struct backend_ops make_ops(void)
     ops.pixel_shuffle = cuda_pixel_shuffle;
     ops.copy = cuda_copy;
     ops.copy_pages = cuda_copy_pages;
+    ops.graph_begin = graph_begin;
+    ops.graph_end = graph_end;
+    ops.graph_launch = graph_launch;
+    ops.graph_free = graph_free;
     ops.close = close_backend;
     return ops;
 }
@@ -238,6 +241,7 @@ extern "C" struct backend *backend_cuda_open(const struct cuda_options *o)
         CUDA_CHECK(cudaEventCreateWithFlags(&s->staged[i], cudaEventDisableTiming));
     b->ops = &cuda_ops;
     b->activation_dtype = o->activation_dtype;
+    b->replays = !o->enforce_eager;
     b->n_threads = 1;
     b->state = s;
     return b;

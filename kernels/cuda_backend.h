@@ -1,6 +1,6 @@
 /*
  * The CUDA back end as the rest of the daemon sees it: how it is opened, and the things that are
- * not ops (stream, graphs, the tree sum of comm_nccl, device memory, where the device is).
+ * not ops (stream, the tree sum of comm_nccl, device memory, where the device is).
  *
  * Plain C, no CUDA headers. Where the build has no CUDA toolkit, cuda_absent.c answers instead:
  * backend_cuda_count() is 0 and backend_cuda_open() dies.
@@ -20,6 +20,7 @@ struct cuda_options {
     int device;                  // number among this host's devices
     enum dtype activation_dtype; // BF16, or F32 (--dtype float32)
     int deterministic;           // 1: lanes and tree, bitwise the same in every layout
+    int enforce_eager;           // 1: no step is to be recorded and replayed
     size_t scratch_bytes;        // 0: 256 MiB
     size_t dense_bytes;          // most of a quantised weight that is dense at a time; 0: 64 MiB
 };
@@ -37,18 +38,6 @@ struct backend *backend_cuda_open(const struct cuda_options *o);
 void *backend_cuda_stream(struct backend *b);
 /* Bytes free and in all on the device now. */
 void backend_cuda_memory(struct backend *b, size_t *free_bytes, size_t *total_bytes);
-
-/*
- * A step recorded once and replayed: ops between begin and end are recorded, not run. They must
- * have run once before with the same shapes (products choose their algorithm at the first call),
- * and nothing between may allocate, upload, download or synchronise. What the ops point to must
- * stay; what it holds may change from replay to replay.
- */
-struct cuda_graph;
-void backend_cuda_capture_begin(struct backend *b);
-struct cuda_graph *backend_cuda_capture_end(struct backend *b); // caller frees
-void backend_cuda_graph_launch(struct backend *b, struct cuda_graph *g);
-void backend_cuda_graph_free(struct cuda_graph *g); // NULL allowed
 
 /* x [n] <- parts [n_parts, n] summed by the lanes' binary tree; n_parts a power of two up to 8.
  * x may be parts. The reduction of comm_nccl's deterministic all-reduce. */

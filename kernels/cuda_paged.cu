@@ -502,13 +502,16 @@ void cuda_paged_attention(struct backend *b, struct tensor *out, const struct te
 
 /* ---- writing and copying pages ---- */
 
-/* One block a token. Sequences are few: each thread finds the token's own. */
+/* One block a token. Sequences are few: each thread finds the token's own. The rows that pad a
+ * recorded step are no sequence's. */
 template <class T, class KV>
 __global__ void kv_write_kernel(KV *keys, KV *values, const T *k, int64_t k_stride, const T *v,
                                 int64_t v_stride, const struct paged_params p)
 {
     int token = (int)blockIdx.x, sequence = 0;
 
+    if (token >= p.query_start[p.n_sequences])
+        return;
     while (sequence + 1 < p.n_sequences && p.query_start[sequence + 1] <= token)
         sequence++;
     int position = p.context_len[sequence] - p.query_start[sequence + 1] + token;

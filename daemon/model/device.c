@@ -30,7 +30,8 @@ struct backend *device_open_backend(const struct device_options *o)
 {
     struct cuda_options cuda = {.device = o->index,
                                 .activation_dtype = device_activation_dtype(o->kind, o->dtype),
-                                .deterministic = o->deterministic};
+                                .deterministic = o->deterministic,
+                                .enforce_eager = o->enforce_eager};
 
     return o->kind == DEVICE_CUDA ? backend_cuda_open(&cuda)
                                   : backend_cpu_open(o->n_threads, o->isa);

@@ -21,6 +21,7 @@ struct device_options {
     const char *isa;   // CPU: NULL or "auto": CPUID
     int index;         // CUDA: number among this host's devices
     int deterministic; // CUDA: sums by lanes and tree, bitwise the same in every layout
+    int enforce_eager; // CUDA: no step is recorded and replayed
 };
 
 /* What the activations of a back end of `kind` are when products are of `dtype`. */

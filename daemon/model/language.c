@@ -10,6 +10,7 @@
 
 #include "daemon/model/attention_probs.h"
 #include "daemon/model/rope.h"
+#include "kernels/clock.h"
 #include "kernels/log.h"
 #include "kernels/trace.h"
 
@@ -23,6 +24,7 @@ struct step {
     int64_t n; // tokens
     int is_first, is_last;
     uint32_t any_capture; // of all sequences together
+    struct graph *graph;  // of the layers, for so many rows and keys; NULL: op by op
     struct tensor x, normed, sum;
 };
 
@@ -163,6 +165,8 @@ static void capture_attentions(struct step *s, const struct tensor *q, const str
     const struct batch *b = s->batch;
     char name[CAPTURE_NAME_MAX];
     snprintf(name, sizeof(name), "attentions.%d", layer);
+    if (!(s->any_capture & CAPTURE_ATTENTIONS))
+        return;
     for (int32_t i = 0; i < b->n_sequences; i++) {
         if (!(b->captures[i] & CAPTURE_ATTENTIONS))
             continue;
@@ -198,6 +202,29 @@ static void upload(struct language_model *m, void *dst, const void *src, int64_t
     op_upload(m->backend, dst, src, (size_t)n * sizeof(int32_t));
 }
 
+static void set_tensors(struct step *s)
+{
+    const struct language_scratch *t = &s->m->scratch;
+    int64_t dim = s->m->config->hidden_size;
+    s->x = tensor_2d(t->x, DTYPE_F32, s->n, dim);
+    s->normed = tensor_2d(t->normed, s->m->backend->activation_dtype, s->n, dim);
+    s->sum = tensor_2d(t->sum, DTYPE_F32, s->n, dim);
+}
+
+/* Chooses the graph of a decode step, whose padding has rows that are no sequence's. */
+static void upload_query_start(struct step *s)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    int32_t n = b->n_sequences, n_padded = n;
+    if (b->n_tokens == n && !s->any_capture)
+        s->graph = step_graphs_find(&m->graphs, n, s->layout.max_context_len, &n_padded);
+    memcpy(m->query_start, b->query_start, (size_t)(n + 1) * sizeof(int32_t));
+    for (int32_t i = n + 1; i <= n_padded; i++)
+        m->query_start[i] = b->n_tokens;
+    upload(m, m->scratch.query_start, m->query_start, n_padded + 1);
+}
+
 static void begin(struct step *s)
 {
     struct language_model *m = s->m;
@@ -216,14 +243,11 @@ static void begin(struct step *s)
         for (int32_t r = b->query_start[i]; r < b->query_start[i + 1]; r++)
             m->sequence_of[r] = i;
     }
-    upload(m, t->query_start, b->query_start, b->n_sequences + 1);
+    upload_query_start(s);
     upload(m, t->context_len, b->context_len, b->n_sequences);
     upload(m, t->page_start, b->page_start, b->n_sequences + 1);
     upload(m, t->pages, b->pages, b->n_pages);
-    int64_t dim = m->config->hidden_size;
-    s->x = tensor_2d(t->x, DTYPE_F32, s->n, dim);
-    s->normed = tensor_2d(t->normed, m->backend->activation_dtype, s->n, dim);
-    s->sum = tensor_2d(t->sum, DTYPE_F32, s->n, dim);
+    set_tensors(s);
     kv_cache_copy_pages(&m->kv, b->copy_src, b->copy_dst, b->n_copies);
 }
 
@@ -374,6 +398,58 @@ static void run_layers(struct step *s)
     }
 }
 
+/* ---- recorded steps ---- */
+
+/* The layers of `rows` sequences with a new token each, of up to context_len tokens. */
+static struct graph *record(struct language_model *m, int32_t rows, int32_t context_len)
+{
+    struct step s = {.m = m, .n = rows};
+    s.layout = (struct paged_layout){rows,
+                                     rows,
+                                     context_len,
+                                     m->scratch.query_start,
+                                     m->scratch.context_len,
+                                     m->scratch.page_start,
+                                     m->scratch.pages};
+    set_tensors(&s);
+    run_layers(&s); // products choose their algorithms
+    op_graph_begin(m->backend);
+    run_layers(&s);
+    return op_graph_end(m->backend);
+}
+
+static void replay(struct step *s)
+{
+    uint64_t begin_ns = trace_begin();
+    op_graph_launch(s->m->backend, s->graph);
+    trace_end("replay", begin_ns, "rows", s->n);
+}
+
+void language_record(struct language_model *m)
+{
+    struct step_graphs *g = &m->graphs;
+    const struct language_limits *limits = &m->limits;
+    uint64_t start_ns = clock_now_ns();
+    if (!m->backend->replays)
+        return;
+    for (int64_t j = 0; j < m->layer_range.n; j++)
+        if (m->layers[j].experts.n_experts) {
+            log_info("language", "no step is recorded: experts are chosen on the host");
+            return;
+        }
+    step_graphs_init(
+        g, limits->max_tokens < limits->max_sequences ? limits->max_tokens : limits->max_sequences,
+        limits->max_model_len);
+    memset(m->query_start, 0, (size_t)(limits->max_sequences + 1) * sizeof(int32_t));
+    upload(m, m->scratch.query_start, m->query_start, limits->max_sequences + 1); // nobody's rows
+    for (int i = 0; i < g->n_row_sizes; i++)
+        for (int j = 0; j < g->n_context_sizes; j++)
+            g->graphs[i][j] = record(m, g->rows[i], g->contexts[j]);
+    log_info("language", "decode steps of %d sizes, up to %d sequences, recorded in %.1f s",
+             g->n_row_sizes * g->n_context_sizes, g->rows[g->n_row_sizes - 1],
+             (double)(clock_now_ns() - start_ns) / 1e9);
+}
+
 /* ---- the last stage ---- */
 
 /* Rows whose logits somebody wants, ascending, into m->needed. */
@@ -503,7 +579,10 @@ void language_forward(struct language_model *m, const struct batch *batch,
         embed(&s);
     else
         comm_recv(m->comm->stages, s.x.data, n_bytes, m->stage - 1);
-    run_layers(&s);
+    if (s.graph)
+        replay(&s);
+    else
+        run_layers(&s);
     if (s.is_last)
         finish(&s);
     else

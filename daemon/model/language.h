@@ -22,6 +22,7 @@
 #include "daemon/model/kv_cache.h"
 #include "daemon/model/model_comm.h"
 #include "daemon/model/sampler.h"
+#include "daemon/model/step_graphs.h"
 #include "daemon/model/weights.h"
 #include "kernels/backend.h"
 #include "parallel/batch.h"
@@ -78,6 +79,7 @@ struct language_model {
     struct linear lm_head;         // [vocab.n, dim] on the last stage; may be embedding_codes
     struct kv_cache kv;
 
+    struct step_graphs graphs; // of the layers
     void *scratch_base;
     struct language_scratch scratch;
     size_t scratch_bytes, weight_bytes;
@@ -92,6 +94,7 @@ struct language_model {
     int32_t targets_capacity;
     int32_t *needed, *feature_tokens, *feature_from; // [max_tokens]
     int32_t *sequence_of;                            // [max_tokens]
+    int32_t *query_start;                            // [max_sequences + 1]
     struct sample_result *samples;                   // [samples_capacity]
     int32_t samples_capacity;
     struct sampler sampler;
@@ -124,6 +127,10 @@ void language_init(struct language_model *m, const struct model_config *c, struc
                    struct backend *b, enum dtype dtype, const struct topology *t,
                    struct model_comm *comm, const struct language_limits *limits);
 void language_release(struct language_model *m); // accepts a zeroed struct
+/* On a back end that replays: records the decode steps of a few sizes, which language_forward()
+ * replays from then on, to the same bits; nothing where layers have experts. Collective over the
+ * stage's shards, before the first step. */
+void language_record(struct language_model *m);
 
 /* One step. Collective over the stage's shards, and stage to stage. On shard 0 of the last stage
  * `out` holds samples and targets; captures are on shard 0 of the stage that has the tensor. A

@@ -57,7 +57,8 @@ size_t language_host_bytes(const struct text_config *t, const struct weight_cut 
                            int samples, const struct language_limits *limits)
 {
     size_t n = (size_t)limits->max_tokens, vocab = (size_t)cut->vocab.n * (size_t)n_shards;
-    size_t n_bytes = n * (size_t)t->head_dim * sizeof(float) + 4 * n * sizeof(int32_t);
+    size_t n_bytes = n * (size_t)t->head_dim * sizeof(float) + 4 * n * sizeof(int32_t) +
+                     ((size_t)limits->max_sequences + 1) * sizeof(int32_t);
     n_bytes += expert_scratch_host_bytes(t, limits->max_tokens);
     if (samples)
         n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
@@ -150,6 +151,7 @@ static void allocate_host(struct language_model *m)
     m->feature_tokens = xcalloc(n, sizeof(int32_t));
     m->feature_from = xcalloc(n, sizeof(int32_t));
     m->sequence_of = xcalloc(n, sizeof(int32_t));
+    m->query_start = xcalloc((size_t)m->limits.max_sequences + 1, sizeof(int32_t));
     m->needed = xcalloc(n, sizeof(int32_t));
     if (m->stage != m->n_stages - 1 || m->shard != 0)
         return;
@@ -209,12 +211,13 @@ void language_release(struct language_model *m)
     if (!b)
         return;
     sampler_release(&m->sampler);
-    void *host[] = {m->samples,     m->row,          m->host_logits,    m->targets,  m->needed,
-                    m->sequence_of, m->feature_from, m->feature_tokens, m->inv_freq, m->grown_freq,
-                    m->host_sin,    m->host_cos,     m->kv_of_head};
+    void *host[] = {m->samples,     m->row,         m->host_logits,  m->targets,        m->needed,
+                    m->sequence_of, m->query_start, m->feature_from, m->feature_tokens, m->inv_freq,
+                    m->grown_freq,  m->host_sin,    m->host_cos,     m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
     expert_scratch_free_host(&m->scratch.experts);
+    step_graphs_release(&m->graphs, b);
     op_free(b, m->scratch_base);
     kv_cache_release(&m->kv);
     for (int64_t j = 0; j < m->layer_range.n; j++) {

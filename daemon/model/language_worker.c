@@ -67,6 +67,7 @@ int language_worker_run(const struct worker_options *o, const struct topology *t
         die("%s", err.msg);
     language_init(&m, o->model, &w, b, o->dtype, t, &o->device->comm, &limits);
     weights_release(&w);
+    language_record(&m);
     worker_report_ready(t, c, b, m.weight_bytes, m.kv.n_bytes, m.scratch_bytes, start);
     for (;;) {
         struct message *request = control_recv(c);

@@ -7,7 +7,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
+#include "kernels/trace.h"
 
 #define QK_NORM_EPS 1e-6f   // InternVLVisionRMSNorm's default, not layer_norm_eps
 #define PROJECTOR_EPS 1e-5f // nn.LayerNorm's default
@@ -122,6 +124,7 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
     *m = (struct vision_model){.config = c,
                                .backend = b,
                                .dtype = dtype,
+                               .max_tiles = max_tiles,
                                .pixel_mean = pixel_mean,
                                .pixel_std = pixel_std};
     m->cls = weights_vector(w, b, "vision_tower.embeddings.cls_token");
@@ -155,6 +158,9 @@ void vision_release(struct vision_model *m)
     struct backend *b = m->backend;
     if (!b)
         return;
+    for (int i = 0; i < m->n_graphs; i++)
+        op_graph_free(b, m->graphs[i]);
+    free(m->graphs);
     op_free(b, m->scratch_base);
     for (int i = 0; i < m->config->vision.n_layers; i++) {
         struct vision_layer *l = &m->layers[i];
@@ -332,6 +338,16 @@ static void mask_patches(struct vision_run *r, const struct tile_batch *t, struc
     }
 }
 
+/* scratch.pixels as the run's tiles [n_tiles, channels, height, width]. */
+static struct tensor pixels_of(const struct vision_run *r, const struct tile_batch *t)
+{
+    return (struct tensor){.data = r->m->scratch.pixels,
+                           .dtype = t->dtype,
+                           .n_dims = 4,
+                           .shape = {r->n_tiles, t->channels, t->height, t->width},
+                           .row_stride = t->width};
+}
+
 /* Conv with kernel = stride = patch, class token in front, plus positions. */
 static void embed(struct vision_run *r, const struct tile_batch *t)
 {
@@ -339,18 +355,10 @@ static void embed(struct vision_run *r, const struct tile_batch *t)
     struct backend *b = m->backend;
     const struct vision_config *v = &m->config->vision;
     int64_t dim = v->hidden_size, n = (int64_t)r->n_tiles * r->n_patches;
-    size_t tile_bytes =
-        (size_t)t->channels * (size_t)t->height * (size_t)t->width * dtype_size(t->dtype);
-    struct tensor pixels = {.data = m->scratch.pixels,
-                            .dtype = t->dtype,
-                            .n_dims = 4,
-                            .shape = {r->n_tiles, t->channels, t->height, t->width},
-                            .row_stride = t->width};
+    struct tensor pixels = pixels_of(r, t);
     struct tensor patches = tensor_2d(m->scratch.patches, b->activation_dtype, n, m->patch.in_dim);
     struct tensor embedded = tensor_2d(m->scratch.qkv, DTYPE_F32, n, dim);
     struct tensor cls = tensor_2d(m->cls, DTYPE_F32, 1, dim);
-    op_upload(b, pixels.data, (const char *)t->pixels + (size_t)r->first_tile * tile_bytes,
-              (size_t)r->n_tiles * tile_bytes);
     op_patchify(b, &patches, &pixels, v->patch_height, v->patch_width, m->pixel_mean, m->pixel_std);
     op_matmul(b, &embedded, &patches, &m->patch, NULL);
     capture(r, VISION_CAPTURE_LAYER0, &embedded, "vision.embed.patches", 0);
@@ -432,8 +440,9 @@ static void layer(struct vision_run *r, const struct vision_layer *l, int i)
     }
 }
 
-/* Drops the class token, shuffles pixels, projects. hidden [n_tiles * n_tokens, dim]. */
-static void project(struct vision_run *r, const struct tensor *hidden, int n_features, float *out)
+/* Drops the class token, shuffles pixels, projects into scratch.features. hidden
+ * [n_tiles * n_tokens, dim]. */
+static void project(struct vision_run *r, const struct tensor *hidden, int n_features)
 {
     struct vision_model *m = r->m;
     struct backend *b = m->backend;
@@ -466,12 +475,10 @@ static void project(struct vision_run *r, const struct tensor *hidden, int n_fea
     }
     op_matmul(b, &inner, &normed, &m->linear_1, &(struct epilogue){.act = c->projector_act});
     op_matmul(b, &features, &inner, &m->linear_2, NULL);
-    op_download(b, out + (int64_t)r->first_tile * n_features * c->text.hidden_size, features.data,
-                (size_t)(n * c->text.hidden_size) * sizeof(float));
 }
 
-/* The tiles of one run, from pixels to features. */
-static void run_tiles(struct vision_run *r, const struct tile_batch *t, int n_features, float *out)
+/* The tiles of one run, from scratch.pixels to scratch.features. */
+static void run_tiles(struct vision_run *r, const struct tile_batch *t, int n_features)
 {
     struct vision_model *m = r->m;
     struct backend *b = m->backend;
@@ -497,7 +504,68 @@ static void run_tiles(struct vision_run *r, const struct tile_batch *t, int n_fe
     capture(r, VISION_CAPTURE_HIDDEN_STATES | VISION_CAPTURE_LAST, &r->x,
             "vision.last_hidden_state", 0);
     if (n_features)
-        project(r, feature_layer == VISION_FEATURE_LAST ? &r->x : &chosen, n_features, out);
+        project(r, feature_layer == VISION_FEATURE_LAST ? &r->x : &chosen, n_features);
+}
+
+/* ---- recorded runs ---- */
+
+/* 1 for tiles that the recorded runs are of: the processor's, with nothing captured. */
+static int is_recorded(const struct vision_run *r, const struct tile_batch *t)
+{
+    const struct vision_config *v = &r->m->config->vision;
+    return r->n_tiles <= r->m->n_graphs && t->dtype == DTYPE_U8 && !t->captures && t->n_mask == 0 &&
+           t->height == v->image_height && t->width == v->image_width;
+}
+
+void vision_record(struct vision_model *m)
+{
+    const struct model_config *c = m->config;
+    const struct vision_config *v = &c->vision;
+    struct tile_batch t = {.channels = v->n_channels,
+                           .height = v->image_height,
+                           .width = v->image_width,
+                           .dtype = DTYPE_U8};
+    uint64_t start_ns = clock_now_ns();
+    int n = (int)(m->scratch.n_tokens / (v->n_patches + 1)), n_features = c->n_features_per_tile;
+    if (!m->backend->replays || !m->pixel_mean)
+        return;
+    n = n < m->max_tiles ? n : m->max_tiles;
+    prepare_position(m, t.height, t.width);
+    m->graphs = xcalloc((size_t)n, sizeof(*m->graphs));
+    for (m->n_graphs = 0; m->n_graphs < n; m->n_graphs++) {
+        struct vision_run r = {.m = m, .n_tiles = m->n_graphs + 1};
+        r.n_patches = v->n_patches;
+        r.n_tokens = r.n_patches + 1;
+        run_tiles(&r, &t, n_features); // products choose their algorithms
+        op_graph_begin(m->backend);
+        run_tiles(&r, &t, n_features);
+        m->graphs[m->n_graphs] = op_graph_end(m->backend);
+    }
+    log_info("vision", "runs of 1 to %d tiles recorded in %.1f s", n,
+             (double)(clock_now_ns() - start_ns) / 1e9);
+}
+
+/* ---- a batch ---- */
+
+static void run_to_features(struct vision_run *r, const struct tile_batch *t, int n_features,
+                            float *features)
+{
+    struct vision_model *m = r->m;
+    struct tensor pixels = pixels_of(r, t);
+    size_t tile_bytes =
+        (size_t)t->channels * (size_t)t->height * (size_t)t->width * dtype_size(t->dtype);
+    size_t n = (size_t)n_features * (size_t)m->config->text.hidden_size;
+    op_upload(m->backend, pixels.data, (const char *)t->pixels + (size_t)r->first_tile * tile_bytes,
+              (size_t)r->n_tiles * tile_bytes);
+    if (is_recorded(r, t)) {
+        uint64_t begin_ns = trace_begin();
+        op_graph_launch(m->backend, m->graphs[r->n_tiles - 1]);
+        trace_end("replay", begin_ns, "tiles", r->n_tiles);
+    } else {
+        run_tiles(r, t, n_features);
+    }
+    op_download(m->backend, features + (size_t)r->first_tile * n, m->scratch.features,
+                (size_t)r->n_tiles * n * sizeof(float));
 }
 
 void vision_forward(struct vision_model *m, const struct tile_batch *t, float *features,
@@ -521,6 +589,6 @@ void vision_forward(struct vision_model *m, const struct tile_batch *t, float *f
     fit = fit_pixels >= 1 && fit_pixels < fit ? fit_pixels : fit;
     for (r.first_tile = 0; r.first_tile < t->n_tiles; r.first_tile += r.n_tiles) {
         r.n_tiles = t->n_tiles - r.first_tile < fit ? t->n_tiles - r.first_tile : fit;
-        run_tiles(&r, t, n_features, features);
+        run_to_features(&r, t, n_features, features);
     }
 }

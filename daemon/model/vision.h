@@ -57,6 +57,9 @@ struct vision_model {
     struct linear linear_1, linear_2;
     const float *pixel_mean, *pixel_std; // [n_channels] borrowed; for U8 tiles
     int position_height, position_width; // pixels that scratch.position is for; 0: none yet
+    int max_tiles;                       // of one batch
+    struct graph **graphs;               // [n_graphs]: the recorded run of i + 1 tiles
+    int n_graphs;                        // 0: nothing is recorded
     void *scratch_base;
     struct vision_scratch scratch;
     size_t scratch_bytes, weight_bytes;
@@ -82,6 +85,9 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
                  struct backend *b, enum dtype dtype, int max_tiles, const float *pixel_mean,
                  const float *pixel_std);
 void vision_release(struct vision_model *m); // accepts a zeroed struct
+/* On a back end that replays: records the run of each number of U8 tiles of the native size that
+ * fits the scratch, which vision_forward() replays from then on, to the same bits. */
+void vision_record(struct vision_model *m);
 
 /* Error (INVALID_ARGUMENT) when tiles of this size cannot be encoded at all: for the gateway. */
 int vision_check_size(const struct model_config *c, int channels, int height, int width,

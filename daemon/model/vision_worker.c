@@ -65,6 +65,7 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
         die("%s", err.msg);
     vision_init(&m, o->model, &w, b, o->dtype, o->max_vision_tiles, o->pixel_mean, o->pixel_std);
     weights_release(&w);
+    vision_record(&m);
     worker_report_ready(t, c, b, m.weight_bytes, 0, m.scratch_bytes, start);
     for (;;) {
         struct message *request = control_recv(c);

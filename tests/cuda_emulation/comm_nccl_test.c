@@ -39,19 +39,19 @@ static float tree(const float *p, int n)
 static void check_sum(struct backend *b, struct comm *c, int deterministic, int captured)
 {
     float *x = op_alloc(b, N * sizeof(float)), mine[N], got[N], parts[8];
-    struct cuda_graph *g = NULL;
+    struct graph *g = NULL;
 
     for (int i = 0; i < N; i++)
         mine[i] = value(c->rank, i);
     if (captured) {
         comm_all_reduce(c, x, N);
-        backend_cuda_capture_begin(b);
+        op_graph_begin(b);
         comm_all_reduce(c, x, N);
-        g = backend_cuda_capture_end(b);
+        g = op_graph_end(b);
     }
     op_upload(b, x, mine, sizeof(mine));
     if (captured)
-        backend_cuda_graph_launch(b, g);
+        op_graph_launch(b, g);
     else
         comm_all_reduce(c, x, N);
     op_download(b, got, x, sizeof(got));
@@ -61,7 +61,7 @@ static void check_sum(struct backend *b, struct comm *c, int deterministic, int 
         float want = tree(parts, c->size), error = got[i] - want;
         CHECK(deterministic ? error == 0 : error < 1e-3f && error > -1e-3f);
     }
-    backend_cuda_graph_free(g);
+    op_graph_free(b, g);
     op_free(b, x);
 }
 

@@ -47,7 +47,7 @@ static void check_call(struct backend *b, int size, int last, size_t n, size_t s
     float *parts = case_floats((int64_t)n * size, 1.0f, DTYPE_F32);
     float *x = (float *)op_alloc(b, (n + shift + 1) * sizeof(float)) + shift;
     float *got = calloc(n + 1, sizeof(*got));
-    struct cuda_graph *g = NULL;
+    struct graph *g = NULL;
 
     for (int i = 0; i < size; i++) {
         int r = (last + 1 + i) % size;
@@ -55,15 +55,15 @@ static void check_call(struct backend *b, int size, int last, size_t n, size_t s
         op_upload(b, x, parts + (size_t)r * n, n * sizeof(float));
         op_upload(b, x + n, &(float){7.0f}, sizeof(float));
         if (captured) {
-            backend_cuda_capture_begin(b);
+            op_graph_begin(b);
             backend_cuda_all_reduce(b, one, x, n, SHORT_NS, 0);
-            g = backend_cuda_capture_end(b);
-            backend_cuda_graph_launch(b, g);
+            g = op_graph_end(b);
+            op_graph_launch(b, g);
         } else {
             backend_cuda_all_reduce(b, one, x, n, SHORT_NS, 0);
         }
         op_download(b, got, x, (n + 1) * sizeof(float));
-        backend_cuda_graph_free(g);
+        op_graph_free(b, g);
         assert_true(got[n] == 7.0f);
         if (r == last) {
             assert_int_equal(*one->overdue, 0);

@@ -248,21 +248,21 @@ static void test_graph(void **state)
     const float *weight = case_upload(b, case_floats(64, 1, DTYPE_F32), 64);
 
     op_matmul(b, &y.device, &x.device, &l, NULL); // chooses the algorithm
-    backend_cuda_capture_begin(b);
+    op_graph_begin(b);
     op_rms_norm(b, &x.device, &x.device, weight, 1e-6f);
     op_matmul(b, &y.device, &x.device, &l, NULL);
-    struct cuda_graph *g = backend_cuda_capture_end(b);
+    struct graph *g = op_graph_end(b);
     for (int i = 0; i < 2; i++) {
         const struct tensor *input = i ? &x2.device : &x.device;
         struct case_matrix copy = case_matrix_new(b, DTYPE_BF16, 3, 64, 0);
         op_copy(b, &copy.device, input);
         op_copy(b, &x.device, input);
-        backend_cuda_graph_launch(b, g);
+        op_graph_launch(b, g);
         op_rms_norm(b, &copy.device, &copy.device, weight, 1e-6f);
         op_matmul(b, &want.device, &copy.device, &l, NULL);
         case_same(b, &want.device, &y.device, "a replayed graph");
     }
-    backend_cuda_graph_free(g);
+    op_graph_free(b, g);
     op_linear_free(b, &l);
     case_clear(b);
     backend_close(b);

@@ -39,7 +39,8 @@ def main():
     cases = list(reference.generations(goldens, [], folder, config, report, alone))[:N_GENERATIONS]
     for text in layouts:
         with daemon.Daemon(model=folder / "checkpoints" / name, dtype="float32", **daemon.layout_of(text),
-                           extra=("--device", "cuda", "--deterministic", "--max-model-len", "2048", *options)) as d:
+                           extra=("--device", "cuda", "--deterministic", "--max-num-seqs", "4",
+                                  "--max-model-len", "2048", *options)) as d:
             client = Client(d.address)
             reference.check_vision(client, text, goldens, report, config)
             reference.check_language(client, text, goldens, report, config)

@@ -21,7 +21,8 @@ LOGPROB_ABS = 1e-4  # as logits against Transformers
 
 def ask(method, device, tensor):
     with daemon.Daemon(model=MODEL, dtype="float32", tensor=tensor, extra=(
-            "--quantization", method, "--device", device, "--deterministic", "--max-model-len", 64, *OPTIONS)) as d:
+            "--quantization", method, "--device", device, "--deterministic", "--max-num-seqs", 2, "--max-model-len", 64,
+            *OPTIONS)) as d:
         client = Client(d.address)
         reply = client.generate(PROMPT, timeout=300, temperature=0, max_tokens=3, prompt_logprobs=1)
         client.close()

@@ -116,7 +116,8 @@ static void wait_for_nobody(struct backend *b, float *x)
 
 int main(int argc, char **argv)
 {
-    struct cuda_options o = {0, DTYPE_F32, 0, 1 << 20, 0};
+    struct cuda_options o = {};
+    o.scratch_bytes = 1 << 20;
     struct backend *b = backend_cuda_open(&o);
     cudaStream_t stream = (cudaStream_t)backend_cuda_stream(b);
     float *x = (float *)b->ops->alloc(b, 512 * sizeof(float)), ones[512];
@@ -131,7 +132,7 @@ int main(int argc, char **argv)
     if (planted == HOST_TOUCH)
         printf("%g\n", x[0]);
     if (planted == CAPTURED_ALLOCATION)
-        backend_cuda_capture_begin(b), b->ops->alloc(b, 64);
+        op_graph_begin(b), b->ops->alloc(b, 64);
     if (planted == ABSENT_PEER)
         wait_for_nobody(b, y);
     LAUNCH(sum_kernel, dim3(2), dim3(planted == TOO_MANY_THREADS ? 1056 : 128), 0, stream, y, x,

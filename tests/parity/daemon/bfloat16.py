@@ -30,7 +30,7 @@ def wrong_best(logits, expected):
 def main():
     on_cuda = sys.argv[1] == "--cuda"
     name, *layouts = sys.argv[1 + on_cuda:]
-    extra = ("--device", "cuda", "--deterministic", "--max-model-len", 2048) if on_cuda else ("--device", "cpu")
+    extra = ("--device", "cuda", "--deterministic", "--max-num-seqs", 4, "--max-model-len", 2048) if on_cuda else ("--device", "cpu")
     folder = reference_folder(name)
     if folder is None:
         print(f"skipped: no reference data has {name}")
