@@ -1,18 +1,19 @@
 #!/bin/sh
 # On a machine with a GPU: builds with CUDA, runs on the device what tests/cuda_emulation runs without one, then the ops
-# under compute-sanitizer. Uses no network.
+# under compute-sanitizer, then how near the device comes to its own limits (tests/bench/gpu_bench). Uses no network.
 #
-#   sh deploy/gpu_test.sh [STEP]...
+#   sh deploy/gpu_test.sh [STEP]... [-- GPU_BENCH_OPTION...]
 #
-#   STEP           build, ops, models, nccl, daemon, sanitizer; none: all of them, in this order
+#   STEP           build, ops, models, nccl, daemon, sanitizer, bench; none: all of them, in this order
 #   exit status    0 nothing failed (what was skipped is said), 1 something did, 77 there is no GPU
 #
 # Wants what `deploy/packages.sh test` installs, a CUDA toolkit with cuBLASLt and NCCL, and, for the daemon's steps, a
 # Python with the packages of tests/requirements.txt: $INTERNVLD_PYTHON, deploy/test.sh's in build/venv, or python3.
-# Every step runs, whatever came of the others, once the build is there. Leaves all in build/gpu, with a log a step.
+# Every step runs, whatever came of the others, once the build is there. Leaves all in build/gpu, with a log a step and
+# gpu_bench.csv.
 set -eu
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
 steps='' here=$0
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -20,7 +21,11 @@ while [ $# -gt 0 ]; do
         usage
         exit 0
         ;;
-    build | ops | models | nccl | daemon | sanitizer) steps="$steps $1" ;;
+    build | ops | models | nccl | daemon | sanitizer | bench) steps="$steps $1" ;;
+    --)
+        shift
+        break
+        ;;
     *)
         echo "gpu_test: unknown step $1 (--help)" >&2
         exit 2
@@ -28,7 +33,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-steps=${steps:-build ops models nccl daemon sanitizer}
+steps=${steps:-build ops models nccl daemon sanitizer bench}
 
 no_gpu() {
     echo "gpu_test: skipped: $*"
@@ -139,6 +144,7 @@ for step in $steps; do
             run "sanitizer-$tool" sanitize $tool
         done
         ;;
+    bench) run bench "$out/tests/bench/gpu_bench" --csv "$out/gpu_bench.csv" "$@" ;;
     esac
 done
 
