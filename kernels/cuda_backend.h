@@ -22,7 +22,7 @@ struct cuda_options {
     int deterministic;           // 1: lanes and tree, bitwise the same in every layout
     int enforce_eager;           // 1: no step is to be recorded and replayed
     size_t scratch_bytes;        // 0: 256 MiB
-    size_t dense_bytes;          // most of a quantised weight that is dense at a time; 0: 64 MiB
+    size_t dense_bytes; // most of a quantised float32 weight that is dense at a time; 0: 64 MiB
 };
 
 /* The number of devices of this host, 0 without a driver. */

@@ -54,6 +54,12 @@ static inline struct cuda_state *cuda_state_of(struct backend *b)
     return (struct cuda_state *)b->state;
 }
 
+/* Sums that a product of l's is made of: its lanes, or one. */
+static inline int cuda_n_sums(const struct cuda_state *s, const struct linear *l)
+{
+    return s->deterministic ? l->n_lanes : 1;
+}
+
 /* A failed call of the run time is the machine's fault: the rank ends and names the call. */
 #define CUDA_CHECK(call)                                                                           \
     do {                                                                                           \
@@ -177,13 +183,21 @@ void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
 /* cuda_quantized.cu */
 void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                                 const struct tensor *bias);
-size_t cuda_quantized_bytes(const struct linear *l);
-/* So many rows of a quantised weight can be dense at a time, all or a multiple of 64; and rows
- * [first, first + n) of it: [n, in_dim] of l->dtype, until the next call. */
+size_t cuda_quantized_bytes(const struct cuda_state *s, const struct linear *l);
+/* So many rows of a quantised float32 weight can be dense at a time, all or a multiple of 64; and
+ * rows [first, first + n) of it: [n, in_dim], until the next call. */
 int64_t cuda_dense_rows(struct cuda_state *s, const struct linear *l);
-const void *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t first, int64_t n);
+const float *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t first, int64_t n);
 void cuda_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
                           const int32_t *ids, int32_t first_row);
+/* cuda_codes.cu: of a quantised bfloat16 linear, sums <- x W^T, one sum a lane. */
+struct codes_product {
+    const bf16 *x; // [n_rows, in_dim], rows x_stride apart
+    float *sums;   // [cuda_n_sums(), n_rows, out_dim], lanes lane_stride and rows row_stride apart
+    int64_t n_rows, x_stride, lane_stride, row_stride; // strides in elements
+};
+void cuda_codes_multiply(struct cuda_state *s, const struct linear *l,
+                         const struct codes_product *p);
 /* cuda_rows.cu */
 void cuda_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
                 int32_t first_row);

@@ -1,6 +1,6 @@
 /*
- * Dense products on CUDA: weights as they are ([out_dim, in_dim], row-major), cuBLASLt for the
- * sums, one kernel for what follows them.
+ * Products on CUDA: weights as they are ([out_dim, in_dim], row-major), cuBLASLt for the sums, one
+ * kernel for what follows them. (Sums with quantised bfloat16 weights are cuda_codes.cu's.)
  *
  * Batch invariance. A product's algorithm is asked for once, for PLAN_TOKENS rows whatever the
  * call's own number, with split and stream-k sums forbidden, and kept for every later call: the
@@ -50,9 +50,9 @@ static size_t weight_bytes(const struct linear *l)
 
 /* Of the weight itself; a copy of the bias in bfloat16 follows it: cuBLASLt wants it in y's type.
  */
-static size_t held_bytes(const struct linear *l)
+static size_t held_bytes(const struct cuda_state *s, const struct linear *l)
 {
-    return l->format == WEIGHT_FLOAT ? weight_bytes(l) : cuda_quantized_bytes(l);
+    return l->format == WEIGHT_FLOAT ? weight_bytes(l) : cuda_quantized_bytes(s, l);
 }
 
 void cuda_weight_alloc(struct backend *b, struct linear *l, size_t n_bytes,
@@ -287,9 +287,10 @@ struct matmul_call {
     const struct epilogue *e;
     int n_lanes;         // sums of the reduced dimension: l->n_lanes, or 1
     int converted;       // x must be brought to the weights' type first
-    int direct;          // cuBLASLt's result is y, finished
-    int into_y;          // cuBLASLt writes y, combine_kernel finishes it in place
-    enum dtype sum_type; // of what cuBLASLt writes
+    int by_codes;        // cuda_codes.cu multiplies, not cuBLASLt
+    int direct;          // the product's result is y, finished
+    int into_y;          // the product writes y, combine_kernel finishes it in place
+    enum dtype sum_type; // of what the product writes
 };
 
 static size_t scratch_per_row(const struct matmul_call *c)
@@ -330,6 +331,33 @@ static void multiply_lanes(struct cuda_state *s, const struct matmul_call *c,
     }
 }
 
+/* Of n = out_dim outputs. */
+static void multiply_whole(struct cuda_state *s, const struct matmul_call *c,
+                           const struct product *p)
+{
+    const struct linear *l = c->l;
+    int64_t lane_stride = p->m * l->out_dim;
+
+    if (c->by_codes) {
+        struct codes_product by_codes = {(const bf16 *)p->x, (float *)p->y, p->m, p->ld_x,
+                                         lane_stride,        p->ld_y};
+        cuda_codes_multiply(s, l, &by_codes);
+        return;
+    }
+    /* A quantised weight becomes dense a part of its rows at a time. */
+    int64_t step = l->format == WEIGHT_FLOAT ? l->out_dim : cuda_dense_rows(s, l);
+    for (int64_t row = 0; row < l->out_dim; row += step) {
+        struct product part = *p;
+        size_t size = dtype_size(c->sum_type);
+        part.n = step < l->out_dim - row ? step : l->out_dim - row;
+        part.w = l->format == WEIGHT_FLOAT ? l->packed : cuda_expand(s, l, row, part.n);
+        part.y = (char *)p->y + (size_t)row * size;
+        part.bias = p->bias ? (const char *)p->bias + (size_t)row * size : NULL;
+        part.residual = p->residual ? (const char *)p->residual + (size_t)row * size : NULL;
+        multiply_lanes(s, c, &part, lane_stride);
+    }
+}
+
 static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t first, int64_t n)
 {
     struct cuda_state *s = cuda_state_of(b);
@@ -358,21 +386,10 @@ static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t 
     p.ld_y = c->direct || c->into_y ? c->y->row_stride : l->out_dim;
     if (c->direct && l->bias)
         p.bias = c->sum_type == DTYPE_F32 ? (const void *)l->bias
-                                          : (const char *)l->packed + held_bytes(l);
+                                          : (const char *)l->packed + held_bytes(s, l);
     if (c->direct && c->e && c->e->residual)
         p.residual = row_at(c->e->residual, first);
-    /* A quantised weight becomes dense a part of its rows at a time. */
-    int64_t step = l->format == WEIGHT_FLOAT ? l->out_dim : cuda_dense_rows(s, l);
-    for (int64_t row = 0; row < l->out_dim; row += step) {
-        struct product part = p;
-        size_t size = dtype_size(c->sum_type);
-        part.n = step < l->out_dim - row ? step : l->out_dim - row;
-        part.w = l->format == WEIGHT_FLOAT ? l->packed : cuda_expand(s, l, row, part.n);
-        part.y = (char *)p.y + (size_t)row * size;
-        part.bias = p.bias ? (const char *)p.bias + (size_t)row * size : NULL;
-        part.residual = p.residual ? (const char *)p.residual + (size_t)row * size : NULL;
-        multiply_lanes(s, c, &part, n * l->out_dim);
-    }
+    multiply_whole(s, c, &p);
     if (c->direct)
         return;
     struct combine k = {};
@@ -408,9 +425,11 @@ void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
     c.x = x;
     c.l = l;
     c.e = e;
-    c.n_lanes = s->deterministic ? l->n_lanes : 1;
+    c.n_lanes = cuda_n_sums(s, l);
     c.converted = x->dtype != l->dtype;
-    c.direct = c.n_lanes == 1 && plain_type && !act && !scale && as_c;
+    c.by_codes = l->format != WEIGHT_FLOAT && l->dtype == DTYPE_BF16;
+    c.direct = c.n_lanes == 1 && !act && !scale &&
+               (c.by_codes ? y->dtype == DTYPE_F32 && !l->bias && !add : plain_type && as_c);
     c.into_y = !c.direct && c.n_lanes == 1 && y->dtype == DTYPE_F32 && !add;
     c.sum_type = c.direct || c.into_y ? y->dtype : DTYPE_F32;
     size_t per_row = scratch_per_row(&c);

@@ -1,83 +1,106 @@
 /*
- * Quantised weights on CUDA: codes, scales and zero points stay on the device as they come, and
- * become dense values, rounded to the linear's type, in memory of the back end just before they are
- * used. So a product is the dense one of the same values to the last bit, whatever its rows, also
- * in bfloat16, where the CPU's can be of values that are not rounded (kernels/quantized.h); it
- * saves memory, and costs a pass over the dense values on top of the dense product's time.
- *
- * A packed weight: codes [out_dim] rows of row_bytes, of 4 bits two a byte, the even column in the
- * low half | scales [out_dim, n_groups] | zeros [out_dim, n_groups] where it has any | what
- * cuda_matmul.cu puts behind every weight.
+ * Quantised weights on CUDA: how they are packed (cuda_codes.h), and values made of them: whole
+ * rows for embeddings, and for products of float32 linears, which are those with the dense weight
+ * to the last bit. Such a weight becomes dense, a part at a time, in memory of the back end just
+ * before it is used: that saves memory, and costs a pass over the dense values on top of the dense
+ * product's time. bfloat16 linears multiply codes as they are (cuda_codes.cu).
  */
-#include "kernels/cuda_internal.h"
+#include "kernels/cuda_codes.h"
 
-/* What a kernel needs of a weight. */
-struct codes {
-    const uint8_t *codes;
-    const float *scales;
-    const int8_t *zeros;     // or NULL
-    const int32_t *group_of; // or NULL
-    enum weight_format format;
-    int is_4_bit;
-    int64_t out_dim, in_dim, row_bytes, n_groups, group_size, group_phase;
-    float table[16]; // of a format of 4 bits
-};
-
-static int64_t code_row_bytes(const struct linear *l)
+static enum code_kind kind_of(enum weight_format format)
 {
-    return weight_format_bits(l->format) == 4 ? (l->in_dim + 1) / 2 : l->in_dim;
+    switch (format) {
+    case WEIGHT_INT8:
+    case WEIGHT_INT8_127:
+        return CODES_INT8;
+    case WEIGHT_FP8:
+        return CODES_FP8;
+    case WEIGHT_INT4:
+        return CODES_INT4;
+    case WEIGHT_NF4:
+    case WEIGHT_FP4:
+        return CODES_TABLE;
+    default:
+        BUG("weight format %d has no codes", (int)format);
+    }
 }
 
-static size_t scales_at(const struct linear *l)
+static void lay_out_lanes(struct codes *c, const struct cuda_state *s, const struct linear *l)
 {
-    return rounded((size_t)(l->out_dim * code_row_bytes(l)));
+    int unit_bytes = unit_bytes_of(c->kind), step_columns = STEP_BYTES / unit_bytes * UNIT;
+
+    c->n_lanes = cuda_n_sums(s, l);
+    c->lane_start[c->n_lanes] = c->in_dim;
+    for (int i = 0; i < c->n_lanes; i++) {
+        c->lane_start[i] = i ? (int)l->lane_start[i] : 0;
+        int end = i + 1 < c->n_lanes ? (int)l->lane_start[i + 1] : c->in_dim;
+        int n_steps = (end - c->lane_start[i] + step_columns - 1) / step_columns;
+        c->lane_at[i + 1] = c->lane_at[i] + n_steps * STEP_BYTES;
+        if ((c->lane_start[i] + c->group_phase) % UNIT)
+            c->groups_of_units = 0;
+    }
+    c->row_bytes = c->lane_at[c->n_lanes];
 }
 
-static size_t zeros_at(const struct linear *l)
-{
-    return scales_at(l) + rounded((size_t)(l->out_dim * l->n_groups) * sizeof(float));
-}
-
-size_t cuda_quantized_bytes(const struct linear *l)
-{
-    return zeros_at(l) + (l->has_zeros ? rounded((size_t)(l->out_dim * l->n_groups)) : 0);
-}
-
-static struct codes codes_of(const struct linear *l)
+struct codes cuda_codes_of(const struct cuda_state *s, const struct linear *l)
 {
     const char *packed = (const char *)l->packed;
-    const float *table = weight_format_table(l->format, l->has_zeros);
+    size_t n_scales = (size_t)(l->out_dim * l->n_groups);
+    int is_one = l->n_groups == 1;
     struct codes c = {};
 
-    c.codes = (const uint8_t *)packed;
-    c.scales = (const float *)(packed + scales_at(l));
-    c.zeros = l->has_zeros ? (const int8_t *)(packed + zeros_at(l)) : NULL;
-    c.group_of = l->group_of;
-    c.format = l->format;
-    c.is_4_bit = weight_format_bits(l->format) == 4;
-    c.out_dim = l->out_dim;
-    c.in_dim = l->in_dim;
-    c.row_bytes = code_row_bytes(l);
-    c.n_groups = l->n_groups;
-    c.group_size = l->group_size;
-    c.group_phase = l->group_phase;
-    if (table)
-        memcpy(c.table, table, sizeof(c.table));
+    c.kind = kind_of(l->format);
+    c.out_dim = (int)l->out_dim;
+    c.in_dim = (int)l->in_dim;
+    c.n_groups = (int)l->n_groups;
+    c.group_of = is_one ? NULL : l->group_of;
+    c.group_size = is_one ? 1 << 30 : (int)l->group_size; // any that no column is behind
+    c.group_phase = is_one ? 0 : (int)l->group_phase;
+    c.group_shift = -1;
+    for (int i = 0; i < 31; i++)
+        if (c.group_size == 1 << i)
+            c.group_shift = i;
+    c.groups_of_units = !c.group_of && c.group_size % UNIT == 0;
+    lay_out_lanes(&c, s, l);
+    c.zero = l->format == WEIGHT_INT4 ? 8.0f : 0.0f;
+    c.factor = l->format == WEIGHT_INT8_127 ? INT8_127_FACTOR : 1.0f;
+    if (c.kind == CODES_TABLE)
+        memcpy(c.table, weight_format_table(l->format, 0), sizeof(c.table));
+    c.scales_at = rounded((size_t)(l->out_dim * c.row_bytes));
+    c.zeros_at = c.scales_at + rounded(n_scales * sizeof(float));
+    c.n_bytes = c.zeros_at + (l->has_zeros ? rounded(n_scales) : 0);
+    if (packed) {
+        c.codes = (const uint8_t *)packed;
+        c.scales = (const float *)(packed + c.scales_at);
+        c.zeros = l->has_zeros ? (const int8_t *)(packed + c.zeros_at) : NULL;
+    }
     return c;
+}
+
+size_t cuda_quantized_bytes(const struct cuda_state *s, const struct linear *l)
+{
+    return cuda_codes_of(s, l).n_bytes;
 }
 
 /* ---- packing ---- */
 
-static void pack_row(uint8_t *to, const struct quantized *q, int64_t row, int is_4_bit)
+static void pack_row(uint8_t *to, const struct codes *c, const uint8_t *from)
 {
-    const uint8_t *from = q->codes + row * q->in_dim;
+    int unit_bytes = unit_bytes_of(c->kind);
 
-    if (!is_4_bit) {
-        memcpy(to, from, (size_t)q->in_dim);
-        return;
+    memset(to, 0, (size_t)c->row_bytes);
+    for (int lane = 0; lane < c->n_lanes; lane++) {
+        int start = c->lane_start[lane], end = c->lane_start[lane + 1];
+        for (int k = start; k < end; k += UNIT) {
+            int n = end - k < UNIT ? end - k : UNIT;
+            uint8_t *unit = to + c->lane_at[lane] + unit_at((k - start) / UNIT, unit_bytes);
+            if (unit_bytes == UNIT)
+                memcpy(unit, from + k, (size_t)n);
+            else
+                for (int i = 0; i < n; i++)
+                    unit[i / 2] |= (uint8_t)(from[k + i] << i % 2 * 4);
+        }
     }
-    for (int64_t k = 0; k < q->in_dim; k += 2)
-        to[k / 2] = (uint8_t)(from[k] | (k + 1 < q->in_dim ? from[k + 1] << 4 : 0));
 }
 
 /* Memory for the dense values of the largest weight, or as many of its rows as fit. */
@@ -106,22 +129,25 @@ void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struc
     l->group_phase = q->group_phase;
     l->has_zeros = q->zeros != NULL;
     l->group_of = NULL;
-    int64_t row_bytes = code_row_bytes(l), at_once = (int64_t)s->staging_bytes / row_bytes;
+    l->packed = NULL;
+    const struct codes c = cuda_codes_of(s, l);
+    int64_t at_once = (int64_t)s->staging_bytes / c.row_bytes;
     size_t n_scales = (size_t)(l->out_dim * l->n_groups);
     if (at_once < 1)
         BUG("a row of %lld codes is larger than the staging buffer", (long long)l->in_dim);
-    reserve_dense(s, l);
-    cuda_weight_alloc(b, l, cuda_quantized_bytes(l), bias);
+    if (l->dtype == DTYPE_F32)
+        reserve_dense(s, l);
+    cuda_weight_alloc(b, l, c.n_bytes, bias);
     for (int64_t row = 0; row < l->out_dim; row += at_once) {
         int64_t n = l->out_dim - row < at_once ? l->out_dim - row : at_once;
         uint8_t *half = (uint8_t *)cuda_staging_next(s);
         for (int64_t i = 0; i < n; i++)
-            pack_row(half + i * row_bytes, q, row + i, weight_format_bits(l->format) == 4);
-        cuda_staging_upload(b, (char *)l->packed + row * row_bytes, (size_t)(n * row_bytes));
+            pack_row(half + i * c.row_bytes, &c, q->codes + (row + i) * l->in_dim);
+        cuda_staging_upload(b, (char *)l->packed + row * c.row_bytes, (size_t)(n * c.row_bytes));
     }
-    b->ops->upload(b, (char *)l->packed + scales_at(l), q->scales, n_scales * sizeof(float));
+    b->ops->upload(b, (char *)l->packed + c.scales_at, q->scales, n_scales * sizeof(float));
     if (q->zeros)
-        b->ops->upload(b, (char *)l->packed + zeros_at(l), q->zeros, n_scales);
+        b->ops->upload(b, (char *)l->packed + c.zeros_at, q->zeros, n_scales);
     if (q->group_of) {
         l->group_of = (int32_t *)b->ops->alloc(b, (size_t)l->in_dim * sizeof(int32_t));
         b->ops->upload(b, l->group_of, q->group_of, (size_t)l->in_dim * sizeof(int32_t));
@@ -130,40 +156,28 @@ void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struc
 
 /* ---- values ---- */
 
-__device__ __forceinline__ float fp8_e4m3(uint8_t code)
+/* W[row, lane_start[lane] + in_lane] */
+template <enum code_kind KIND>
+__device__ __forceinline__ float value_at(const struct codes &c, int64_t row, int lane, int in_lane)
 {
-    int exponent = code >> 3 & 15, mantissa = code & 7;
-    float magnitude =
-        exponent ? ldexpf((float)(8 + mantissa), exponent - 10) : ldexpf((float)mantissa, -9);
+    const uint8_t *unit = c.codes + row * c.row_bytes + c.lane_at[lane] +
+                          unit_at(in_lane / UNIT, unit_bytes_of(KIND));
+    int i = in_lane % UNIT;
+    uint32_t code = unit_bytes_of(KIND) == UNIT ? unit[i] : unit[i / 2] >> i % 2 * 4 & 15;
+    struct scaling s = scaling_at(c, row, group_at(c, c.lane_start[lane] + in_lane));
 
-    if (exponent == 15 && mantissa == 7)
-        return NAN;
-    return code & 0x80 ? -magnitude : magnitude;
+    return code_value<KIND>(c, c.table, code, s);
 }
 
-/* quantized_value(), operation by operation. */
-__device__ __forceinline__ float value_at(const struct codes &c, int64_t row, int64_t k)
+/* w [rows, in_dim] <- rows [first, first + gridDim.x); blockIdx.y is the lane. */
+template <enum code_kind KIND>
+__global__ void expand_kernel(float *w, struct codes c, int64_t first)
 {
-    const uint8_t *codes = c.codes + row * c.row_bytes;
-    uint8_t code = c.is_4_bit ? (uint8_t)(codes[k / 2] >> k % 2 * 4 & 15) : codes[k];
-    int64_t group = c.group_of ? c.group_of[k] : (k + c.group_phase) / c.group_size;
-    float scale = c.scales[row * c.n_groups + group];
-    float zero = c.zeros ? (float)c.zeros[row * c.n_groups + group] : 0.0f;
+    int start = c.lane_start[blockIdx.y], n = c.lane_start[blockIdx.y + 1] - start;
 
-    if (c.is_4_bit)
-        return (c.table[code] - zero) * scale;
-    if (c.format == WEIGHT_FP8)
-        return fp8_e4m3(code) * scale;
-    if (c.format == WEIGHT_INT8_127)
-        return (float)(int8_t)code * scale * INT8_127_FACTOR;
-    return ((float)(int8_t)code - zero) * scale;
-}
-
-/* w [rows, in_dim] <- rows [first, first + gridDim.x) */
-template <class T> __global__ void expand_kernel(T *w, struct codes c, int64_t first)
-{
-    for (int64_t k = threadIdx.x; k < c.in_dim; k += blockDim.x)
-        w[blockIdx.x * c.in_dim + k] = from_float<T>(value_at(c, first + blockIdx.x, k));
+    for (int k = threadIdx.x; k < n; k += blockDim.x)
+        w[(int64_t)blockIdx.x * c.in_dim + start + k] =
+            value_at<KIND>(c, first + blockIdx.x, blockIdx.y, k);
 }
 
 int64_t cuda_dense_rows(struct cuda_state *s, const struct linear *l)
@@ -173,24 +187,27 @@ int64_t cuda_dense_rows(struct cuda_state *s, const struct linear *l)
     return n >= l->out_dim ? l->out_dim : n / 64 * 64;
 }
 
-const void *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t first, int64_t n)
+const float *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t first, int64_t n)
 {
-    WITH_TYPE(l->dtype, T,
-              LAUNCH((expand_kernel<T>), dim3((unsigned)n), dim3(256), 0, s->stream, (T *)s->dense,
-                     codes_of(l), first));
-    return s->dense;
+    const struct codes c = cuda_codes_of(s, l);
+
+    WITH_KIND(c.kind, KIND,
+              LAUNCH((expand_kernel<KIND>), dim3((unsigned)n, (unsigned)c.n_lanes), dim3(256), 0,
+                     s->stream, (float *)s->dense, c, first));
+    return (const float *)s->dense;
 }
 
 /* y's row i <- the table's row ids[i] - first_row, in the table's type first; zeros where it has
  * none. */
-template <class Y, class T>
+template <enum code_kind KIND, class Y, class T>
 __global__ void embed_kernel(Y *y, int64_t y_stride, struct codes c, const int32_t *ids,
                              int32_t first_row)
 {
     int64_t row = (int64_t)ids[blockIdx.x] - first_row;
 
-    for (int64_t k = threadIdx.x; k < c.in_dim; k += blockDim.x) {
-        float v = row >= 0 && row < c.out_dim ? to_float(from_float<T>(value_at(c, row, k))) : 0.0f;
+    for (int k = threadIdx.x; k < c.in_dim; k += blockDim.x) {
+        int is_here = row >= 0 && row < c.out_dim;
+        float v = is_here ? to_float(from_float<T>(value_at<KIND>(c, row, 0, k))) : 0.0f;
         y[blockIdx.x * y_stride + k] = from_float<Y>(v);
     }
 }
@@ -198,13 +215,15 @@ __global__ void embed_kernel(Y *y, int64_t y_stride, struct codes c, const int32
 void cuda_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
                           const int32_t *ids, int32_t first_row)
 {
+    const struct codes c = cuda_codes_of(cuda_state_of(b), table);
     int64_t n = tensor_n_rows(y);
 
     if (n == 0)
         return;
-    WITH_TYPE(y->dtype, Y,
-              WITH_TYPE(table->dtype, T,
-                        LAUNCH((embed_kernel<Y, T>), dim3((unsigned)n), dim3(256), 0,
-                               cuda_state_of(b)->stream, (Y *)y->data, y->row_stride,
-                               codes_of(table), ids, first_row)));
+    WITH_KIND(c.kind, KIND,
+              WITH_TYPE(y->dtype, Y,
+                        WITH_TYPE(table->dtype, T,
+                                  LAUNCH((embed_kernel<KIND, Y, T>), dim3((unsigned)n), dim3(256),
+                                         0, cuda_state_of(b)->stream, (Y *)y->data, y->row_stride,
+                                         c, ids, first_row))));
 }

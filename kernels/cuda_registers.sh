@@ -14,6 +14,7 @@ cat "$@" | $filter | awk -v max="$SPILL_MAX" '
         sub(/.* for ./, "", architecture)
         sub(/[^a-z_0-9].*/, "", architecture)
         sub(/. for .*/, "", kernel)
+        gsub(/\([a-z_]+\)/, "", kernel) # of an enum argument
         sub(/\(.*/, "", kernel)
         sub(/^void /, "", kernel)
     }

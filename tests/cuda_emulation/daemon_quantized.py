@@ -3,8 +3,9 @@ log-probabilities.
 
     daemon_quantized.py [METHOD]... [--OPTION of internvld]...
 
-Both hold the same values and sum in float32 in different orders; the CPU is held to Transformers elsewhere. T=2 gives
-the bits of T=1. Text alone: emulated threads are slow.
+In float32 both hold the same values and sum in different orders; the CPU is held to Transformers elsewhere. In bfloat16
+CUDA rounds values that the CPU does not (kernels/quantized.h), so that only nearness is asked. T=2 gives the bits of
+T=1 in both: of products with dense values, and of codes. Text alone: emulated threads are slow.
 """
 
 import sys
@@ -13,14 +14,15 @@ import daemon
 from support import Client, pb, position_bits
 
 OPTIONS = [x for x in sys.argv[1:] if x.startswith("--")]
-METHODS = [x for x in sys.argv[1:] if x not in OPTIONS] or ["int4"]  # every format: cuda_op_test, bit for bit
+METHODS = [x for x in sys.argv[1:] if x not in OPTIONS] or ["int4"]  # every format: cuda_op_test
 MODEL = daemon.ROOT / "tests/data/reference/checkpoints/ln-1b-style"
 PROMPT = pb.Prompt(tokens=pb.TokenPrompt(token_ids=[5 + 31 * i % 900 for i in range(16)]))
-LOGPROB_ABS = 1e-4  # as logits against Transformers
+# As logits against Transformers; in bfloat16 the CPU itself is 0.08 from its float32 here.
+LOGPROB_ABS = {"float32": 1e-4, "bfloat16": 0.2}
 
 
-def ask(method, device, tensor):
-    with daemon.Daemon(model=MODEL, dtype="float32", tensor=tensor, extra=(
+def ask(method, dtype, device, tensor):
+    with daemon.Daemon(model=MODEL, dtype=dtype, tensor=tensor, extra=(
             "--quantization", method, "--device", device, "--deterministic", "--max-num-seqs", 2, "--max-model-len", 64,
             *OPTIONS)) as d:
         client = Client(d.address)
@@ -29,20 +31,23 @@ def ask(method, device, tensor):
     return reply
 
 
+def check(method, dtype):
+    """The failures of one method and type, as text."""
+    cpu, cuda, shards = ask(method, dtype, "cpu", 1), ask(method, dtype, "cuda", 1), ask(method, dtype, "cuda", 2)
+    error = max(abs(a.chosen.logprob - b.chosen.logprob)
+                for a, b in zip(cpu.prompt_logprobs, cuda.prompt_logprobs, strict=True))
+    print(f"  {method} {dtype}: {cuda.ids}, largest difference of {len(cpu.prompt_logprobs)} log-probabilities {error:.1e}",
+          flush=True)
+    if dtype == "float32" and cuda.ids != cpu.ids:
+        yield f"{method} {dtype}: {cuda.ids} instead of {cpu.ids}"
+    if error > LOGPROB_ABS[dtype]:
+        yield f"{method} {dtype}: log-probabilities differ by {error}"
+    if shards.ids != cuda.ids or position_bits(shards.prompt_logprobs) != position_bits(cuda.prompt_logprobs):
+        yield f"{method} {dtype}: T=2 has not the bits of T=1"
+
+
 def main():
-    failures = []
-    for method in METHODS:
-        cpu, cuda, shards = ask(method, "cpu", 1), ask(method, "cuda", 1), ask(method, "cuda", 2)
-        error = max(abs(a.chosen.logprob - b.chosen.logprob)
-                    for a, b in zip(cpu.prompt_logprobs, cuda.prompt_logprobs, strict=True))
-        print(f"  {method}: {cuda.ids}, largest difference of {len(cpu.prompt_logprobs)} log-probabilities {error:.1e}",
-              flush=True)
-        if cuda.ids != cpu.ids:
-            failures.append(f"{method}: {cuda.ids} instead of {cpu.ids}")
-        if error > LOGPROB_ABS:
-            failures.append(f"{method}: log-probabilities differ by {error}")
-        if shards.ids != cuda.ids or position_bits(shards.prompt_logprobs) != position_bits(cuda.prompt_logprobs):
-            failures.append(f"{method}: T=2 has not the bits of T=1")
+    failures = [failure for method in METHODS for dtype in LOGPROB_ABS for failure in check(method, dtype)]
     for failure in failures:
         print("FAILED", failure)
     sys.exit(1 if failures else 0)

@@ -431,9 +431,12 @@ void emulated_pause(void)
 void *emulated_shared(const void *site, size_t n_bytes)
 {
     for (shared_site &s : sites)
-        if (s.site == site)
+        if (s.site == site) {
+            TSAN(__tsan_acquire(s.memory));
             return s.memory;
+        }
     sites.push_back({site, poisoned(n_bytes), n_bytes});
+    TSAN(__tsan_release(sites.back().memory)); // the poison races with nobody
     return sites.back().memory;
 }
 

@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels/log.h"
 
@@ -48,6 +49,37 @@ struct quantized quantized_case(const struct quantized_shape *s, enum weight_for
         q.group_of = of;
     }
     return q;
+}
+
+struct quantized quantized_case_columns(const struct quantized *q, int64_t start, int64_t n_columns)
+{
+    struct quantized of = *q;
+    int64_t skipped = (q->group_phase + start) / q->group_size;
+    of.in_dim = n_columns;
+    of.group_phase = (q->group_phase + start) % q->group_size;
+    of.n_groups = (of.group_phase + n_columns + q->group_size - 1) / q->group_size;
+    size_t n_scales = (size_t)(of.out_dim * of.n_groups);
+    of.codes = xcalloc((size_t)(of.out_dim * n_columns), 1);
+    of.scales = xcalloc(n_scales, sizeof(float));
+    of.zeros = q->zeros ? xcalloc(n_scales, 1) : NULL;
+    for (int64_t n = 0; n < of.out_dim; n++) {
+        int64_t to = n * of.n_groups, from = n * q->n_groups + skipped;
+        memcpy(of.codes + n * n_columns, q->codes + n * q->in_dim + start, (size_t)n_columns);
+        memcpy(of.scales + to, q->scales + from, (size_t)of.n_groups * sizeof(float));
+        if (q->zeros)
+            memcpy(of.zeros + to, q->zeros + from, (size_t)of.n_groups);
+    }
+    return of;
+}
+
+struct linear quantized_case_lanes(const struct linear *l, int first, int n_lanes)
+{
+    struct linear part = *l;
+    part.n_lanes = n_lanes;
+    for (int i = 0; i <= n_lanes; i++)
+        part.lane_start[i] = l->lane_start[first + i] - l->lane_start[first];
+    part.in_dim = part.lane_start[n_lanes];
+    return part;
 }
 
 void quantized_case_release(struct quantized *q)

@@ -21,6 +21,11 @@ int quantized_case_takes(enum weight_format f, int variant);
  * [0, n). */
 struct quantized quantized_case(const struct quantized_shape *s, enum weight_format f, int variant,
                                 int (*integer)(int n));
+/* What the shard that owns columns [start, start + n_columns) has of q, whose groups are in order;
+ * the caller releases it; and the shard's linear: lanes [first, first + n_lanes) of l's. */
+struct quantized quantized_case_columns(const struct quantized *q, int64_t start,
+                                        int64_t n_columns);
+struct linear quantized_case_lanes(const struct linear *l, int first, int n_lanes);
 void quantized_case_release(struct quantized *q);
 float *quantized_case_values(const struct quantized *q); // [out_dim, in_dim]; caller frees
 /* y [m, out_dim] <- x W^T in a bfloat16 linear of l's lanes, as kernels/quantized.h defines it. */

@@ -108,31 +108,15 @@ static void test_products(void **state)
 static void half_product(struct backend *b, struct tensor *y, const struct tensor *x,
                          const struct quantized *q, const struct linear *l, int first)
 {
-    struct linear half = *l;
-    struct quantized of = *q;
-    const int64_t start = l->lane_start[first];
-    half.n_lanes = l->n_lanes / 2;
-    for (int i = 0; i <= half.n_lanes; i++)
-        half.lane_start[i] = l->lane_start[first + i] - start;
-    half.in_dim = of.in_dim = half.lane_start[half.n_lanes];
-    of.group_phase = (q->group_phase + start) % q->group_size;
-    int64_t skipped = (q->group_phase + start) / q->group_size;
-    of.n_groups = (of.group_phase + of.in_dim + q->group_size - 1) / q->group_size;
-    of.codes = xcalloc((size_t)(of.out_dim * of.in_dim), 1);
-    of.scales = xcalloc((size_t)(of.out_dim * of.n_groups), sizeof(float));
-    for (int64_t n = 0; n < of.out_dim; n++) {
-        memcpy(of.codes + n * of.in_dim, q->codes + n * q->in_dim + start, (size_t)of.in_dim);
-        memcpy(of.scales + n * of.n_groups, q->scales + n * q->n_groups + skipped,
-               (size_t)of.n_groups * sizeof(float));
-    }
+    struct linear half = quantized_case_lanes(l, first, l->n_lanes / 2);
+    struct quantized of = quantized_case_columns(q, l->lane_start[first], half.in_dim);
     struct tensor columns = *x;
-    columns.data = (float *)x->data + start;
+    columns.data = (float *)x->data + l->lane_start[first];
     columns.shape[1] = of.in_dim;
     op_linear_pack_quantized(b, &half, &of, NULL);
     op_matmul(b, y, &columns, &half, NULL);
     op_linear_free(b, &half);
-    free(of.codes);
-    free(of.scales);
+    quantized_case_release(&of);
 }
 
 /* Two ranks' parts add up to the bits of one, also where only one of them has a lane that begins

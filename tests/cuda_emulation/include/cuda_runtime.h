@@ -86,6 +86,14 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int n_
     return emulated_func_limit((const void *)kernel, n_bytes);
 }
 
+inline float __uint_as_float(unsigned bits)
+{
+    float f;
+
+    memcpy(&f, &bits, sizeof(f));
+    return f;
+}
+
 /* The device's rounding of these differs in the last bits; tests compare with tolerances. */
 inline float __expf(float x)
 {
