@@ -127,6 +127,8 @@ static int settings_make(struct settings *s, struct error *err)
         .dtype = s->dtype,
         .activation_dtype = device_activation_dtype(
             strcmp(o->device, "cuda") == 0 ? DEVICE_CUDA : DEVICE_CPU, s->dtype),
+        .on_cuda = strcmp(o->device, "cuda") == 0,
+        .deterministic = (int)o->deterministic,
         .page_size = (int32_t)o->block_size,
         .kv_budget_bytes = (uint64_t)o->kv_cache_memory_bytes,
         .max_model_len = s->max_model_len,

@@ -107,7 +107,8 @@ static const struct option table[] = {
      "are "
      "recorded as CUDA graphs at the start and replayed, to the same bits."},
     {NULL, "--plan", NULL, OPTION_FLAG, FIELD(plan), NULL, 0, 0,
-     "Print each rank's memory for this model and layout, and exit without starting anything."},
+     "Print each rank's memory for this model and layout, with --device cuda that of its GPU and "
+     "its host, and exit without starting anything."},
     {NULL, "--map", NULL, OPTION_FLAG, FIELD(map), NULL, 0, 0,
      "Start the job, check that its ranks fit together, print which rank is what and where, and "
      "exit before anything is loaded."},

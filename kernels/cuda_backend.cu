@@ -8,9 +8,6 @@
 
 #include "kernels/cuda_internal.h"
 
-static const size_t SCRATCH_BYTES = (size_t)256 << 20, WORKSPACE_BYTES = (size_t)32 << 20,
-                    STAGING_BYTES = (size_t)8 << 20, DENSE_BYTES = (size_t)64 << 20;
-
 static const char *describe(const struct backend *b)
 {
     return ((const struct cuda_state *)b->state)->description;
@@ -230,10 +227,10 @@ extern "C" struct backend *backend_cuda_open(const struct cuda_options *o)
              o->deterministic ? ", deterministic" : "");
     CUDA_CHECK(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
     CUBLAS_CHECK(cublasLtCreate(&s->blas));
-    s->workspace_bytes = WORKSPACE_BYTES;
-    s->scratch_bytes = o->scratch_bytes ? o->scratch_bytes : SCRATCH_BYTES;
-    s->staging_bytes = STAGING_BYTES;
-    s->dense_bytes_max = o->dense_bytes ? o->dense_bytes : DENSE_BYTES;
+    s->workspace_bytes = CUDA_WORKSPACE_BYTES;
+    s->scratch_bytes = o->scratch_bytes ? o->scratch_bytes : CUDA_SCRATCH_BYTES;
+    s->staging_bytes = CUDA_STAGING_BYTES / STAGING_HALVES;
+    s->dense_bytes_max = o->dense_bytes ? o->dense_bytes : CUDA_DENSE_BYTES;
     CUDA_CHECK(cudaMalloc(&s->workspace, s->workspace_bytes));
     CUDA_CHECK(cudaMalloc((void **)&s->scratch, s->scratch_bytes));
     CUDA_CHECK(cudaMallocHost((void **)&s->staging, STAGING_HALVES * s->staging_bytes));

@@ -16,6 +16,23 @@
 
 #include "kernels/backend.h"
 
+/* Of the device, taken at the opening: scratch of the running op, cuBLASLt's workspace; and at
+ * most, with quantised float32 weights, their dense values. Of pinned host memory: staging. Every
+ * block is rounded up to CUDA_BLOCK_BYTES. */
+#define CUDA_SCRATCH_BYTES ((size_t)256 << 20)
+#define CUDA_WORKSPACE_BYTES ((size_t)32 << 20)
+#define CUDA_DENSE_BYTES ((size_t)64 << 20)
+#define CUDA_STAGING_BYTES ((size_t)16 << 20)
+#define CUDA_BLOCK_BYTES 256
+
+/* Of one lane of a row of codes of so many bits: whole steps (kernels/cuda_codes.h). */
+#define CUDA_STEP_BYTES 64
+static inline size_t cuda_codes_lane_bytes(int bits, int64_t n_columns)
+{
+    size_t n_bytes = ((size_t)n_columns * (size_t)bits + 7) / 8;
+    return (n_bytes + CUDA_STEP_BYTES - 1) / CUDA_STEP_BYTES * CUDA_STEP_BYTES;
+}
+
 struct cuda_options {
     int device;                  // number among this host's devices
     enum dtype activation_dtype; // BF16, or F32 (--dtype float32)

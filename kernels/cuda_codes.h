@@ -16,7 +16,7 @@
 
 #include "kernels/cuda_internal.h"
 
-#define STEP_BYTES 64
+#define STEP_BYTES CUDA_STEP_BYTES
 #define UNIT 8 // columns: 4 bytes of codes of 4 bits, the even column in the low half, or 8
 
 enum code_kind { CODES_INT8, CODES_FP8, CODES_INT4, CODES_TABLE };

@@ -103,7 +103,7 @@ void cuda_staging_upload(struct backend *b, void *dst, size_t n_bytes);
 /* To the alignment of cudaMalloc(): parts of one block begin there. */
 static inline size_t rounded(size_t n_bytes)
 {
-    return (n_bytes + 255) / 256 * 256;
+    return (n_bytes + CUDA_BLOCK_BYTES - 1) / CUDA_BLOCK_BYTES * CUDA_BLOCK_BYTES;
 }
 
 static inline unsigned blocks_for(int64_t n, int per_block)

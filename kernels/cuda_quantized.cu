@@ -27,15 +27,15 @@ static enum code_kind kind_of(enum weight_format format)
 
 static void lay_out_lanes(struct codes *c, const struct cuda_state *s, const struct linear *l)
 {
-    int unit_bytes = unit_bytes_of(c->kind), step_columns = STEP_BYTES / unit_bytes * UNIT;
+    int bits = 8 * unit_bytes_of(c->kind) / UNIT;
 
     c->n_lanes = cuda_n_sums(s, l);
     c->lane_start[c->n_lanes] = c->in_dim;
     for (int i = 0; i < c->n_lanes; i++) {
         c->lane_start[i] = i ? (int)l->lane_start[i] : 0;
         int end = i + 1 < c->n_lanes ? (int)l->lane_start[i + 1] : c->in_dim;
-        int n_steps = (end - c->lane_start[i] + step_columns - 1) / step_columns;
-        c->lane_at[i + 1] = c->lane_at[i] + n_steps * STEP_BYTES;
+        c->lane_at[i + 1] =
+            c->lane_at[i] + (int)cuda_codes_lane_bytes(bits, end - c->lane_start[i]);
         if ((c->lane_start[i] + c->group_phase) % UNIT)
             c->groups_of_units = 0;
     }

@@ -6,8 +6,10 @@
 #include <stdlib.h>
 
 #include "daemon/model/language.h"
+#include "daemon/model/plan_cuda.h"
 #include "daemon/model/vision.h"
 #include "daemon/model/weight_list.h"
+#include "kernels/cuda_backend.h"
 #include "kernels/log.h"
 
 /* 1 when the rank holds `s`. */
@@ -41,18 +43,30 @@ static int is_embedding_again(const struct topology *t, const struct weight_spec
            embedding->format != WEIGHT_FLOAT;
 }
 
+/* The lanes that a shard's columns of a row-parallel weight are cut into; NULL of others. */
+static const struct lanes *lanes_of(const struct weight_spec *s, const struct weight_cut *cut)
+{
+    return s->axis == AXIS_HEAD_COLUMNS     ? &cut->dense.head_lanes
+           : s->axis == AXIS_MLP_COLUMNS    ? &cut->dense.column_lanes
+           : s->axis == AXIS_EXPERT_COLUMNS ? &cut->expert.column_lanes
+                                            : NULL;
+}
+
 /* Matrices are kept at the run's dtype, or quantised; norms, biases and other vectors as float32.
  */
-static uint64_t held_bytes(const struct weight_spec *s, const struct weight_cut *cut,
-                           const struct text_config *t, enum dtype dtype)
+static uint64_t held_bytes(const struct weight_spec *s, const struct weight_list *list,
+                           const struct weight_cut *cut, const struct text_config *t,
+                           const struct plan_settings *p)
 {
     struct range rows = {0, weight_spec_rows(s)}, columns = {0, weight_spec_columns(s)};
     if (s->home != HOME_VISION)
         weight_cut_ranges(cut, t, s, &rows, &columns);
+    if (p->on_cuda)
+        return plan_cuda_weight_bytes(s, list, rows, columns, lanes_of(s, cut), p);
     if (s->format != WEIGHT_FLOAT)
         return weight_spec_quantized_bytes(s, rows, columns);
     int is_matrix = s->n_dims == 2 || s->n_dims == 4;
-    return (uint64_t)(rows.n * columns.n) * dtype_size(is_matrix ? dtype : DTYPE_F32);
+    return (uint64_t)(rows.n * columns.n) * dtype_size(is_matrix ? p->dtype : DTYPE_F32);
 }
 
 /* The program, Open MPI, gRPC and what they allocate before any request: resident pages, measured
@@ -60,30 +74,51 @@ static uint64_t held_bytes(const struct weight_spec *s, const struct weight_cut 
 #define WORKER_PROCESS_BYTES ((uint64_t)44 << 20)
 #define GATEWAY_PROCESS_BYTES ((uint64_t)64 << 20)
 
-/* What a vision rank takes beyond its weights. */
-static uint64_t vision_step_bytes(const struct model_config *c, const struct plan_settings *s)
+/* Scratch in the memory of the back end, and what steps have on the host. */
+static void add_step(struct plan_rank *r, const struct model_config *c,
+                     const struct plan_settings *s, size_t scratch, size_t host)
 {
+    if (s->on_cuda) {
+        r->on_device = 1;
+        r->scratch_bytes = plan_cuda_block(scratch) + plan_cuda_fixed_bytes(s, &r->topology, c);
+        r->process_bytes += host + CUDA_STAGING_BYTES;
+    } else {
+        r->scratch_bytes = scratch + host;
+    }
+}
+
+/* What a vision rank takes beyond its weights. */
+static void add_vision_step(struct plan_rank *r, const struct model_config *c,
+                            const struct plan_settings *s)
+{
+    size_t scratch = vision_scratch_bytes(c, s->max_vision_tiles, s->activation_dtype);
+    size_t host = vision_host_bytes(c, s->max_vision_tiles);
     int64_t n_rows, n_columns;
     vision_largest_input(c, s->max_vision_tiles, &n_rows, &n_columns);
-    return vision_scratch_bytes(c, s->max_vision_tiles, s->activation_dtype) +
-           vision_host_bytes(c, s->max_vision_tiles) +
-           backend_cpu_matmul_bytes(s->cpu_isa, n_rows, n_columns, s->dtype);
+    add_step(r, c, s, scratch, host);
+    if (!s->on_cuda)
+        r->scratch_bytes += backend_cpu_matmul_bytes(s->cpu_isa, n_rows, n_columns, s->dtype);
 }
 
 /* What a language rank takes beyond its weights and pages. */
-static uint64_t language_step_bytes(const struct text_config *t, const struct plan_settings *s,
-                                    const struct topology *topology, const struct weight_cut *cut)
+static void add_language_step(struct plan_rank *r, const struct model_config *c,
+                              const struct plan_settings *s, const struct weight_cut *cut)
 {
+    const struct text_config *t = &c->text;
+    const struct topology *topology = &r->topology;
     int n_shards = s->layout.tensor_parallel;
     int is_last = topology->stage == s->layout.pipeline_parallel - 1;
     struct language_limits limits = {.max_tokens = s->max_num_batched_tokens,
                                      .max_sequences = s->max_num_seqs,
                                      .max_model_len = s->max_model_len,
                                      .page_size = s->page_size};
-    return language_scratch_bytes(t, cut, n_shards, is_last, &limits, s->activation_dtype) +
-           language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, &limits) +
-           backend_cpu_matmul_bytes(s->cpu_isa, limits.max_tokens, language_widest_input(t, cut),
-                                    s->dtype);
+    size_t scratch =
+        language_scratch_bytes(t, cut, n_shards, is_last, &limits, s->activation_dtype);
+    size_t host = language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, &limits);
+    add_step(r, c, s, scratch, host);
+    if (!s->on_cuda)
+        r->scratch_bytes += backend_cpu_matmul_bytes(s->cpu_isa, limits.max_tokens,
+                                                     language_widest_input(t, cut), s->dtype);
 }
 
 static int plan_rank(struct plan_rank *r, const struct plan *p, const struct model_config *c,
@@ -99,17 +134,17 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
     for (int i = 0; i < list->n; i++)
         if (holds(topology, &list->specs[i], t->n_layers) &&
             !is_embedding_again(topology, &list->specs[i], c, list))
-            r->weight_bytes += held_bytes(&list->specs[i], &cut, t, s->dtype);
+            r->weight_bytes += held_bytes(&list->specs[i], list, &cut, t, s);
     r->process_bytes =
         topology->role == ROLE_GATEWAY ? GATEWAY_PROCESS_BYTES : WORKER_PROCESS_BYTES;
     if (topology->role == ROLE_GATEWAY)
         r->scratch_bytes = s->vision_cache_bytes + s->media_store_bytes;
     if (topology->role == ROLE_VISION)
-        r->scratch_bytes = vision_step_bytes(c, s);
+        add_vision_step(r, c, s);
     if (topology->role != ROLE_LANGUAGE)
         return 0;
     struct range layers = shard_layers(t->n_layers, topology->stage, s->layout.pipeline_parallel);
-    r->scratch_bytes = language_step_bytes(t, s, topology, &cut);
+    add_language_step(r, c, s, &cut);
     r->page_bytes = kv_page_bytes((int)layers.n, (int)cut.dense.kv_heads.n, t->head_dim,
                                   s->page_size, s->dtype);
     return 0;
@@ -174,9 +209,14 @@ int plan_make(struct plan *p, const struct model_config *c, const struct plan_se
     return rc;
 }
 
-uint64_t plan_rank_bytes(const struct plan_rank *r)
+uint64_t plan_rank_host_bytes(const struct plan_rank *r)
 {
-    return r->weight_bytes + r->kv_bytes + r->scratch_bytes + r->process_bytes;
+    return r->process_bytes + (r->on_device ? 0 : r->weight_bytes + r->kv_bytes + r->scratch_bytes);
+}
+
+uint64_t plan_rank_device_bytes(const struct plan_rank *r)
+{
+    return r->on_device ? r->weight_bytes + r->kv_bytes + r->scratch_bytes : 0;
 }
 
 void plan_release(struct plan *p)
@@ -185,29 +225,43 @@ void plan_release(struct plan *p)
     *p = (struct plan){0};
 }
 
+/* One line a rank. */
+static void print_ranks(FILE *f, const struct plan *p)
+{
+    const double mib = 1 << 20;
+    const int on_cuda = p->settings.on_cuda;
+    char role[64];
+    fprintf(f, "%4s  %-28s %12s %12s %12s %12s %12s\n", "rank", "role", "weights MiB", "KV MiB",
+            "scratch MiB", on_cuda ? "host MiB" : "process MiB", on_cuda ? "GPU MiB" : "total MiB");
+    for (int i = 0; i < p->n_ranks; i++) {
+        const struct plan_rank *r = &p->ranks[i];
+        fprintf(f, "%4d  %-28s %12.1f %12.1f %12.1f %12.1f %12.1f\n", i,
+                topology_describe(&r->topology, i, role, sizeof(role)),
+                (double)r->weight_bytes / mib, (double)r->kv_bytes / mib,
+                (double)r->scratch_bytes / mib,
+                (double)(on_cuda ? plan_rank_host_bytes(r) : r->process_bytes) / mib,
+                (double)(on_cuda ? plan_rank_device_bytes(r) : plan_rank_host_bytes(r)) / mib);
+    }
+}
+
 void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uint64_t host_bytes)
 {
     const double mib = 1 << 20, gib = 1 << 30;
-    uint64_t total = 0, largest = 0;
+    uint64_t total = 0, largest = 0, largest_device = 0;
     const struct layout *l = &p->settings.layout;
-    char role[64], quantized[48];
+    char quantized[48];
     fprintf(f,
             "model %s, %s, quantization %s: %d ranks = 1 gateway + %d vision + %d x %d language\n",
             c->name, dtype_name(p->settings.dtype),
             quantization_describe(&c->quantization, quantized, sizeof(quantized)), p->n_ranks,
             l->n_vision, l->pipeline_parallel, l->tensor_parallel);
-    fprintf(f, "%4s  %-28s %12s %12s %12s %12s %12s\n", "rank", "role", "weights MiB", "KV MiB",
-            "scratch MiB", "process MiB", "total MiB");
+    print_ranks(f, p);
     for (int i = 0; i < p->n_ranks; i++) {
-        const struct plan_rank *r = &p->ranks[i];
-        uint64_t bytes = plan_rank_bytes(r);
+        uint64_t bytes = plan_rank_host_bytes(&p->ranks[i]);
+        uint64_t device = plan_rank_device_bytes(&p->ranks[i]);
         total += bytes;
         largest = bytes > largest ? bytes : largest;
-        fprintf(f, "%4d  %-28s %12.1f %12.1f %12.1f %12.1f %12.1f\n", i,
-                topology_describe(&r->topology, i, role, sizeof(role)),
-                (double)r->weight_bytes / mib, (double)r->kv_bytes / mib,
-                (double)r->scratch_bytes / mib, (double)r->process_bytes / mib,
-                (double)bytes / mib);
+        largest_device = device > largest_device ? device : largest_device;
     }
     fprintf(f, "KV: %d pages of %d tokens = %lld tokens\n", p->n_pages, p->settings.page_size,
             (long long)p->n_pages * p->settings.page_size);
@@ -216,6 +270,10 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uin
             (double)p->settings.vision_cache_bytes / mib,
             (double)c->n_features_per_tile * c->text.hidden_size * sizeof(float) / 1024,
             (double)p->settings.media_store_bytes / mib);
+    if (p->settings.on_cuda)
+        fprintf(f,
+                "GPU: %.1f GiB for the largest rank, and what the driver and NCCL take beside it\n",
+                (double)largest_device / gib);
     fprintf(
         f, "memory: %.1f GiB for all ranks, %.1f GiB for the largest; this host has %.1f GiB: %s\n",
         (double)total / gib, (double)largest / gib, (double)host_bytes / gib,

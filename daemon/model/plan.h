@@ -3,9 +3,10 @@
  *
  * Pure arithmetic over the config, the layout and the settings: the base of `internvld --plan`, and
  * where the number of KV pages comes from. The total of a rank is the most memory that it holds
- * with every page and the largest step in use (VmHWM of its process, on the CPU), whatever the
- * requests; it holds it within 2 % where weights and pages are most of it. Not in it: what waiting
- * requests keep in the gateway, and captured tensors on their way.
+ * with every page and the largest step in use, whatever the requests: on the CPU VmHWM of its
+ * process, within 2 % where weights and pages are most of it; with on_cuda what it allocates on its
+ * GPU (plan_cuda.h), within 1 %. Not in it: what waiting requests keep in the gateway, and captured
+ * tensors on their way.
  */
 #ifndef INTERNVLD_MODEL_PLAN_H
 #define INTERNVLD_MODEL_PLAN_H
@@ -23,6 +24,8 @@ struct plan_settings {
     const struct weight_list *weights; // as the files hold them; NULL: as the config lets expect
     enum dtype dtype;                  // F32 or BF16
     enum dtype activation_dtype;       // device_activation_dtype()
+    int on_cuda;                       // vision and language ranks each have a GPU
+    int deterministic;                 // with on_cuda: --deterministic
     int32_t page_size;                 // tokens
     uint64_t kv_budget_bytes;          // for KV pages, of each language rank
     int32_t max_model_len;             // tokens of one sequence
@@ -34,12 +37,16 @@ struct plan_settings {
 struct plan_rank {
     struct topology topology;
     uint64_t weight_bytes;
-    uint64_t scratch_bytes; // of steps; the gateway's: its caches
+    uint64_t scratch_bytes; // of steps, on CUDA also the back end's; the gateway's: its caches
     uint64_t page_bytes;    // of one KV page over the rank's layers; 0 for others
     uint64_t kv_bytes;      // n_pages * page_bytes
     uint64_t process_bytes; // the program, its libraries, their buffers
+    int on_device;          // 1: all but process_bytes is its GPU's memory; then that has what
+                            // steps keep on the host
 };
-uint64_t plan_rank_bytes(const struct plan_rank *r);
+/* Of the host's memory, and of the rank's GPU. */
+uint64_t plan_rank_host_bytes(const struct plan_rank *r);
+uint64_t plan_rank_device_bytes(const struct plan_rank *r);
 
 struct plan {
     struct plan_settings settings;

@@ -206,17 +206,19 @@ int64_t weight_spec_columns(const struct weight_spec *s)
     return n;
 }
 
+int64_t weight_spec_groups(const struct weight_spec *s, struct range columns)
+{
+    if (s->has_order)
+        return (weight_spec_columns(s) - 1) / s->group_size + 1;
+    return (columns.start + columns.n - 1) / s->group_size + 1 - columns.start / s->group_size;
+}
+
 uint64_t weight_spec_quantized_bytes(const struct weight_spec *s, struct range rows,
                                      struct range columns)
 {
-    int64_t first = columns.start / s->group_size;
-    int64_t end = (columns.start + columns.n - 1) / s->group_size + 1;
-    if (s->has_order) {
-        first = 0;
-        end = (weight_spec_columns(s) - 1) / s->group_size + 1;
-    }
     uint64_t bytes = (uint64_t)(rows.n * columns.n) * (uint64_t)weight_format_bits(s->format) / 8;
-    bytes += (uint64_t)(rows.n * (end - first)) * (sizeof(float) + (s->has_zeros ? 1 : 0));
+    bytes += (uint64_t)(rows.n * weight_spec_groups(s, columns)) *
+             (sizeof(float) + (s->has_zeros ? 1 : 0));
     return bytes + (s->has_order ? (uint64_t)columns.n * sizeof(int32_t) : 0);
 }
 

@@ -62,6 +62,8 @@ void weight_list_release(struct weight_list *l); // accepts a zeroed struct
 /* NULL when the model has no such tensor. */
 const struct weight_spec *weight_list_find(const struct weight_list *l, const char *name);
 
+/* Groups of a row that a quantised weight keeps for those columns. */
+int64_t weight_spec_groups(const struct weight_spec *s, struct range columns);
 /* Bytes of those rows and columns of a quantised weight: codes, scales and what goes with them. */
 uint64_t weight_spec_quantized_bytes(const struct weight_spec *s, struct range rows,
                                      struct range columns);

@@ -11,6 +11,7 @@
  *   - A launch is checked against the limits of sm_80: threads, grid, shared memory.
  *   - A captured stream records; what a capture must not do (allocate, synchronise) fails.
  */
+#include <fcntl.h>
 #include <map>
 #include <signal.h>
 #include <stdio.h>
@@ -114,6 +115,45 @@ static cudaError_t fail(cudaError_t e)
     if (e != cudaSuccess)
         last_error = e;
     return e;
+}
+
+/* ---- how much is allocated ---- */
+
+struct usage {
+    uint64_t bytes, peak_bytes, n_allocations;
+};
+
+/* With INTERNVLD_EMULATION_MEMORY=DIR the process's struct usage is the file DIR/PID. */
+static struct usage *usage_open(void)
+{
+    static struct usage unseen;
+    const char *dir = getenv("INTERNVLD_EMULATION_MEMORY");
+    char path[4096];
+
+    if (!dir)
+        return &unseen;
+    snprintf(path, sizeof(path), "%s/%d", dir, (int)getpid());
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0 || ftruncate(fd, sizeof(struct usage)) != 0)
+        emulated_die("INTERNVLD_EMULATION_MEMORY: the file cannot be made");
+    void *p = mmap(nullptr, sizeof(struct usage), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED)
+        emulated_die("INTERNVLD_EMULATION_MEMORY: the file cannot be mapped");
+    close(fd);
+    return (struct usage *)p;
+}
+
+static void account(size_t n_bytes, int is_freed)
+{
+    static struct usage *u = usage_open();
+
+    if (is_freed) {
+        u->bytes -= n_bytes;
+        return;
+    }
+    u->bytes += n_bytes;
+    u->n_allocations++;
+    u->peak_bytes = u->bytes > u->peak_bytes ? u->bytes : u->peak_bytes;
 }
 
 /* ---- queues ---- */
@@ -257,6 +297,7 @@ cudaError_t cudaMalloc(void **p, size_t n_bytes)
     device_close();
     ASAN(__asan_poison_memory_region(block + n_bytes, size + GAP_BYTES - n_bytes));
     blocks[block] = size;
+    account(size, 0);
     *p = block;
     return cudaSuccess;
 }
@@ -278,6 +319,7 @@ cudaError_t cudaFree(void *p)
     if (last > first)
         madvise(first, (size_t)(last - first), MADV_DONTNEED);
     ASAN(__asan_poison_memory_region(it->first, it->second));
+    account(it->second, 1);
     blocks.erase(it);
     device_top = blocks.empty() ? 0
                                 : (size_t)(blocks.rbegin()->first - device_base) +

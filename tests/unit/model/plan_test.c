@@ -61,6 +61,45 @@ static void weights_add_up(void **state)
     plan_release(&one);
 }
 
+/* On a GPU every block is whole units of 256 bytes, and a bias stands beside its weight twice. */
+static void counts_a_gpu(void **state)
+{
+    (void)state;
+    const uint64_t back_end = (uint64_t)(256 + 32) << 20;
+    struct model_config c;
+    struct plan host, plan, tree;
+    struct error err;
+    tiny_config_parse(&c);
+    struct plan_settings s = settings(1, 2, 1);
+    s.dtype = s.activation_dtype = DTYPE_BF16;
+    assert_int_equal(plan_make(&host, &c, &s, &err), 0);
+    s.on_cuda = 1;
+    assert_int_equal(plan_make(&plan, &c, &s, &err), 0);
+    s.deterministic = 1;
+    assert_int_equal(plan_make(&tree, &c, &s, &err), 0);
+    /* A shard of a layer: norms; q 16 x 32, k and v 8 x 32 with biases in float32 and bfloat16; o
+     * 32 x 16; gate, up and down of 32 of the 48 columns. Embedding and head 23 x 32; the last
+     * norm. */
+    uint64_t layer = 2 * 256 + 1024 + 2 * 512 + 3 * (256 + 256) + 1024 + 3 * 2048;
+    assert_int_equal(plan.ranks[2].weight_bytes, 2 * layer + 2 * 1536 + 256);
+    assert_int_equal(plan.ranks[2].kv_bytes, host.ranks[2].kv_bytes);
+    assert_int_equal(plan.ranks[2].scratch_bytes % 256, 0);
+    assert_true(plan.ranks[2].scratch_bytes > back_end);
+    assert_true(plan.ranks[2].scratch_bytes < back_end + host.ranks[2].scratch_bytes + 256);
+    assert_int_equal(tree.ranks[2].scratch_bytes - plan.ranks[2].scratch_bytes, 2 * 32 * 32 * 4);
+    assert_int_equal(tree.ranks[1].scratch_bytes, plan.ranks[1].scratch_bytes);
+    assert_int_equal(plan_rank_device_bytes(&plan.ranks[2]), plan.ranks[2].weight_bytes +
+                                                                 plan.ranks[2].kv_bytes +
+                                                                 plan.ranks[2].scratch_bytes);
+    assert_int_equal(plan_rank_host_bytes(&plan.ranks[2]), plan.ranks[2].process_bytes);
+    assert_int_equal(plan_rank_device_bytes(&plan.ranks[0]), 0);
+    assert_int_equal(plan_rank_host_bytes(&plan.ranks[0]), plan_rank_host_bytes(&host.ranks[0]));
+    assert_int_equal(plan_rank_device_bytes(&host.ranks[2]), 0);
+    plan_release(&tree);
+    plan_release(&plan);
+    plan_release(&host);
+}
+
 static void refuses(void **state)
 {
     (void)state;
@@ -146,8 +185,11 @@ static void tile_sizes(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(weights_add_up), cmocka_unit_test(refuses),
-        cmocka_unit_test(prints_a_table), cmocka_unit_test(dynamic_rope_grows_past_the_maximum),
+        cmocka_unit_test(weights_add_up),
+        cmocka_unit_test(counts_a_gpu),
+        cmocka_unit_test(refuses),
+        cmocka_unit_test(prints_a_table),
+        cmocka_unit_test(dynamic_rope_grows_past_the_maximum),
         cmocka_unit_test(tile_sizes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
