@@ -157,6 +157,15 @@ void op_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, co
         b->ops->rms_norm(b, y, x, weight, eps);
 }
 
+void op_add_rms_norm(struct backend *b, struct tensor *y, struct tensor *x,
+                     const struct tensor *add, const float *weight, float eps)
+{
+    CHECK(is_activation(b, y) && is_activation(b, x) && same_shape(y, x) && weight);
+    CHECK(same_matrix(add, x) && y->data != x->data && y->data != add->data);
+    if (!is_empty(y))
+        b->ops->add_rms_norm(b, y, x, add, weight, eps);
+}
+
 void op_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
                    const float *bias, float eps)
 {
@@ -188,30 +197,28 @@ void op_gated_activation(struct backend *b, struct tensor *y, const struct tenso
         b->ops->gated_activation(b, y, x, act);
 }
 
-void op_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
-             const float *sin, int32_t head_dim)
-{
-    CHECK(is_activation(b, q) && is_activation(b, k) && same_rows(q, k) && q->dtype == k->dtype);
-    CHECK(head_dim > 0 && head_dim % 2 == 0);
-    CHECK(tensor_n_cols(q) % head_dim == 0 && tensor_n_cols(k) % head_dim == 0);
-    if (tensor_n_rows(q) > 0)
-        b->ops->rope(b, q, k, cos, sin, head_dim);
-}
-
 static int kv_is_sound(const struct kv_pages *kv)
 {
     return (kv->dtype == DTYPE_F32 || kv->dtype == DTYPE_BF16) && kv->page_size > 0 &&
            kv->page_size % 16 == 0 && kv->head_dim > 0 && kv->n_kv_heads > 0 && kv->n_pages > 0;
 }
 
+static int rotation_is_sound(const struct backend *b, const struct rotation *r,
+                             const struct kv_pages *kv, const struct tensor *k)
+{
+    return is_activation(b, r->q) && same_rows(r->q, k) && r->q->dtype == k->dtype &&
+           kv->head_dim % 2 == 0 && tensor_n_cols(r->q) % kv->head_dim == 0 && r->cos && r->sin;
+}
+
 void op_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
-                 const struct tensor *k, const struct tensor *v)
+                 struct tensor *k, const struct tensor *v, const struct rotation *rope)
 {
     CHECK(kv_is_sound(kv) && is_activation(b, k) && same_matrix(k, v));
     CHECK(tensor_n_cols(k) == (int64_t)kv->n_kv_heads * kv->head_dim);
     CHECK(tensor_n_rows(k) == layout->n_tokens);
+    CHECK(!rope || rotation_is_sound(b, rope, kv, k));
     if (layout->n_tokens > 0)
-        b->ops->kv_write(b, kv, layout, k, v);
+        b->ops->kv_write(b, kv, layout, k, v, rope);
 }
 
 void op_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,

@@ -89,6 +89,12 @@ struct paged_layout {
     const int32_t *pages;       // [page_start[n_sequences]] page numbers, in position order
 };
 
+/* The rotation of queries and keys by their positions, half-split form (rotate_half). */
+struct rotation {
+    struct tensor *q;       // [n_tokens, n_heads * head_dim], of the keys' type
+    const float *cos, *sin; // [n_tokens, head_dim / 2] in back-end memory
+};
+
 struct backend;
 
 /* Ops recorded once and replayed as one. They must have run once before with the same shapes
@@ -143,6 +149,9 @@ struct backend_ops {
      * order). y may be x. Seen as [n_rows, n_cols]: per-head norms pass a reshaped view. */
     void (*rms_norm)(struct backend *b, struct tensor *y, const struct tensor *x,
                      const float *weight, float eps);
+    /* x += add, then y <- its rms_norm(): the residual stream and what the next products read. */
+    void (*add_rms_norm)(struct backend *b, struct tensor *y, struct tensor *x,
+                         const struct tensor *add, const float *weight, float eps);
     void (*layer_norm)(struct backend *b, struct tensor *y, const struct tensor *x,
                        const float *weight, const float *bias, float eps);
     void (*add)(struct backend *b, struct tensor *y, const struct tensor *x); // y += x
@@ -151,13 +160,10 @@ struct backend_ops {
     /* y [n, d] <- act(x[:, :d]) * x[:, d:2d]; x [n, 2d] is gate then up. */
     void (*gated_activation)(struct backend *b, struct tensor *y, const struct tensor *x,
                              enum activation act);
-    /* Rotates q [n_tokens, n_heads * head_dim] and k [n_tokens, n_kv_heads * head_dim] in place,
-     * half-split form (rotate_half); cos and sin [n_tokens, head_dim / 2]. */
-    void (*rope)(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
-                 const float *sin, int32_t head_dim);
-    /* Stores k, v [n_tokens, n_kv_heads * head_dim] into the pages of their sequences. */
+    /* Rotates q and k in place as `rope` says (NULL: leaves them), then stores k, v [n_tokens,
+     * n_kv_heads * head_dim] into the pages of their sequences. */
     void (*kv_write)(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
-                     const struct tensor *k, const struct tensor *v);
+                     struct tensor *k, const struct tensor *v, const struct rotation *rope);
     /* out, q [n_tokens, n_heads * head_dim]; causal; softmax in float32; query head h reads the kv
      * head kv_of_head[h] (host array [n_heads]). window > 0: a query sees itself and the window - 1
      * keys before. */
@@ -239,16 +245,16 @@ void op_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
                     const int32_t *rows);
 void op_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
                  float eps);
+void op_add_rms_norm(struct backend *b, struct tensor *y, struct tensor *x,
+                     const struct tensor *add, const float *weight, float eps);
 void op_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
                    const float *bias, float eps);
 void op_add(struct backend *b, struct tensor *y, const struct tensor *x);
 void op_add_bias(struct backend *b, struct tensor *y, const float *bias);
 void op_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
                          enum activation act);
-void op_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
-             const float *sin, int32_t head_dim);
 void op_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
-                 const struct tensor *k, const struct tensor *v);
+                 struct tensor *k, const struct tensor *v, const struct rotation *rope);
 void op_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                         const struct kv_pages *kv, const struct paged_layout *layout,
                         const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);

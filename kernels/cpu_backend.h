@@ -163,14 +163,14 @@ void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q
 /* cpu_rows.c */
 void cpu_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
                   float eps);
+void cpu_add_rms_norm(struct backend *b, struct tensor *y, struct tensor *x,
+                      const struct tensor *add, const float *weight, float eps);
 void cpu_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x,
                     const float *weight, const float *bias, float eps);
 void cpu_add(struct backend *b, struct tensor *y, const struct tensor *x);
 void cpu_add_bias(struct backend *b, struct tensor *y, const float *bias);
 void cpu_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
                           enum activation act);
-void cpu_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
-              const float *sin, int32_t head_dim);
 
 /* cpu_move.c */
 void cpu_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
@@ -182,7 +182,7 @@ void cpu_scatter_rows(struct backend *b, struct tensor *y, const struct tensor *
 void cpu_gather_rows(struct backend *b, struct tensor *y, const struct tensor *x,
                      const int32_t *rows);
 void cpu_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
-                  const struct tensor *k, const struct tensor *v);
+                  struct tensor *k, const struct tensor *v, const struct rotation *rope);
 void cpu_patchify(struct backend *b, struct tensor *patches, const struct tensor *pixels,
                   int32_t ph, int32_t pw, const float *mean, const float *std);
 void cpu_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor *x, int32_t side,

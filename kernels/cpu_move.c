@@ -1,6 +1,7 @@
 /*
  * The ops that only move values on the CPU: embedding rows, scatter and gather, pages of keys and
- * values, patches of pixels, pixel shuffle, type changes. No sums, so any order will do.
+ * values (keys rotated on their way), patches of pixels, pixel shuffle, type changes. No sums, so
+ * any order will do.
  */
 #include <string.h>
 
@@ -19,6 +20,7 @@ struct move_job {
     const float *mean, *std;
     struct kv_pages *kv;
     const struct paged_layout *layout;
+    const struct rotation *rope;
 };
 
 static void move_work(void *arg, int thread, int n_threads)
@@ -141,6 +143,16 @@ static void write_slot_bf16(const struct kv_pages *kv, int64_t at, int64_t slot,
         values[2 * d] = f32_to_bf16(v[d]);
 }
 
+/* Row i of t, head by head. */
+static void rotate_heads(const struct move_job *job, const struct tensor *t, int64_t i)
+{
+    const int64_t dim = job->kv->head_dim, half = dim / 2;
+    float *row = cpu_row(t, i);
+    for (int64_t c = 0; c + dim <= tensor_n_cols(t); c += dim)
+        job->vector->rotate(row + c, row + c + half, job->rope->cos + i * half,
+                            job->rope->sin + i * half, half);
+}
+
 static void kv_write_row(const struct move_job *job, int64_t i)
 {
     const struct paged_layout *layout = job->layout;
@@ -154,6 +166,10 @@ static void kv_write_row(const struct move_job *job, int64_t i)
     if (page < 0 || page >= kv->n_pages)
         BUG("page %d of %d", page, kv->n_pages);
     const int64_t slot = position % kv->page_size, dim = kv->head_dim;
+    if (job->rope) {
+        rotate_heads(job, job->rope->q, i);
+        rotate_heads(job, job->x, i);
+    }
     for (int32_t h = 0; h < kv->n_kv_heads; h++) {
         const int64_t at = ((int64_t)page * kv->n_kv_heads + h) * dim * kv->page_size;
         const float *k = cpu_row(job->x, i) + h * dim, *v = cpu_row(job->x2, i) + h * dim;
@@ -165,12 +181,14 @@ static void kv_write_row(const struct move_job *job, int64_t i)
 }
 
 void cpu_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
-                  const struct tensor *k, const struct tensor *v)
+                  struct tensor *k, const struct tensor *v, const struct rotation *rope)
 {
+    int64_t n_elements = tensor_n_elements(k) + (rope ? 2 * tensor_n_elements(rope->q) : 0);
     if (kv->dtype == DTYPE_BF16 && kv->head_dim % 2)
         BUG("%d dimensions of bfloat16, which lie in pairs", kv->head_dim);
     struct move_job job = {.row = kv_write_row, .x = k, .x2 = v, .kv = kv, .layout = layout};
-    move_run(b, &job, tensor_n_rows(k), tensor_n_elements(k));
+    job.rope = rope;
+    move_run(b, &job, tensor_n_rows(k), n_elements);
 }
 
 /* Row i of the patches: channel by channel, row by row of the patch. */

@@ -1,5 +1,5 @@
 /*
- * The ops that work row by row on the CPU: norms, sums, gated activation, rope. Rows are shared out
+ * The ops that work row by row on the CPU: norms, sums, gated activation. Rows are shared out
  * over the threads; a row is one thread's, so nothing depends on their number.
  */
 #include "kernels/cpu_backend.h"
@@ -13,7 +13,6 @@ struct rows_job {
     const float *weight, *bias;
     float eps;
     enum activation act;
-    int32_t head_dim;
 };
 
 static void rows_work(void *arg, int thread, int n_threads)
@@ -43,6 +42,22 @@ void cpu_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, c
 {
     struct rows_job job = {.row = rms_norm_row, .y = y, .x = x, .weight = weight, .eps = eps};
     rows_run(b, &job, 1);
+}
+
+static void add_rms_norm_row(const struct rows_job *job, int64_t i)
+{
+    int64_t n = tensor_n_cols(job->y);
+    float *x = cpu_row(job->y2, i);
+    job->vector->add(x, cpu_row(job->x, i), n);
+    job->vector->rms_norm(cpu_row(job->y, i), x, job->weight, n, job->eps);
+}
+
+void cpu_add_rms_norm(struct backend *b, struct tensor *y, struct tensor *x,
+                      const struct tensor *add, const float *weight, float eps)
+{
+    struct rows_job job = {.row = add_rms_norm_row, .y = y, .y2 = x, .x = add, .weight = weight};
+    job.eps = eps;
+    rows_run(b, &job, 2);
 }
 
 static void layer_norm_row(const struct rows_job *job, int64_t i)
@@ -93,27 +108,4 @@ void cpu_gated_activation(struct backend *b, struct tensor *y, const struct tens
 {
     struct rows_job job = {.row = gated_row, .y = y, .x = x, .act = act};
     rows_run(b, &job, 4);
-}
-
-static void rotate_heads(const struct rows_job *job, struct tensor *t, int64_t i)
-{
-    const int64_t half = job->head_dim / 2;
-    float *row = cpu_row(t, i);
-    for (int64_t c = 0; c + job->head_dim <= tensor_n_cols(t); c += job->head_dim)
-        job->vector->rotate(row + c, row + c + half, job->weight + i * half, job->bias + i * half,
-                            half);
-}
-
-static void rope_row(const struct rows_job *job, int64_t i)
-{
-    rotate_heads(job, job->y, i);
-    rotate_heads(job, job->y2, i);
-}
-
-void cpu_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
-              const float *sin, int32_t head_dim)
-{
-    struct rows_job job = {.row = rope_row, .y = q, .y2 = k, .weight = cos, .bias = sin};
-    job.head_dim = head_dim;
-    rows_run(b, &job, 2);
 }

@@ -182,11 +182,11 @@ static struct backend_ops make_ops(void)
     ops.scatter_rows = cuda_scatter_rows;
     ops.gather_rows = cuda_gather_rows;
     ops.rms_norm = cuda_rms_norm;
+    ops.add_rms_norm = cuda_add_rms_norm;
     ops.layer_norm = cuda_layer_norm;
     ops.add = cuda_add;
     ops.add_bias = cuda_add_bias;
     ops.gated_activation = cuda_gated_activation;
-    ops.rope = cuda_rope;
     ops.kv_write = cuda_kv_write;
     ops.paged_attention = cuda_paged_attention;
     ops.attention = cuda_attention;

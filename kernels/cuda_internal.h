@@ -207,14 +207,14 @@ void cuda_gather_rows(struct backend *b, struct tensor *y, const struct tensor *
                       const int32_t *rows);
 void cuda_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
                    float eps);
+void cuda_add_rms_norm(struct backend *b, struct tensor *y, struct tensor *x,
+                       const struct tensor *add, const float *weight, float eps);
 void cuda_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x,
                      const float *weight, const float *bias, float eps);
 void cuda_add(struct backend *b, struct tensor *y, const struct tensor *x);
 void cuda_add_bias(struct backend *b, struct tensor *y, const float *bias);
 void cuda_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
                            enum activation act);
-void cuda_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
-               const float *sin, int32_t head_dim);
 void cuda_copy(struct backend *b, struct tensor *y, const struct tensor *x);
 /* cuda_vision.cu */
 void cuda_attention(struct backend *b, struct tensor *out, const struct tensor *q,
@@ -226,7 +226,7 @@ void cuda_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor
                         int32_t k);
 /* cuda_paged.cu */
 void cuda_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
-                   const struct tensor *k, const struct tensor *v);
+                   struct tensor *k, const struct tensor *v, const struct rotation *rope);
 void cuda_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                           const struct kv_pages *kv, const struct paged_layout *layout,
                           const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);

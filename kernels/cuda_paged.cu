@@ -1,5 +1,5 @@
 /*
- * Keys and values in pages: writing them, attending to them, copying pages.
+ * Keys and values in pages: writing them (rope on the way), attending to them, copying pages.
  *
  * Attention. Queries of one kv head's group are packed as rows, row = token * group + head, so that
  * a decode step's few heads share one read of the keys. A sequence's keys are cut into splits of
@@ -502,16 +502,54 @@ void cuda_paged_attention(struct backend *b, struct tensor *out, const struct te
 
 /* ---- writing and copying pages ---- */
 
+/* What a token's block does: rotate the heads of its query and key, store key and value. */
+struct write_params {
+    void *q; // NULL: nothing is rotated
+    const float *cos_table, *sin_table;
+    int64_t q_stride, k_stride, v_stride; // elements
+    int n_heads;                          // of q
+};
+
+/* Dimensions d and d + half of a head, turned. */
+template <class T>
+__device__ __forceinline__ void rotate_pair(T *a, T *b, const float *cosine, const float *sine)
+{
+    float x = to_float(*a), y = to_float(*b);
+
+    *a = from_float<T>(x * *cosine - y * *sine);
+    *b = from_float<T>(y * *cosine + x * *sine);
+}
+
+/* Pairs of the heads of one row; a thread owns a pair. */
+template <class T>
+__device__ __forceinline__ void rotate_heads(T *row, int n_heads, int half, const float *cosines,
+                                             const float *sines)
+{
+    for (int i = threadIdx.x; i < n_heads * half; i += blockDim.x) {
+        int d = i % half;
+        T *first = row + i / half * 2 * half + d;
+        rotate_pair(first, first + half, cosines + d, sines + d);
+    }
+}
+
 /* One block a token. Sequences are few: each thread finds the token's own. The rows that pad a
  * recorded step are no sequence's. */
 template <class T, class KV>
-__global__ void kv_write_kernel(KV *keys, KV *values, const T *k, int64_t k_stride, const T *v,
-                                int64_t v_stride, const struct paged_params p)
+__global__ void kv_write_kernel(KV *keys, KV *values, T *k, const T *v, const struct write_params w,
+                                const struct paged_params p)
 {
-    int token = (int)blockIdx.x, sequence = 0;
+    int token = (int)blockIdx.x, sequence = 0, half = p.head_dim / 2;
+    T *key = k + token * w.k_stride;
 
     if (token >= p.query_start[p.n_sequences])
         return;
+    if (w.q) {
+        const float *c = w.cos_table + (int64_t)token * half,
+                    *s = w.sin_table + (int64_t)token * half;
+        rotate_heads((T *)w.q + token * w.q_stride, w.n_heads, half, c, s);
+        rotate_heads(key, p.n_kv_heads, half, c, s);
+        __syncthreads(); // a key's dimensions are stored by other threads
+    }
     while (sequence + 1 < p.n_sequences && p.query_start[sequence + 1] <= token)
         sequence++;
     int position = p.context_len[sequence] - p.query_start[sequence + 1] + token;
@@ -519,17 +557,17 @@ __global__ void kv_write_kernel(KV *keys, KV *values, const T *k, int64_t k_stri
     for (int i = threadIdx.x; i < p.n_kv_heads * p.head_dim; i += blockDim.x) {
         int head = i / p.head_dim, d = i % p.head_dim;
         int64_t at = page_offset(p, sequence, position, head);
-        keys[at + (int64_t)d * p.page_size + slot] =
-            from_float<KV>(to_float(k[token * k_stride + i]));
+        keys[at + (int64_t)d * p.page_size + slot] = from_float<KV>(to_float(key[i]));
         values[at + (int64_t)slot * p.head_dim + d] =
-            from_float<KV>(to_float(v[token * v_stride + i]));
+            from_float<KV>(to_float(v[token * w.v_stride + i]));
     }
 }
 
 void cuda_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
-                   const struct tensor *k, const struct tensor *v)
+                   struct tensor *k, const struct tensor *v, const struct rotation *rope)
 {
     struct paged_params p = {};
+    struct write_params w = {};
 
     p.query_start = layout->query_start;
     p.context_len = layout->context_len;
@@ -539,12 +577,20 @@ void cuda_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_la
     p.n_kv_heads = kv->n_kv_heads;
     p.page_size = kv->page_size;
     p.head_dim = kv->head_dim;
-    WITH_TYPE(
-        k->dtype, T,
-        WITH_TYPE(kv->dtype, KV,
-                  LAUNCH((kv_write_kernel<T, KV>), dim3((unsigned)layout->n_tokens), dim3(128), 0,
-                         cuda_state_of(b)->stream, (KV *)kv->k, (KV *)kv->v, (const T *)k->data,
-                         k->row_stride, (const T *)v->data, v->row_stride, p)));
+    w.k_stride = k->row_stride;
+    w.v_stride = v->row_stride;
+    if (rope) {
+        w.q = rope->q->data;
+        w.q_stride = rope->q->row_stride;
+        w.n_heads = (int)(tensor_n_cols(rope->q) / kv->head_dim);
+        w.cos_table = rope->cos;
+        w.sin_table = rope->sin;
+    }
+    WITH_TYPE(k->dtype, T,
+              WITH_TYPE(kv->dtype, KV,
+                        LAUNCH((kv_write_kernel<T, KV>), dim3((unsigned)layout->n_tokens),
+                               dim3(128), 0, cuda_state_of(b)->stream, (KV *)kv->k, (KV *)kv->v,
+                               (T *)k->data, (const T *)v->data, w, p)));
 }
 
 #define PAIRS_MAX 256

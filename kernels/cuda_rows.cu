@@ -1,5 +1,5 @@
 /*
- * Ops that see one row at a time: embedding, row moves, norms, sums, gate, rotation, type change.
+ * Ops that see one row at a time: embedding, row moves, norms, sums, gate, type change.
  *
  * One block a row, so a row's result never depends on how many rows there are; the number of
  * threads is a function of the row's length alone, which fixes the order of a norm's sum. Sums and
@@ -90,22 +90,49 @@ void cuda_copy(struct backend *b, struct tensor *y, const struct tensor *x)
             WITH_TYPE(x->dtype, U, move_rows_of<T, U>(b, y, NULL, x, NULL, tensor_n_rows(x))));
 }
 
-/* The normalised value is rounded to x's type before the weight (LlamaRMSNorm). */
+/* y <- the norm of a row whose `sum` of squares is known. The normalised value is rounded to x's
+ * type before the weight (LlamaRMSNorm). */
+template <class T, class U>
+__device__ __forceinline__ void store_rms_norm(T *y, const U *x, float sum, const float *weight,
+                                               float eps, int64_t n_cols)
+{
+    float inverse = 1.0f / sqrtf(block_sum(sum) / (float)n_cols + eps);
+
+    for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x)
+        y[c] = from_float<T>(weight[c] * to_float(from_float<U>(to_float(x[c]) * inverse)));
+}
+
 template <class T, class U>
 __global__ void rms_norm_kernel(T *y, int64_t y_stride, const U *x, int64_t x_stride,
                                 const float *weight, float eps, int64_t n_cols)
 {
     const U *xr = x + blockIdx.x * x_stride;
-    T *yr = y + blockIdx.x * y_stride;
     float sum = 0;
 
     for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x) {
         float v = to_float(xr[c]);
         sum = fmaf(v, v, sum);
     }
-    float inverse = 1.0f / sqrtf(block_sum(sum) / (float)n_cols + eps);
-    for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x)
-        yr[c] = from_float<T>(weight[c] * to_float(from_float<U>(to_float(xr[c]) * inverse)));
+    store_rms_norm(y + blockIdx.x * y_stride, xr, sum, weight, eps, n_cols);
+}
+
+/* add_kernel and rms_norm_kernel in one: each thread reads back what it wrote. */
+template <class T, class U>
+__global__ void add_rms_norm_kernel(T *y, int64_t y_stride, U *x, int64_t x_stride, const U *add,
+                                    int64_t add_stride, const float *weight, float eps,
+                                    int64_t n_cols)
+{
+    U *xr = x + blockIdx.x * x_stride;
+    const U *ar = add + blockIdx.x * add_stride;
+    float sum = 0;
+
+    for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x) {
+        U added = from_float<U>(to_float(xr[c]) + to_float(ar[c]));
+        float v = to_float(added);
+        xr[c] = added;
+        sum = fmaf(v, v, sum);
+    }
+    store_rms_norm(y + blockIdx.x * y_stride, xr, sum, weight, eps, n_cols);
 }
 
 void cuda_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, const float *weight,
@@ -119,6 +146,19 @@ void cuda_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, 
                   LAUNCH((rms_norm_kernel<T, U>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
                          cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const U *)x->data,
                          x->row_stride, weight, eps, n_cols)));
+}
+
+void cuda_add_rms_norm(struct backend *b, struct tensor *y, struct tensor *x,
+                       const struct tensor *add, const float *weight, float eps)
+{
+    int64_t n = tensor_n_rows(y), n_cols = tensor_n_cols(y);
+
+    WITH_TYPE(y->dtype, T,
+              WITH_TYPE(x->dtype, U,
+                        LAUNCH((add_rms_norm_kernel<T, U>), dim3((unsigned)n),
+                               dim3(threads_for(n_cols)), 0, cuda_state_of(b)->stream, (T *)y->data,
+                               y->row_stride, (U *)x->data, x->row_stride, (const U *)add->data,
+                               add->row_stride, weight, eps, n_cols)));
 }
 
 template <class T, class U>
@@ -207,40 +247,4 @@ void cuda_gated_activation(struct backend *b, struct tensor *y, const struct ten
               LAUNCH((gated_activation_kernel<T>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
                      cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const T *)x->data,
                      x->row_stride, act, n_cols));
-}
-
-/* One block a token; thread i owns the pairs (d, d + head_dim / 2) of head i / (head_dim / 2) … */
-template <class T>
-__global__ void rope_kernel(T *x, int64_t stride, const float *cos_table, const float *sin_table,
-                            int half, int n_pairs)
-{
-    T *row = x + blockIdx.x * stride;
-    const float *c = cos_table + (int64_t)blockIdx.x * half;
-    const float *s = sin_table + (int64_t)blockIdx.x * half;
-
-    for (int i = threadIdx.x; i < n_pairs; i += blockDim.x) {
-        int d = i % half, first = i / half * 2 * half + d;
-        float a = to_float(row[first]), b = to_float(row[first + half]);
-
-        row[first] = from_float<T>(a * c[d] - b * s[d]);
-        row[first + half] = from_float<T>(b * c[d] + a * s[d]);
-    }
-}
-
-static void rope_one(struct backend *b, struct tensor *x, const float *cos, const float *sin,
-                     int32_t head_dim)
-{
-    int64_t n = tensor_n_rows(x), n_cols = tensor_n_cols(x);
-
-    WITH_TYPE(x->dtype, T,
-              LAUNCH((rope_kernel<T>), dim3((unsigned)n), dim3(threads_for(n_cols / 2)), 0,
-                     cuda_state_of(b)->stream, (T *)x->data, x->row_stride, cos, sin, head_dim / 2,
-                     (int)(n_cols / 2)));
-}
-
-void cuda_rope(struct backend *b, struct tensor *q, struct tensor *k, const float *cos,
-               const float *sin, int32_t head_dim)
-{
-    rope_one(b, q, cos, sin, head_dim);
-    rope_one(b, k, cos, sin, head_dim);
 }

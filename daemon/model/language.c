@@ -336,10 +336,10 @@ static void attention(struct step *s, const struct language_layer *l, struct kv_
         norm_heads(s, &q, l->q_norm);
         norm_heads(s, &k, l->k_norm);
     }
-    op_rope(b, &q, &k, m->scratch.cos, m->scratch.sin, (int32_t)d);
+    op_kv_write(b, kv, &s->layout, &k, &v,
+                &(struct rotation){.q = &q, .cos = m->scratch.cos, .sin = m->scratch.sin});
     capture_cache(s, &k, i, "key");
     capture_cache(s, &v, i, "value");
-    op_kv_write(b, kv, &s->layout, &k, &v);
     capture_attentions(s, &q, kv, i, l->window);
     op_paged_attention(b, &mixed, &q, kv, &s->layout, m->kv_of_head, (int32_t)part->heads.n,
                        (float)(1.0 / sqrt((double)d)), l->window);
@@ -385,17 +385,19 @@ static void run_layers(struct step *s)
     for (int64_t j = 0; j < m->layer_range.n; j++) {
         const struct language_layer *l = &m->layers[j];
         int i = (int)(m->layer_range.start + j);
+        if (j == 0)
+            op_rms_norm(b, &s->normed, &s->x, l->input_norm, eps);
+        else
+            op_add_rms_norm(b, &s->normed, &s->x, &s->sum, l->input_norm, eps);
         capture_hidden(s, &s->x, i);
-        op_rms_norm(b, &s->normed, &s->x, l->input_norm, eps);
         attention(s, l, &m->kv.layers[j], i);
-        op_add(b, &s->x, &s->sum);
-        op_rms_norm(b, &s->normed, &s->x, l->post_norm, eps);
+        op_add_rms_norm(b, &s->normed, &s->x, &s->sum, l->post_norm, eps);
         if (l->experts.n_experts)
             mixture(s, l);
         else
             mlp(s, l);
-        op_add(b, &s->x, &s->sum);
     }
+    op_add(b, &s->x, &s->sum);
 }
 
 /* ---- recorded steps ---- */

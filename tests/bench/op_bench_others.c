@@ -21,6 +21,7 @@ struct attention_case {
     struct kv_pages kv;
     struct paged_layout layout;
     int32_t *kv_of_head;
+    float *cos, *sin;
     int32_t n_heads, n_tiles;
     enum dtype dtype;
 };
@@ -35,7 +36,8 @@ static void run_paged(void *arg)
 static void run_kv_write(void *arg)
 {
     struct attention_case *c = arg;
-    op_kv_write(c->b, &c->kv, &c->layout, &c->k, &c->v);
+    op_kv_write(c->b, &c->kv, &c->layout, &c->k, &c->v,
+                &(struct rotation){.q = &c->q, .cos = c->cos, .sin = c->sin});
 }
 
 /* n_sequences of `context` tokens each, n_tokens of them new. */
@@ -83,6 +85,10 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
     c.out = bench_matrix(bench, DTYPE_F32, rows, s->n_heads * s->head_dim);
     c.k = bench_matrix(bench, DTYPE_F32, rows, width);
     c.v = bench_matrix(bench, DTYPE_F32, rows, width);
+    c.sin = op_alloc(bench->b, (size_t)(rows * s->head_dim / 2) * sizeof(float));
+    c.cos = op_alloc(bench->b, (size_t)(rows * s->head_dim / 2) * sizeof(float));
+    for (int64_t i = 0; i < rows * s->head_dim / 2; i++)
+        c.cos[i] = 1; // turned by nothing, over and over
     c.kv_of_head = xcalloc((size_t)s->n_heads, sizeof(*c.kv_of_head));
     for (int32_t h = 0; h < c.n_heads; h++)
         c.kv_of_head[h] = h * c.kv.n_kv_heads / c.n_heads;
@@ -106,12 +112,14 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
         bench_measure(bench, &op);
     op.op = "kv_write";
     op.flops = 0;
-    op.bytes = 2.0 * (double)(rows * width) * (4 + element);
+    op.bytes =
+        (double)rows * ((double)width * (12 + 2 * element) +
+                        8.0 * (double)(s->n_heads * s->head_dim) + 4.0 * (double)s->head_dim);
     op.run = run_kv_write;
     if (bench_wants(bench, op.op, op.format) && load->n_sequences == 1 && load->context <= 1024)
         bench_measure(bench, &op);
-    void *memory[] = {c.kv.k, c.kv.v, c.q.data, c.k.data, c.v.data, c.out.data};
-    for (int i = 0; i < 6; i++)
+    void *memory[] = {c.kv.k, c.kv.v, c.q.data, c.k.data, c.v.data, c.out.data, c.cos, c.sin};
+    for (int i = 0; i < 8; i++)
         op_free(bench->b, memory[i]);
     free((void *)c.layout.query_start);
     free((void *)c.layout.pages);
@@ -159,7 +167,7 @@ static void measure_full(const struct bench *bench, int32_t n_tiles, enum dtype 
 /* Operands of one of the small ops; which of them it takes is its own affair. */
 struct small_case {
     struct backend *b;
-    struct tensor x, y;
+    struct tensor x, x2, y;
     const float *weight, *bias, *mean;
     const int32_t *rows;
     struct tensor table;
@@ -197,10 +205,10 @@ static void run_gated(void *arg)
     op_gated_activation(c->b, &c->y, &c->x, ACTIVATION_SILU);
 }
 
-static void run_rope(void *arg)
+static void run_add_rms_norm(void *arg)
 {
     struct small_case *c = arg;
-    op_rope(c->b, &c->y, &c->x, c->weight, c->bias, c->n);
+    op_add_rms_norm(c->b, &c->y, &c->x2, &c->x, c->weight, 1e-6f);
 }
 
 static void run_embed(void *arg)
@@ -256,6 +264,7 @@ static void measure_small(const struct bench *bench, const char *op, void (*run)
     struct small_case c = {.b = bench->b, .n = (int32_t)s->head_dim};
     c.y = bench_matrix(bench, DTYPE_F32, rows, y_cols);
     c.x = bench_matrix(bench, DTYPE_F32, rows, x_cols ? x_cols : 1);
+    c.x2 = bench_matrix(bench, DTYPE_F32, rows, y_cols);
     int64_t n = widest > rows * s->head_dim ? widest : rows * s->head_dim;
     float *weight = bench_values(bench, DTYPE_F32, n), *bias = bench_values(bench, DTYPE_F32, n);
     int32_t *ids = xcalloc((size_t)rows, sizeof(*ids));
@@ -276,6 +285,7 @@ static void measure_small(const struct bench *bench, const char *op, void (*run)
     bench_measure(bench, &op_case);
     op_free(bench->b, weight);
     op_free(bench->b, bias);
+    op_free(bench->b, c.x2.data);
     op_free(bench->b, c.x.data);
     op_free(bench->b, c.y.data);
     free(ids);
@@ -400,12 +410,11 @@ void bench_others(const struct bench *bench)
     }
     for (int i = 0; i < N_ROWS; i++) {
         const int64_t rows = row_counts[i];
-        const double cosines = 4.0 * (double)(rows * s->head_dim);
         measure_small(bench, "rms_norm", run_rms_norm, rows, s->dim, s->dim, 0);
+        measure_small(bench, "add_rms_norm", run_add_rms_norm, rows, s->dim, s->dim,
+                      8.0 * (double)(rows * s->dim));
         measure_small(bench, "add", run_add, rows, s->dim, s->dim, 4.0 * (double)(rows * s->dim));
         measure_small(bench, "gated_activation", run_gated, rows, s->inner, 2 * s->inner, 0);
-        measure_small(bench, "rope", run_rope, rows, s->n_heads * s->head_dim,
-                      s->n_kv_heads * s->head_dim, cosines);
         measure_small(bench, "scatter_rows", run_scatter, rows, s->dim, s->dim, 0);
         measure_small(bench, "gather_rows", run_gather, rows, s->dim, s->dim, 0);
         measure_small(bench, "copy", run_copy, rows, s->dim, s->dim, 0);

@@ -95,7 +95,7 @@ static void world_run(struct world *w, struct backend *b, struct tensor *out, in
         op_gather_rows(b, &q, &w->q.device, device_rows);
         op_gather_rows(b, &k, &w->k.device, device_rows);
         op_gather_rows(b, &v, &w->v.device, device_rows);
-        op_kv_write(b, &w->kv, &layout, &k, &v);
+        op_kv_write(b, &w->kv, &layout, &k, &v, NULL);
         op_paged_attention(b, &o, &q, &w->kv, &layout, w->kv_of_head, w->n_heads,
                            1 / sqrtf((float)w->head_dim), w->window);
         op_scatter_rows(b, out, &o, device_rows);

@@ -109,24 +109,73 @@ static void check_gated(struct backend *b, struct record *r, int m, int n)
     }
 }
 
+/* m new tokens of one sequence, float32 pages: what is rotated, and where keys and values lie. */
 static void check_rope(struct backend *b, struct record *r, int m, int n_heads, int n_kv, int hd)
 {
+    enum { PAGE = 16, PAGES_MAX = 32 };
+    int32_t query_start[] = {0, m}, context_len[] = {m}, page_start[] = {0, (m + PAGE - 1) / PAGE};
+    int32_t pages[PAGES_MAX];
     struct tensor q = op_case_strided(m, n_heads * hd), k = op_case_strided(m, n_kv * hd);
+    struct tensor v = op_case_strided(m, n_kv * hd);
     float *cosines = op_case_floats(m * hd / 2, 1), *sines = op_case_floats(m * hd / 2, 1);
     float *want_q = op_case_floats(tensor_n_elements(&q), 0);
     float *want_k = op_case_floats(tensor_n_elements(&k), 0);
+    int n_page = n_kv * hd * PAGE;
+    struct kv_pages kv = {.dtype = DTYPE_F32, .n_pages = page_start[1], .page_size = PAGE};
+    kv.k = op_case_floats(page_start[1] * n_page, 0);
+    kv.v = op_case_floats(page_start[1] * n_page, 0);
+    kv.n_kv_heads = n_kv;
+    kv.head_dim = hd;
+    assert_true(page_start[1] <= PAGES_MAX);
+    for (int32_t i = 0; i < page_start[1]; i++)
+        pages[i] = page_start[1] - 1 - i;
+    struct paged_layout layout = {1, m, m, query_start, context_len, page_start, pages};
     naive_rope(want_q, &q, cosines, sines, hd);
     naive_rope(want_k, &k, cosines, sines, hd);
-    op_rope(b, &q, &k, cosines, sines, hd);
+    op_kv_write(b, &kv, &layout, &k, &v, &(struct rotation){.q = &q, .cos = cosines, .sin = sines});
     op_case_compare("rope", &q, want_q, 1e-13);
     op_case_compare("rope", &k, want_k, 1e-13);
+    for (int i = 0; i < m; i++)
+        for (int c = 0; c < n_kv * hd; c++) {
+            int at = pages[i / PAGE] * n_page + c / hd * hd * PAGE;
+            assert_true(((float *)kv.k)[at + c % hd * PAGE + i % PAGE] ==
+                        ((float *)k.data)[i * k.row_stride + c]);
+            assert_true(((float *)kv.v)[at + i % PAGE * hd + c % hd] ==
+                        ((float *)v.data)[i * v.row_stride + c]);
+        }
     record_add(r, &q);
     free(q.data);
     free(k.data);
+    free(v.data);
+    free(kv.k);
+    free(kv.v);
     free(cosines);
     free(sines);
     free(want_q);
     free(want_k);
+}
+
+/* In one op the bits of the two. */
+static void check_add_rms_norm(struct backend *b, int m, int n)
+{
+    struct tensor x = op_case_strided(m, n), add = op_case_strided(m, n), y = op_case_strided(m, n);
+    struct tensor x2 = op_case_strided(m, n), y2 = op_case_strided(m, n);
+    float *weight = op_case_floats(n, 1);
+    op_copy(b, &x2, &x);
+    op_add(b, &x2, &add);
+    op_rms_norm(b, &y2, &x2, weight, 1e-6f);
+    op_add_rms_norm(b, &y, &x, &add, weight, 1e-6f);
+    for (int i = 0; i < m; i++) {
+        size_t row = (size_t)(i * x.row_stride), n_bytes = (size_t)n * sizeof(float);
+        assert_memory_equal((float *)x.data + row, (float *)x2.data + row, n_bytes);
+        assert_memory_equal((float *)y.data + row, (float *)y2.data + row, n_bytes);
+    }
+    free(x.data);
+    free(add.data);
+    free(y.data);
+    free(x2.data);
+    free(y2.data);
+    free(weight);
 }
 
 static void run_rows(struct backend *b, struct record *r)
@@ -139,6 +188,8 @@ static void run_rows(struct backend *b, struct record *r)
         check_sums(b, sizes[i][0], sizes[i][1]);
         check_gated(b, r, sizes[i][0], sizes[i][1]);
     }
+    for (int i = 0; i < 10; i++)
+        check_add_rms_norm(b, sizes[i][0], sizes[i][1]);
     check_rope(b, r, 5, 3, 1, 2);
     check_rope(b, r, 17, 14, 2, 64);
     check_rope(b, r, 2, 2, 2, 30);
@@ -383,8 +434,7 @@ static void test_no_tokens(void **state)
     op_add(b, &y, &x);
     op_add_bias(b, &y, weight);
     op_gated_activation(b, &y, &wide, ACTIVATION_SILU);
-    op_rope(b, &y, &x, weight, weight, 4);
-    op_kv_write(b, &kv, &layout, &x, &x);
+    op_kv_write(b, &kv, &layout, &x, &x, NULL);
     op_paged_attention(b, &y, &x, &kv, &layout, kv_of_head, 2, 1, 0);
     op_attention(b, &y, &x, &x, &x, 0, 2, 1, DTYPE_BF16, NULL);
     op_pixel_shuffle(b, &wide, &(struct tensor){.n_dims = 2, .shape = {0, 4}, .row_stride = 4}, 2,

@@ -227,7 +227,7 @@ static void foreign_page(void *arg)
     layout.query_start = layout.page_start = one;
     layout.context_len = one + 1;
     layout.pages = &page;
-    op_kv_write(arg, &kv, &layout, &k, &k);
+    op_kv_write(arg, &kv, &layout, &k, &k, NULL);
 }
 
 static void test_backend_doors(void **state)
