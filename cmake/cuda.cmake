@@ -62,7 +62,7 @@ if(INTERNVLD_CUDA_FOUND)
     list(APPEND cuda_logs ${object}.log)
   endforeach()
   add_library(internvld_cuda_real STATIC EXCLUDE_FROM_ALL
-    ${cuda_objects} ${CMAKE_SOURCE_DIR}/parallel/comm_nccl.c)
+    ${cuda_objects} ${CMAKE_SOURCE_DIR}/parallel/comm_nccl.c ${CMAKE_SOURCE_DIR}/parallel/comm_ipc.c)
   target_include_directories(internvld_cuda_real SYSTEM PRIVATE ${CUDA_INCLUDE_DIR} ${NCCL_INCLUDE_DIR})
   target_link_libraries(internvld_cuda_real
     PUBLIC internvld_kernels internvld_parallel ${CUBLASLT_LIBRARY} ${CUDART_LIBRARY} ${NCCL_LIBRARY} stdc++

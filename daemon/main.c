@@ -318,7 +318,8 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
                                .isa = getenv("INTERNVLD_ISA"),
                                .index = s->device_index,
                                .deterministic = (int)s->options.deterministic,
-                               .enforce_eager = (int)s->options.enforce_eager};
+                               .enforce_eager = (int)s->options.enforce_eager,
+                               .one_shot = !s->options.disable_custom_all_reduce};
     struct control *control;
     int status = 1;
 

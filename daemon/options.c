@@ -106,6 +106,11 @@ static const struct option table[] = {
      "With cuda: start every kernel of every step by itself. Default: decode steps and pictures "
      "are "
      "recorded as CUDA graphs at the start and replayed, to the same bits."},
+    {NULL, "--disable-custom-all-reduce", NULL, OPTION_FLAG, FIELD(disable_custom_all_reduce), NULL,
+     0, 0,
+     "With cuda: every sum over shards by NCCL. Without it short ones (512 KiB, of 8 shards 256) "
+     "are read from the other GPUs' memory in one kernel, where shards on one host reach each "
+     "other's."},
     {NULL, "--plan", NULL, OPTION_FLAG, FIELD(plan), NULL, 0, 0,
      "Print each rank's memory for this model and layout, with --device cuda that of its GPU and "
      "its host, and exit without starting anything."},

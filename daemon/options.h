@@ -23,6 +23,7 @@ struct options {
     int64_t no_enable_prefix_caching;
     const char *listen, *metrics_listen, *port_file, *auth_token_file;
     int64_t deterministic, enforce_eager, vision_share_gpu, insecure_listen; // flags are 0 or 1
+    int64_t disable_custom_all_reduce;
     int64_t start_timeout, drain_timeout, processor_threads, max_connections, max_message_bytes;
     int64_t stream_interval;
     int64_t media_store_bytes, media_ttl, max_media_bytes;

@@ -107,9 +107,20 @@ quantized() {
     [ "$n_gpus" -ge 2 ] || { skip "T=2 needs two GPUs, this machine has $n_gpus"; return; }
     daemon daemon_quantized.py int8 int4 bitsandbytes-fp4 bitsandbytes-nf4
 }
+sums() {
+    [ "$n_gpus" -ge 2 ] || { skip "T=2 needs two GPUs, this machine has $n_gpus"; return; }
+    daemon daemon_sums.py
+}
 nccl() {
     [ "$n_gpus" -ge 4 ] || { skip "four ranks need four GPUs, this machine has $n_gpus"; return; }
     mpirun --allow-run-as-root --oversubscribe --bind-to none -n 4 "$tests/comm_nccl_test_real"
+}
+ipc() {
+    [ "$n_gpus" -ge 2 ] || { skip "ranks read each other's memory on two GPUs or more, this machine has $n_gpus"; return; }
+    for n in 2 4 8; do
+        [ "$n" -gt "$n_gpus" ] ||
+            mpirun --allow-run-as-root --oversubscribe --bind-to none -n "$n" "$tests/comm_ipc_test_real" || return
+    done
 }
 sanitize() { # TOOL
     sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
@@ -131,13 +142,17 @@ for step in $steps; do
             "as new as the toolkit, and does CUDA_VISIBLE_DEVICES name a device?"
         ;;
     models) run models "$tests/cuda_parity_test_real" --cuda ;;
-    nccl) run nccl nccl ;;
+    nccl)
+        run nccl nccl
+        run ipc ipc
+        ;;
     daemon)
         for checkpoint in ln-1b-style rms-78b-style; do
             # shellcheck disable=SC2046 # a list of words
             run "daemon-$checkpoint" daemon daemon_parity.py $checkpoint $(layouts)
         done
         run daemon-quantized quantized
+        run daemon-sums sums
         ;;
     sanitizer)
         for tool in memcheck racecheck initcheck synccheck; do

@@ -46,7 +46,7 @@ struct patience {
 static __device__ void wait_for(const uint32_t *flag, uint32_t generation, int rank,
                                 const struct patience &p)
 {
-    uint64_t start_ns = device_clock_ns();
+    uint64_t start_ns = 0; // a short wait does not read the clock
 
     for (unsigned polls = 1; (int32_t)(load_acquire_system(flag) - generation) < 0; polls++) {
         spin_pause();
@@ -54,6 +54,8 @@ static __device__ void wait_for(const uint32_t *flag, uint32_t generation, int r
             continue;
         if (load_acquire_system(p.overdue))
             break;
+        if (!start_ns)
+            start_ns = device_clock_ns();
         if (device_clock_ns() - start_ns > p.limit_ns) {
             store_release_system(p.overdue, (uint32_t)rank + 1);
             if (p.fatal)

@@ -5,7 +5,8 @@
  * group's first member makes the id and it travels the same way. Communicators are non-blocking:
  * a call that is still being set up is polled, and a watchdog thread asks for asynchronous errors
  * (a peer that vanished, a broken link), aborts the communicator, so that kernels that spin on the
- * device end, and then the job. It includes no MPI: launch.h stands for that.
+ * device end, and then the job. It includes no MPI: launch.h stands for that. Short sums go another
+ * way where the group has one (comm_ipc.h); of that it knows no more than is in its header.
  */
 #include "parallel/comm_nccl.h"
 
@@ -19,6 +20,7 @@
 
 #include "kernels/cuda_backend.h"
 #include "kernels/log.h"
+#include "parallel/comm_ipc.h"
 #include "parallel/launch.h"
 
 #define OPEN_TIMEOUT_MS 60000
@@ -26,6 +28,7 @@
 
 struct nccl_state {
     ncclComm_t comm;
+    struct comm_ipc *ipc; // NULL: every sum over NCCL
     struct backend *backend;
     cudaStream_t stream;
     int deterministic;
@@ -48,6 +51,7 @@ static _Noreturn void fail(struct nccl_state *s, const char *what, ncclResult_t 
 
     if (s->comm)
         ncclCommAbort(s->comm);
+    comm_ipc_abort(s->ipc);
     die("NCCL: %s: %s (%s)", what, ncclGetErrorString(r), detail ? detail : "");
 }
 
@@ -83,6 +87,9 @@ static void *watch(void *arg)
             r = ncclSystemError;
         if (r != ncclSuccess && r != ncclInProgress)
             fail(s, "the group is broken", r);
+        if (comm_ipc_overdue(s->ipc) >= 0)
+            die("all-reduce over CUDA IPC: rank %d of the group did not come",
+                comm_ipc_overdue(s->ipc));
         sleep_ms(WATCH_INTERVAL_MS);
     }
     return NULL;
@@ -96,6 +103,10 @@ static void all_reduce(struct comm *c, float *x, size_t n)
 
     if (n * sizeof(*x) > s->max_bytes)
         BUG("all_reduce of %zu bytes, opened for %zu", n * sizeof(*x), s->max_bytes);
+    if (comm_ipc_takes(s->ipc, n)) {
+        comm_ipc_all_reduce(s->ipc, x, n);
+        return;
+    }
     if (!s->deterministic) {
         settle(s, "all_reduce", ncclAllReduce(x, x, n, ncclFloat32, ncclSum, s->comm, s->stream));
         return;
@@ -136,6 +147,18 @@ static void recv_from(struct comm *c, void *x, size_t n_bytes, int from)
     settle(s, "recv", ncclRecv(x, n_bytes, ncclUint8, from, s->comm, s->stream));
 }
 
+/* Lets go of the others' memory and waits until they have let go of this rank's. */
+static void close_ipc(struct nccl_state *s)
+{
+    float *x = op_alloc(s->backend, sizeof(*x));
+
+    comm_ipc_leave(s->ipc);
+    settle(s, "leaving", ncclAllReduce(x, x, 1, ncclFloat32, ncclSum, s->comm, s->stream));
+    op_sync(s->backend);
+    op_free(s->backend, x);
+    comm_ipc_close(s->ipc);
+}
+
 static void close_comm(struct comm *c)
 {
     struct nccl_state *s = state_of(c);
@@ -144,6 +167,8 @@ static void close_comm(struct comm *c)
         atomic_store(&s->stop, 1);
         pthread_join(s->watchdog, NULL);
         op_sync(s->backend);
+        if (s->ipc)
+            close_ipc(s);
         settle(s, "finalize", ncclCommFinalize(s->comm));
         ncclCommDestroy(s->comm);
     }
@@ -177,8 +202,8 @@ static int by_key(const void *a, const void *b)
                             : (x->rank > y->rank) - (x->rank < y->rank);
 }
 
-/* This rank's place in its group and the group's first member (a rank of the job). */
-static void find_group(struct comm *c, int rank, int world, int color, int key, int *leader)
+/* This rank's place in its group; members [world] <- its group's ranks of the job, in order. */
+static void find_group(struct comm *c, int rank, int world, int color, int key, int *members)
 {
     struct member mine = {color, key, rank}, *all = xcalloc((size_t)world, sizeof(*all));
     int n = 0;
@@ -190,8 +215,8 @@ static void find_group(struct comm *c, int rank, int world, int color, int key, 
     }
     qsort(all, (size_t)n, sizeof(*all), by_key);
     c->size = n;
-    *leader = all[0].rank;
     for (int i = 0; i < n; i++) {
+        members[i] = all[i].rank;
         if (all[i].rank == rank)
             c->rank = i;
     }
@@ -214,16 +239,30 @@ static void exchange_id(ncclUniqueId *id, int rank, int world, int leader, int s
     free(all);
 }
 
+static void connect_group(struct comm *c, ncclUniqueId id)
+{
+    struct nccl_state *s = state_of(c);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+
+    config.blocking = 0;
+    settle(s, "making the group", ncclCommInitRankConfig(&s->comm, c->size, id, c->rank, &config));
+    if (pthread_create(&s->watchdog, NULL, watch, s) != 0)
+        die("cannot start NCCL's watchdog thread");
+}
+
 struct comm *comm_nccl_open(struct backend *b, int rank, int world, int color, int key,
-                            size_t max_bytes, int deterministic)
+                            const struct comm_nccl_options *o)
 {
     struct comm *c = xcalloc(1, sizeof(*c));
     struct nccl_state *s = xcalloc(1, sizeof(*s));
+    int *members = xcalloc((size_t)world, sizeof(*members));
     ncclUniqueId id;
-    int leader;
 
-    find_group(c, rank, world, color, key, &leader);
-    exchange_id(&id, rank, world, leader, color < 0 ? 1 : c->size);
+    find_group(c, rank, world, color, key, members);
+    exchange_id(&id, rank, world, members[0], color < 0 ? 1 : c->size);
+    if (o->one_shot && o->max_bytes > 0)
+        s->ipc = comm_ipc_open(b, world, members, color < 0 ? 0 : c->size, c->rank);
+    free(members);
     if (color < 0) {
         free(s);
         free(c);
@@ -232,17 +271,13 @@ struct comm *comm_nccl_open(struct backend *b, int rank, int world, int color, i
     c->ops = &nccl_ops;
     c->state = s;
     s->backend = b;
-    s->deterministic = deterministic;
-    s->max_bytes = max_bytes;
+    s->deterministic = o->deterministic;
+    s->max_bytes = o->max_bytes;
     s->stream = backend_cuda_stream(b);
     if (c->size == 1)
         return c;
-    if (deterministic)
-        s->gathered = op_alloc(b, (size_t)c->size * max_bytes);
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
-    settle(s, "making the group", ncclCommInitRankConfig(&s->comm, c->size, id, c->rank, &config));
-    if (pthread_create(&s->watchdog, NULL, watch, s) != 0)
-        die("cannot start NCCL's watchdog thread");
+    if (o->deterministic)
+        s->gathered = op_alloc(b, (size_t)c->size * o->max_bytes);
+    connect_group(c, id);
     return c;
 }

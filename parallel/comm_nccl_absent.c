@@ -5,8 +5,8 @@
 #include "parallel/comm_nccl.h"
 
 struct comm *comm_nccl_open(struct backend *b, int rank, int world, int color, int key,
-                            size_t max_bytes, int deterministic)
+                            const struct comm_nccl_options *o)
 {
-    BUG("%s: no NCCL in this build (rank %d of %d, group %d, key %d, %zu bytes, deterministic %d)",
-        b ? b->ops->name : "no back end", rank, world, color, key, max_bytes, deterministic);
+    BUG("%s: no NCCL in this build (rank %d of %d, group %d, key %d, %zu bytes)",
+        b ? b->ops->name : "no back end", rank, world, color, key, o->max_bytes);
 }

@@ -67,14 +67,20 @@ int64_t launch_clock_offset(int rank, int world, int64_t *error_ns)
     return ops()->clock_offset(rank, world, error_ns);
 }
 
-int launch_shares_clock(void)
+void launch_kernel_id(char *text, size_t n_bytes)
 {
-    char own[64] = "", first[64];
     FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
-    if (f && !fgets(own, sizeof(own), f))
-        own[0] = '\0';
+    memset(text, 0, n_bytes);
+    if (f && !fgets(text, (int)n_bytes, f))
+        text[0] = '\0';
     if (f)
         fclose(f);
+}
+
+int launch_shares_clock(void)
+{
+    char own[64], first[64];
+    launch_kernel_id(own, sizeof(own));
     memcpy(first, own, sizeof(first));
     launch_broadcast(first, sizeof(first));
     return own[0] && strcmp(own, first) == 0;

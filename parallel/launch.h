@@ -46,6 +46,9 @@ void launch_barrier(void);
 /* Collective: what to add to this rank's CLOCK_MONOTONIC to get rank 0's, measured once by a few
  * round trips to rank 0; wrong by *error_ns at most, half of the shortest. ns */
 int64_t launch_clock_offset(int rank, int world, int64_t *error_ns);
+/* text [n_bytes] <- what tells the running kernel of this host from others', "" when it does not
+ * say (at most 63 characters). */
+void launch_kernel_id(char *text, size_t n_bytes);
 /* Collective: 1 when this rank and rank 0 run on one kernel, and so have one clock. */
 int launch_shares_clock(void);
 /* The end of the job, for which all ranks wait. When others do not come within 10 s the process

@@ -41,9 +41,11 @@ struct backend *device_open_backend(const struct device_options *o)
 static struct comm *open_group(const struct device *d, const struct device_options *o,
                                const struct topology *t, int color, int key, size_t max_bytes)
 {
+    struct comm_nccl_options nccl = {
+        .max_bytes = max_bytes, .deterministic = o->deterministic, .one_shot = o->one_shot};
+
     if (o->kind == DEVICE_CUDA)
-        return comm_nccl_open(color < 0 ? NULL : d->backend, t->rank, t->world, color, key,
-                              max_bytes, o->deterministic);
+        return comm_nccl_open(color < 0 ? NULL : d->backend, t->rank, t->world, color, key, &nccl);
     return comm_mpi_open(color, key, max_bytes);
 }
 

@@ -22,6 +22,7 @@ struct device_options {
     int index;         // CUDA: number among this host's devices
     int deterministic; // CUDA: sums by lanes and tree, bitwise the same in every layout
     int enforce_eager; // CUDA: no step is recorded and replayed
+    int one_shot;      // CUDA: short sums over CUDA IPC where that is possible
 };
 
 /* What the activations of a back end of `kind` are when products are of `dtype`. */

@@ -1,6 +1,7 @@
 /*
  * comm_nccl under `mpirun -n 4`: the five verbs on device memory in groups of 4, 2 and 1, the
- * deterministic sum bit for bit, a captured all_reduce. With INTERNVLD_EMULATION_NCCL_FAIL set the
+ * deterministic sum bit for bit, a captured all_reduce, all by NCCL alone (comm_ipc_test.c has the
+ * other way). With INTERNVLD_EMULATION_NCCL_FAIL set the
  * watchdog must end the job instead.
  */
 #include "parallel/comm_nccl.h"
@@ -103,7 +104,8 @@ static void check_moves(struct backend *b, struct comm *c)
 
 static void check_group(struct backend *b, int color, int key, int size, int deterministic)
 {
-    struct comm *c = comm_nccl_open(b, rank, world, color, key, N * sizeof(float), deterministic);
+    struct comm_nccl_options o = {.max_bytes = N * sizeof(float), .deterministic = deterministic};
+    struct comm *c = comm_nccl_open(b, rank, world, color, key, &o);
 
     if (color < 0) {
         CHECK(c == NULL);
@@ -123,7 +125,8 @@ static void check_group(struct backend *b, int color, int key, int size, int det
 /* The first collective breaks the group; this thread only waits, so the watchdog must see it. */
 static void wait_for_watchdog(struct backend *b)
 {
-    struct comm *c = comm_nccl_open(b, rank, world, 0, rank, N * sizeof(float), 0);
+    struct comm_nccl_options o = {.max_bytes = N * sizeof(float)};
+    struct comm *c = comm_nccl_open(b, rank, world, 0, rank, &o);
     float *x = op_alloc(b, N * sizeof(float));
 
     comm_all_reduce(c, x, N);

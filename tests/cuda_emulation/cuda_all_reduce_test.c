@@ -83,6 +83,23 @@ static void check_call(struct backend *b, int size, int last, size_t n, size_t s
     case_clear(b);
 }
 
+/* The host ends a wait that would last an hour. */
+static void test_abort(void **state)
+{
+    (void)state;
+    struct backend *b = case_open(DTYPE_F32, 1);
+    float *x = op_alloc(b, sizeof(*x));
+
+    open_group(b, 2);
+    *group[0].overdue = 1;
+    backend_cuda_all_reduce(b, &group[0], x, 1, (uint64_t)3600 * 1000000000, 1);
+    op_sync(b);
+    assert_int_equal(*group[0].overdue, 1);
+    close_group(b, 2);
+    op_free(b, x);
+    backend_close(b);
+}
+
 static void test_all_reduce(void **state)
 {
     (void)state;
@@ -110,7 +127,8 @@ static void test_all_reduce(void **state)
 
 int cuda_all_reduce_tests(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_all_reduce)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_all_reduce),
+                                       cmocka_unit_test(test_abort)};
 
     return cmocka_run_group_tests_name("cuda all-reduce", tests, NULL, NULL);
 }

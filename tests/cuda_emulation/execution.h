@@ -71,9 +71,11 @@ int emulated_copy_pop(int n_pending, emulated_copy *c);
 /* Runs a grid now. */
 void emulated_run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
                   const std::function<void()> &kernel);
-/* runtime.cc: checks the configuration, then queues the grid on the stream (or records it). */
+/* runtime.cc: checks the configuration, then queues the grid on the stream (or records it); with
+ * another process's memory among its arguments it is run, since that process may wait for it. */
 void emulated_launch_checked(const void *kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                             cudaStream_t s, std::function<void()> body);
+                             cudaStream_t s, const void *arguments, size_t n_bytes,
+                             std::function<void()> body);
 /* cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes). */
 cudaError_t emulated_func_limit(const void *kernel, int n_bytes);
 /* Queues any other work of a stream: copies, cuBLASLt, NCCL. It may touch device memory. */
@@ -86,8 +88,8 @@ void emulated_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_
                      cudaStream_t s, A... arguments)
 {
     std::tuple<P...> values(arguments...); // as the device does: by value, at the launch
-    emulated_launch_checked((const void *)kernel, grid, block, shared_bytes, s,
-                            [kernel, values] { std::apply(kernel, values); });
+    emulated_launch_checked((const void *)kernel, grid, block, shared_bytes, s, &values,
+                            sizeof(values), [kernel, values] { std::apply(kernel, values); });
 }
 
 #endif

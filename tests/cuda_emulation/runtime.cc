@@ -10,6 +10,11 @@
  *   - Fresh device memory is filled with 0xff (NaN), its first MiB at least.
  *   - A launch is checked against the limits of sm_80: threads, grid, shared memory.
  *   - A captured stream records; what a capture must not do (allocate, synchronise) fails.
+ *
+ * Other processes can open that memory (CUDA IPC): it is a file without a name, reached through
+ * /proc, and so gone with its last process. A launch that is given such memory runs at once,
+ * because kernels elsewhere may wait for it and a device would get there without the host.
+ * INTERNVLD_EMULATION_IPC: stale, no-peer or pcie, as said at the calls.
  */
 #include <fcntl.h>
 #include <map>
@@ -52,15 +57,29 @@ static const size_t FILL_BYTES = 1 << 20; // more would cost every process its p
 static const size_t STATIC_SHARED_LIMIT = 48 << 10, SHARED_LIMIT = 163 << 10; // sm_80
 
 static char *device_base;
-static size_t device_top; // end of the last live block
-static std::map<char *, size_t> blocks, pinned;
-static std::map<const void *, size_t> shared_limits; // cudaFuncSetAttribute
+static int device_file, current_device;
+static size_t device_top;                               // end of the last live block
+static std::map<char *, size_t> blocks, pinned, opened; // opened: of other processes, whole pages
+static std::map<const void *, size_t> shared_limits;    // cudaFuncSetAttribute
 static std::vector<emulated_stream *> streams;
 static int open_depth;
 static cudaError_t last_error;
 static struct sigaction old_action;
 
 /* ---- the door to device memory ---- */
+
+static int lies_in(const std::map<char *, size_t> &pieces, const void *p)
+{
+    auto it = pieces.upper_bound((char *)p);
+
+    return it != pieces.begin() && (--it, (char *)p < it->first + it->second);
+}
+
+static int is_device(const void *p)
+{
+    return (device_base && (char *)p >= device_base && (char *)p < device_base + DEVICE_BYTES) ||
+           lies_in(opened, p);
+}
 
 static void on_segv(int sig, siginfo_t *info, void *context)
 {
@@ -71,7 +90,7 @@ static void on_segv(int sig, siginfo_t *info, void *context)
 
     (void)sig;
     (void)context;
-    if (p >= device_base && p < device_base + DEVICE_BYTES) {
+    if (is_device(p)) {
         (void)!write(2, message, sizeof(message) - 1);
         _exit(3);
     }
@@ -84,8 +103,11 @@ static void device_reserve(void)
 
     if (device_base)
         return;
-    device_base = (char *)mmap(nullptr, DEVICE_BYTES, PROT_NONE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    device_file = memfd_create("cuda emulation", MFD_CLOEXEC);
+    if (device_file < 0 || ftruncate(device_file, (off_t)DEVICE_BYTES) != 0)
+        emulated_die("no file for the device's memory");
+    device_base =
+        (char *)mmap(nullptr, DEVICE_BYTES, PROT_NONE, MAP_SHARED | MAP_NORESERVE, device_file, 0);
     if (device_base == MAP_FAILED)
         emulated_die("cannot reserve the device's memory");
     action.sa_sigaction = on_segv;
@@ -93,21 +115,24 @@ static void device_reserve(void)
     sigaction(SIGSEGV, &action, &old_action);
 }
 
+static void device_protect(int protection)
+{
+    if (device_top)
+        mprotect(device_base, device_top, protection);
+    for (auto &o : opened)
+        mprotect(o.first, o.second, protection);
+}
+
 static void device_open(void)
 {
-    if (open_depth++ == 0 && device_top)
-        mprotect(device_base, device_top, PROT_READ | PROT_WRITE);
+    if (open_depth++ == 0)
+        device_protect(PROT_READ | PROT_WRITE);
 }
 
 static void device_close(void)
 {
-    if (--open_depth == 0 && device_top)
-        mprotect(device_base, device_top, PROT_NONE);
-}
-
-static int is_device(const void *p)
-{
-    return device_base && (char *)p >= device_base && (char *)p < device_base + DEVICE_BYTES;
+    if (--open_depth == 0)
+        device_protect(PROT_NONE);
 }
 
 static cudaError_t fail(cudaError_t e)
@@ -191,8 +216,21 @@ static int any_capture(void)
     return 0;
 }
 
+/* 1 when some word of it is a pointer into memory of another process. */
+static int names_opened(const void *arguments, size_t n_bytes)
+{
+    for (size_t i = 0; !opened.empty() && i + sizeof(void *) <= n_bytes; i += sizeof(void *)) {
+        void *word;
+        memcpy(&word, (const char *)arguments + i, sizeof(word));
+        if (lies_in(opened, word))
+            return 1;
+    }
+    return 0;
+}
+
 void emulated_launch_checked(const void *kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                             cudaStream_t s, std::function<void()> body)
+                             cudaStream_t s, const void *arguments, size_t n_bytes,
+                             std::function<void()> body)
 {
     auto limit = shared_limits.find(kernel);
     size_t allowed = limit == shared_limits.end() ? STATIC_SHARED_LIMIT : limit->second;
@@ -204,6 +242,8 @@ void emulated_launch_checked(const void *kernel, dim3 grid, dim3 block, size_t s
         return;
     }
     emulated_submit(s, [=] { emulated_run(grid, block, shared_bytes, body); });
+    if (names_opened(arguments, n_bytes))
+        emulated_flush(s);
 }
 
 /* ---- the calls ---- */
@@ -254,14 +294,26 @@ cudaError_t cudaSetDevice(int device)
     int n;
 
     cudaGetDeviceCount(&n);
-    return fail(device >= 0 && device < n ? cudaSuccess : cudaErrorInvalidDevice);
+    if (device < 0 || device >= n)
+        return fail(cudaErrorInvalidDevice);
+    current_device = device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int *device)
+{
+    *device = current_device;
+    return cudaSuccess;
 }
 
 /* Domains that no machine has, so that an emulated GPU is next to nothing but in a test's topology;
  * hexadecimal digits in capitals, as the real call gives them. */
 cudaError_t cudaDeviceGetPCIBusId(char *address, int n_bytes, int device)
 {
-    if (cudaSetDevice(device) != cudaSuccess || n_bytes < 13)
+    int n;
+
+    cudaGetDeviceCount(&n);
+    if (device < 0 || device >= n || n_bytes < 13)
         return fail(cudaErrorInvalidValue);
     snprintf(address, (size_t)n_bytes, "FFFE:%02X:00.0", 0xa0 + device);
     return cudaSuccess;
@@ -317,7 +369,8 @@ cudaError_t cudaFree(void *p)
     char *first = (char *)(((uintptr_t)it->first + page - 1) / page * page);
     char *last = (char *)((uintptr_t)(it->first + it->second) / page * page);
     if (last > first)
-        madvise(first, (size_t)(last - first), MADV_DONTNEED);
+        (void)!fallocate(device_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                         first - device_base, last - first);
     ASAN(__asan_poison_memory_region(it->first, it->second));
     account(it->second, 1);
     blocks.erase(it);
@@ -326,6 +379,102 @@ cudaError_t cudaFree(void *p)
                                       blocks.rbegin()->second + GAP_BYTES;
     return cudaSuccess;
 }
+
+/* ---- other devices and other processes ---- */
+
+static int ipc_is(const char *planted)
+{
+    const char *e = getenv("INTERNVLD_EMULATION_IPC");
+
+    return e && strcmp(e, planted) == 0;
+}
+
+cudaError_t cudaDeviceGetByPCIBusId(int *device, const char *text)
+{
+    char own[32];
+    int n;
+
+    cudaGetDeviceCount(&n);
+    for (*device = 0; *device < n; ++*device)
+        if (cudaDeviceGetPCIBusId(own, sizeof(own), *device) == cudaSuccess && !strcmp(own, text))
+            return cudaSuccess;
+    return fail(cudaErrorInvalidDevice);
+}
+
+/* no-peer: no device reaches another. */
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
+{
+    *can = device != peer && !ipc_is("no-peer");
+    return cudaSuccess;
+}
+
+/* pcie: devices reach each other, without atomics. */
+cudaError_t cudaDeviceGetP2PAttribute(int *value, enum cudaDeviceP2PAttr a, int device, int peer)
+{
+    if (a != cudaDevP2PAttrNativeAtomicSupported || device == peer)
+        return fail(cudaErrorInvalidValue);
+    *value = !ipc_is("pcie");
+    return cudaSuccess;
+}
+
+struct ipc_content {
+    pid_t pid;
+    int file;
+    size_t offset, n_bytes; // in the lender's device memory
+};
+static_assert(sizeof(ipc_content) <= sizeof(cudaIpcMemHandle_t), "it travels in the handle");
+
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p)
+{
+    auto it = blocks.find((char *)p);
+
+    if (it == blocks.end())
+        return fail(cudaErrorInvalidValue);
+    ipc_content content = {getpid(), device_file, (size_t)(it->first - device_base), it->second};
+    memset(handle, 0, sizeof(*handle));
+    memcpy(handle, &content, sizeof(content));
+    return cudaSuccess;
+}
+
+/* stale: the mapping is a copy from the first write on, and nobody else sees what it holds. */
+cudaError_t cudaIpcOpenMemHandle(void **p, cudaIpcMemHandle_t handle, unsigned flags)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    ipc_content content;
+    char path[64];
+
+    memcpy(&content, &handle, sizeof(content));
+    if (flags != cudaIpcMemLazyEnablePeerAccess || content.pid == getpid()) // as the real one
+        return fail(cudaErrorInvalidValue);
+    snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)content.pid, content.file);
+    int file = open(path, O_RDWR | O_CLOEXEC);
+    if (file < 0)
+        return fail(cudaErrorInvalidResourceHandle);
+    size_t in_page = content.offset % page, n_bytes = in_page + content.n_bytes;
+    void *start = mmap(nullptr, n_bytes, PROT_NONE, ipc_is("stale") ? MAP_PRIVATE : MAP_SHARED,
+                       file, (off_t)(content.offset - in_page));
+    close(file);
+    if (start == MAP_FAILED)
+        return fail(cudaErrorMemoryAllocation);
+    opened[(char *)start] = n_bytes;
+    *p = (char *)start + in_page;
+    return cudaSuccess;
+}
+
+cudaError_t cudaIpcCloseMemHandle(void *p)
+{
+    auto it = opened.upper_bound((char *)p);
+
+    if (it == opened.begin() || (--it, (char *)p >= it->first + it->second))
+        return fail(cudaErrorInvalidValue);
+    for (emulated_stream *s : streams)
+        stream_run(s);
+    munmap(it->first, it->second);
+    opened.erase(it);
+    return cudaSuccess;
+}
+
+/* ---- memory ---- */
 
 cudaError_t cudaMallocHost(void **p, size_t n_bytes)
 {
@@ -355,13 +504,6 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes)
     return cudaSuccess;
 }
 
-static int is_pinned(const void *p)
-{
-    auto it = pinned.upper_bound((char *)p);
-
-    return it != pinned.begin() && (--it, (char *)p < it->first + it->second);
-}
-
 cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t n_bytes, enum cudaMemcpyKind kind,
                             cudaStream_t s)
 {
@@ -374,7 +516,7 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t n_bytes, enum cud
         return fail(cudaErrorInvalidValue);
     if (!n_bytes)
         return cudaSuccess;
-    if (!from_device && !is_pinned(src)) {
+    if (!from_device && !lies_in(pinned, src)) {
         if (s && s->capture)
             return fail(cudaErrorStreamCaptureUnsupported);
         std::vector<char> staged((const char *)src, (const char *)src + n_bytes);
