@@ -541,6 +541,7 @@ void vision_record(struct vision_model *m)
         run_tiles(&r, &t, n_features);
         m->graphs[m->n_graphs] = op_graph_end(m->backend);
     }
+    op_sync(m->backend); /* ready means that nothing is left to run */
     log_info("vision", "runs of 1 to %d tiles recorded in %.1f s", n,
              (double)(clock_now_ns() - start_ns) / 1e9);
 }
