@@ -202,6 +202,15 @@ __device__ __forceinline__ void range_sums(float sums[OUTS][ROWS][4], const stru
 
 /* ---- the kernels ---- */
 
+__device__ __forceinline__ void store(const struct codes_product &p, const struct tile &t,
+                                      int64_t row, int out, float sum)
+{
+    if (p.type_y == DTYPE_F32)
+        finish_sum<false>((float *)p.y + t.lane * p.lane_stride, p.finish, row, out, sum);
+    else
+        finish_sum<false>((bf16 *)p.y, p.finish, row, out, sum);
+}
+
 /* Few rows: blockIdx.x the outputs, .y the rows, .z the lane; a range a warp. */
 template <enum code_kind KIND, int OUTS, int ROWS>
 __global__ void __launch_bounds__(32 * N_RANGES)
@@ -235,7 +244,7 @@ __global__ void __launch_bounds__(32 * N_RANGES)
             for (int other = 1; other < N_RANGES; other++)
                 sum += parts[(other * 8 + i / n_outs) * part_stride + out];
             if (row < p.n_rows && t.first_out + out < c.out_dim)
-                p.sums[t.lane * p.lane_stride + row * p.row_stride + t.first_out + out] = sum;
+                store(p, t, row, t.first_out + out, sum);
         }
         __syncthreads();
     }
@@ -275,7 +284,7 @@ __global__ void __launch_bounds__(32 * N_WARPS)
             int64_t row = t.first_row + 8 * r + 2 * q + i % 2;
             int out = t.first_out + 8 * (i / 2) + g;
             if (row < p.n_rows && out < c.out_dim)
-                p.sums[t.lane * p.lane_stride + row * p.row_stride + out] = total[0][r][i];
+                store(p, t, row, out, total[0][r][i]);
         }
 }
 

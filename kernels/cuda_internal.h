@@ -169,6 +169,30 @@ __device__ __forceinline__ float activate(float x, enum activation act)
     return x;
 }
 
+/* What follows a product: y <- residual + scale * act(sum + bias). Strides in elements. */
+struct finish {
+    const float *bias, *scale; // [out_dim], or NULL
+    enum activation act;
+    const void *residual; // of y's type, or NULL; may be y
+    int64_t residual_stride, y_stride;
+};
+
+/* Of the sum at (row, column); without ACTIVATES act must be ACTIVATION_NONE. */
+template <bool ACTIVATES, class T>
+__device__ __forceinline__ void finish_sum(T *y, const struct finish &f, int64_t row,
+                                           int64_t column, float v)
+{
+    if (f.bias)
+        v += f.bias[column];
+    if (ACTIVATES)
+        v = activate(v, f.act);
+    if (f.scale)
+        v *= f.scale[column];
+    if (f.residual)
+        v += to_float(((const T *)f.residual)[row * f.residual_stride + column]);
+    y[row * f.y_stride + column] = from_float<T>(v);
+}
+
 /* ---- the ops, by file ---- */
 
 /* cuda_matmul.cu */
@@ -190,11 +214,14 @@ int64_t cuda_dense_rows(struct cuda_state *s, const struct linear *l);
 const float *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t first, int64_t n);
 void cuda_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
                           const int32_t *ids, int32_t first_row);
-/* cuda_codes.cu: of a quantised bfloat16 linear, sums <- x W^T, one sum a lane. */
+/* cuda_codes.cu: of a quantised bfloat16 linear, y <- x W^T and what follows it but an activation;
+ * or, where it has several sums, those. */
 struct codes_product {
     const bf16 *x; // [n_rows, in_dim], rows x_stride apart
-    float *sums;   // [cuda_n_sums(), n_rows, out_dim], lanes lane_stride and rows row_stride apart
-    int64_t n_rows, x_stride, lane_stride, row_stride; // strides in elements
+    void *y;       // [n_rows, out_dim], or sums [cuda_n_sums(), n_rows, out_dim] of float32
+    enum dtype type_y;
+    int64_t n_rows, x_stride, lane_stride; // strides in elements, lane_stride of sums
+    struct finish finish;                  // of sums y_stride alone
 };
 void cuda_codes_multiply(struct cuda_state *s, const struct linear *l,
                          const struct codes_product *p);

@@ -13,7 +13,8 @@
  * change them. Without it a product's lanes are one sum.
  *
  * Which of a call's parts cuBLASLt does itself: the bias where nothing but a plain store follows,
- * the residual (as C) where nothing else does. Everything else is combine_kernel's.
+ * the residual (as C) where nothing else does. Everything else is combine_kernel's; or, where codes
+ * are multiplied, of one lane and without an activation, that kernel's.
  */
 #include "kernels/cuda_internal.h"
 
@@ -240,9 +241,8 @@ static void multiply(struct cuda_state *s, const struct product *p)
 struct combine {
     int n_parts;
     size_t part_stride; // elements between two parts
-    int64_t n_cols, part_ld, y_stride, residual_stride;
-    const float *bias, *scale;
-    enum activation act;
+    int64_t n_cols, part_ld;
+    struct finish finish;
 };
 
 template <class P> __device__ __forceinline__ float tree_sum(const P *p, size_t stride, int n)
@@ -254,22 +254,13 @@ template <class P> __device__ __forceinline__ float tree_sum(const P *p, size_t 
 }
 
 /* y <- residual + scale * act(sum of parts + bias); one block a row. parts may be y itself. */
-template <class T, class P>
-__global__ void combine_kernel(T *y, const P *parts, const T *residual, struct combine c)
+template <class T, class P> __global__ void combine_kernel(T *y, const P *parts, struct combine c)
 {
     int64_t row = blockIdx.x;
 
-    for (int64_t col = threadIdx.x; col < c.n_cols; col += blockDim.x) {
-        float v = tree_sum(parts + row * c.part_ld + col, c.part_stride, c.n_parts);
-        if (c.bias)
-            v += c.bias[col];
-        v = activate(v, c.act);
-        if (c.scale)
-            v *= c.scale[col];
-        if (residual)
-            v += to_float(residual[row * c.residual_stride + col]);
-        y[row * c.y_stride + col] = from_float<T>(v);
-    }
+    for (int64_t col = threadIdx.x; col < c.n_cols; col += blockDim.x)
+        finish_sum<true>(y, c.finish, row, col,
+                         tree_sum(parts + row * c.part_ld + col, c.part_stride, c.n_parts));
 }
 
 template <class T, class U>
@@ -336,16 +327,9 @@ static void multiply_whole(struct cuda_state *s, const struct matmul_call *c,
                            const struct product *p)
 {
     const struct linear *l = c->l;
-    int64_t lane_stride = p->m * l->out_dim;
-
-    if (c->by_codes) {
-        struct codes_product by_codes = {(const bf16 *)p->x, (float *)p->y, p->m, p->ld_x,
-                                         lane_stride,        p->ld_y};
-        cuda_codes_multiply(s, l, &by_codes);
-        return;
-    }
     /* A quantised weight becomes dense a part of its rows at a time. */
     int64_t step = l->format == WEIGHT_FLOAT ? l->out_dim : cuda_dense_rows(s, l);
+
     for (int64_t row = 0; row < l->out_dim; row += step) {
         struct product part = *p;
         size_t size = dtype_size(c->sum_type);
@@ -354,8 +338,40 @@ static void multiply_whole(struct cuda_state *s, const struct matmul_call *c,
         part.y = (char *)p->y + (size_t)row * size;
         part.bias = p->bias ? (const char *)p->bias + (size_t)row * size : NULL;
         part.residual = p->residual ? (const char *)p->residual + (size_t)row * size : NULL;
-        multiply_lanes(s, c, &part, lane_stride);
+        multiply_lanes(s, c, &part, p->m * l->out_dim);
     }
+}
+
+/* Of the call's rows from `first` on. */
+static struct finish finish_of(const struct matmul_call *c, int64_t first)
+{
+    const struct tensor *residual = c->e ? c->e->residual : NULL;
+    struct finish f = {};
+
+    f.bias = c->l->bias;
+    f.scale = c->e ? c->e->scale : NULL;
+    f.act = c->e ? c->e->act : ACTIVATION_NONE;
+    f.residual = residual ? row_at(residual, first) : NULL;
+    f.residual_stride = residual ? residual->row_stride : 0;
+    f.y_stride = c->y->row_stride;
+    return f;
+}
+
+static void multiply_codes(struct cuda_state *s, const struct matmul_call *c,
+                           const struct product *p, int64_t first)
+{
+    struct codes_product by_codes = {};
+
+    by_codes.x = (const bf16 *)p->x;
+    by_codes.y = p->y;
+    by_codes.type_y = p->type_y;
+    by_codes.n_rows = p->m;
+    by_codes.x_stride = p->ld_x;
+    by_codes.lane_stride = p->m * c->l->out_dim;
+    if (c->direct)
+        by_codes.finish = finish_of(c, first);
+    by_codes.finish.y_stride = p->ld_y;
+    cuda_codes_multiply(s, c->l, &by_codes);
 }
 
 static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t first, int64_t n)
@@ -389,25 +405,18 @@ static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t 
                                           : (const char *)l->packed + held_bytes(s, l);
     if (c->direct && c->e && c->e->residual)
         p.residual = row_at(c->e->residual, first);
-    multiply_whole(s, c, &p);
+    if (c->by_codes)
+        multiply_codes(s, c, &p, first);
+    else
+        multiply_whole(s, c, &p);
     if (c->direct)
         return;
-    struct combine k = {};
-    const struct tensor *residual = c->e ? c->e->residual : NULL;
-    k.n_parts = c->n_lanes;
-    k.part_stride = (size_t)(n * l->out_dim);
-    k.n_cols = l->out_dim;
-    k.part_ld = p.ld_y;
-    k.y_stride = c->y->row_stride;
-    k.residual_stride = residual ? residual->row_stride : 0;
-    k.bias = l->bias;
-    k.scale = c->e ? c->e->scale : NULL;
-    k.act = c->e ? c->e->act : ACTIVATION_NONE;
+    struct combine k = {c->n_lanes, (size_t)(n * l->out_dim), l->out_dim, p.ld_y,
+                        finish_of(c, first)};
     WITH_TYPE(c->y->dtype, T,
               WITH_TYPE(c->sum_type, P,
                         LAUNCH((combine_kernel<T, P>), dim3((unsigned)n), dim3(256), 0, s->stream,
-                               (T *)row_at(c->y, first), (const P *)p.y,
-                               (const T *)(residual ? row_at(residual, first) : NULL), k)));
+                               (T *)row_at(c->y, first), (const P *)p.y, k)));
 }
 
 void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
@@ -428,8 +437,7 @@ void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
     c.n_lanes = cuda_n_sums(s, l);
     c.converted = x->dtype != l->dtype;
     c.by_codes = l->format != WEIGHT_FLOAT && l->dtype == DTYPE_BF16;
-    c.direct = c.n_lanes == 1 && !act && !scale &&
-               (c.by_codes ? y->dtype == DTYPE_F32 && !l->bias && !add : plain_type && as_c);
+    c.direct = c.n_lanes == 1 && !act && (c.by_codes || (!scale && plain_type && as_c));
     c.into_y = !c.direct && c.n_lanes == 1 && y->dtype == DTYPE_F32 && !add;
     c.sum_type = c.direct || c.into_y ? y->dtype : DTYPE_F32;
     size_t per_row = scratch_per_row(&c);

@@ -40,8 +40,12 @@ static void check_product(struct backend *b, const struct quantized_shape *s, en
     struct case_matrix y = case_matrix_new(b, b->activation_dtype, s->m, s->n, 0);
     struct linear l = linear_case(s, dtype);
     const struct tensor *with_bias = variant & WITH_ZEROS ? NULL : &bias;
+    struct case_matrix residual = case_matrix_new(b, b->activation_dtype, s->m, s->n, 4);
+    const float *scale = f % 3 ? case_floats(s->n, 1, DTYPE_F32) : NULL;
     struct epilogue e = {.act = variant & WITH_ORDER ? ACTIVATION_GELU : ACTIVATION_NONE};
 
+    e.scale = scale ? case_upload(b, scale, s->n) : NULL;
+    e.residual = f % 2 ? &residual.device : NULL;
     op_linear_pack_quantized(b, &l, &q, with_bias);
     op_matmul(b, &y.device, &x.device, &l, &e);
     if (dtype == DTYPE_F32) {
@@ -55,9 +59,11 @@ static void check_product(struct backend *b, const struct quantized_shape *s, en
         op_linear_free(b, &dense);
     } else {
         const struct tensor hx = tensor_2d(x.host, DTYPE_F32, s->m, s->k);
+        const struct tensor hr = tensor_2d(residual.host, DTYPE_F32, s->m, s->n);
         float *want = case_floats((int64_t)s->m * s->n, 0, DTYPE_F32);
         snprintf(what, sizeof(what), "codes of %s,", weight_format_name(f));
-        naive_matmul(want, &hx, &w, 1, with_bias ? bias.data : NULL, e.act, NULL, NULL);
+        naive_matmul(want, &hx, &w, 1, with_bias ? bias.data : NULL, e.act, scale,
+                     e.residual ? &hr : NULL);
         case_compare(b, what, &y.device, want, y.device.dtype == DTYPE_F32 ? 1e-11 : 2e-5);
     }
     op_linear_free(b, &l);
