@@ -305,6 +305,16 @@ void op_free(struct backend *b, void *p)
     b->ops->free(b, p);
 }
 
+void *op_alloc_host(struct backend *b, size_t n_bytes)
+{
+    return b->ops->alloc_host(b, n_bytes);
+}
+
+void op_free_host(struct backend *b, void *p)
+{
+    b->ops->free_host(b, p);
+}
+
 void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes)
 {
     b->ops->upload(b, dst, host_src, n_bytes);

@@ -113,6 +113,11 @@ struct backend_ops {
     /* Makes zeroed memory resident; NULL where alloc() does. */
     void (*touch)(struct backend *b, void *p, size_t n_bytes);
     void (*free)(struct backend *b, void *p);
+    /* Host memory that transfers are fastest from and to (CUDA: pinned), zeroed; NULL may be freed.
+     * What is uploaded from it may be read until the next sync or download. */
+    void *(*alloc_host)(struct backend *b, size_t n_bytes);
+    void (*free_host)(struct backend *b, void *p);
+    /* In order with ops. Other host memory has been read when it returns. */
     void (*upload)(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
     void (*download)(struct backend *b, void *host_dst, const void *src,
                      size_t n_bytes); // synchronises
@@ -272,6 +277,8 @@ void *op_alloc(struct backend *b, size_t n_bytes);
 /* The same, and from now on nobody else can have that memory: what steps need is there. */
 void *op_alloc_resident(struct backend *b, size_t n_bytes);
 void op_free(struct backend *b, void *p);
+void *op_alloc_host(struct backend *b, size_t n_bytes);
+void op_free_host(struct backend *b, void *p);
 void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
 void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes);
 void op_sync(struct backend *b);

@@ -176,6 +176,18 @@ static void cpu_free(struct backend *b, void *p)
         free(block.base);
 }
 
+static void *cpu_alloc_host(struct backend *b, size_t n_bytes)
+{
+    (void)b;
+    return xcalloc(n_bytes, 1);
+}
+
+static void cpu_free_host(struct backend *b, void *p)
+{
+    (void)b;
+    free(p);
+}
+
 static void cpu_transfer(struct backend *b, void *dst, const void *src, size_t n_bytes)
 {
     (void)b;
@@ -210,6 +222,8 @@ static const struct backend_ops cpu_ops = {
     .alloc = cpu_alloc,
     .touch = cpu_touch,
     .free = cpu_free,
+    .alloc_host = cpu_alloc_host,
+    .free_host = cpu_free_host,
     .upload = cpu_transfer,
     .download = cpu_transfer,
     .sync = cpu_sync,

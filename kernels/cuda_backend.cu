@@ -8,6 +8,9 @@
 
 #include "kernels/cuda_internal.h"
 
+/* Smaller blocks go to the run time as they are. */
+static const size_t STAGED_BYTES_MIN = (size_t)1 << 20;
+
 static const char *describe(const struct backend *b)
 {
     return ((const struct cuda_state *)b->state)->description;
@@ -34,12 +37,39 @@ static void release(struct backend *b, void *p)
     CUDA_CHECK(cudaFree(p));
 }
 
-/* Pageable memory has been read when this returns, pinned memory when the copy has run. */
+static void *alloc_host(struct backend *b, size_t n_bytes)
+{
+    struct cuda_state *s = cuda_state_of(b);
+    void *p = NULL;
+    cudaError_t e = cudaMallocHost(&p, n_bytes ? n_bytes : 1);
+
+    if (e != cudaSuccess)
+        die("device %d: cannot pin %zu bytes of host memory: %s", s->device, n_bytes,
+            cudaGetErrorString(e));
+    memset(p, 0, n_bytes);
+    return p;
+}
+
+static void release_host(struct backend *b, void *p)
+{
+    (void)b;
+    CUDA_CHECK(cudaFreeHost(p));
+}
+
+/* Large blocks (tiles, features, tables) pass through the pinned halves: one is filled while the
+ * other is on its way, and nobody waits for the last. Of small pageable ones the run time makes a
+ * copy before it returns; pinned memory it reads when the copy runs. */
 static void upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes)
 {
-    if (n_bytes)
-        CUDA_CHECK(cudaMemcpyAsync(dst, host_src, n_bytes, cudaMemcpyHostToDevice,
-                                   cuda_state_of(b)->stream));
+    struct cuda_state *s = cuda_state_of(b);
+
+    if (n_bytes && n_bytes < STAGED_BYTES_MIN)
+        CUDA_CHECK(cudaMemcpyAsync(dst, host_src, n_bytes, cudaMemcpyHostToDevice, s->stream));
+    for (size_t at = 0, n; n_bytes >= STAGED_BYTES_MIN && at < n_bytes; at += n) {
+        n = n_bytes - at < s->staging_bytes ? n_bytes - at : s->staging_bytes;
+        memcpy(cuda_staging_next(s), (const char *)host_src + at, n);
+        cuda_staging_upload(b, (char *)dst + at, n);
+    }
 }
 
 static void download(struct backend *b, void *host_dst, const void *src, size_t n_bytes)
@@ -62,7 +92,8 @@ void cuda_staging_upload(struct backend *b, void *dst, size_t n_bytes)
 {
     struct cuda_state *s = cuda_state_of(b);
 
-    upload(b, dst, s->staging + (size_t)s->staging_half * s->staging_bytes, n_bytes);
+    CUDA_CHECK(cudaMemcpyAsync(dst, s->staging + (size_t)s->staging_half * s->staging_bytes,
+                               n_bytes, cudaMemcpyHostToDevice, s->stream));
     CUDA_CHECK(cudaEventRecord(s->staged[s->staging_half], s->stream));
 }
 
@@ -170,6 +201,8 @@ static struct backend_ops make_ops(void)
     ops.describe = describe;
     ops.alloc = alloc;
     ops.free = release;
+    ops.alloc_host = alloc_host;
+    ops.free_host = release_host;
     ops.upload = upload;
     ops.download = download;
     ops.sync = sync_stream;

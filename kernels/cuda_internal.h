@@ -41,7 +41,7 @@ struct cuda_state {
     size_t scratch_bytes;
     void *dense; // a quantised weight's values, as they are used (cuda_quantized.cu)
     size_t dense_bytes, dense_bytes_max;
-    char *staging; // pinned host memory for packing weights, STAGING_HALVES of staging_bytes
+    char *staging; // pinned host memory that uploads pass through, STAGING_HALVES of staging_bytes
     size_t staging_bytes;
     int staging_half;                   // the one that was filled last
     cudaEvent_t staged[STAGING_HALVES]; // each half's last upload

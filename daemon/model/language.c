@@ -303,7 +303,6 @@ static void embed(struct step *s)
                   (size_t)batch->n_features * (size_t)dim * sizeof(float));
         upload(m, m->scratch.rows, m->feature_from, n);
         op_gather_rows(b, &chosen, &features, m->scratch.rows);
-        op_sync(b);
         upload(m, m->scratch.rows, m->feature_tokens, n);
         op_scatter_rows(b, &s->x, &chosen, m->scratch.rows);
     }

@@ -155,7 +155,8 @@ static void allocate_host(struct language_model *m)
     m->needed = xcalloc(n, sizeof(int32_t));
     if (m->stage != m->n_stages - 1 || m->shard != 0)
         return;
-    m->host_logits = xcalloc(rows * (size_t)m->cut.vocab.n, (size_t)m->n_shards * sizeof(float));
+    m->host_logits = op_alloc_host(m->backend, rows * (size_t)m->cut.vocab.n * (size_t)m->n_shards *
+                                                   sizeof(float));
     m->row = xcalloc((size_t)m->config->vocab_size, sizeof(float));
     m->samples_capacity = m->limits.max_sequences;
     m->samples = xcalloc((size_t)m->samples_capacity, sizeof(*m->samples));
@@ -211,11 +212,12 @@ void language_release(struct language_model *m)
     if (!b)
         return;
     sampler_release(&m->sampler);
-    void *host[] = {m->samples,     m->row,         m->host_logits,  m->targets,        m->needed,
-                    m->sequence_of, m->query_start, m->feature_from, m->feature_tokens, m->inv_freq,
-                    m->grown_freq,  m->host_sin,    m->host_cos,     m->kv_of_head};
+    void *host[] = {m->samples,     m->row,          m->targets,        m->needed,   m->sequence_of,
+                    m->query_start, m->feature_from, m->feature_tokens, m->inv_freq, m->grown_freq,
+                    m->host_sin,    m->host_cos,     m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
+    op_free_host(b, m->host_logits);
     expert_scratch_free_host(&m->scratch.experts);
     step_graphs_release(&m->graphs, b);
     op_free(b, m->scratch_base);

@@ -20,16 +20,32 @@ static uint8_t has_not_finite(const float *x, size_t n)
     return !ok;
 }
 
+/* Where the features of a message land on the host, whatever its size; kept for the next one. */
+struct landing {
+    float *features;
+    size_t capacity; // floats
+};
+
+static float *landing_reserve(struct landing *l, struct backend *b, size_t n)
+{
+    if (n > l->capacity) {
+        op_free_host(b, l->features);
+        l->features = op_alloc_host(b, n * sizeof(float));
+        l->capacity = n;
+    }
+    return l->features;
+}
+
 /* One message of tiles to one message of features. */
 static struct message *encode(struct vision_model *m, const struct message *request,
-                              struct capture_list *captures)
+                              struct landing *landing, struct capture_list *captures)
 {
     struct tile_batch t;
     tile_batch_unpack(&t, request);
     uint64_t start = clock_now_ns();
     int32_t n_features = model_config_n_features(m->config, t.height, t.width);
     size_t n = (size_t)n_features * (size_t)m->config->text.hidden_size;
-    float *features = xcalloc((size_t)t.n_tiles * n + 1, sizeof(float));
+    float *features = landing_reserve(landing, m->backend, (size_t)t.n_tiles * n);
     uint8_t *not_finite = xcalloc((size_t)t.n_tiles + 1, sizeof(*not_finite));
     vision_forward(m, &t, features, captures);
     for (int32_t i = 0; i < t.n_tiles; i++)
@@ -45,7 +61,6 @@ static struct message *encode(struct vision_model *m, const struct message *requ
                                .captured = captures->items};
     trace_end("encode tiles", start, "tiles", t.n_tiles);
     struct message *reply = feature_result_pack(&r);
-    free(features);
     free(not_finite);
     capture_clear(captures);
     log_debug("vision", "job %llu: %d tiles in %.1f ms", (unsigned long long)t.job_id, t.n_tiles,
@@ -60,18 +75,22 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
     struct weights w;
     struct vision_model m;
     struct capture_list captures = {0};
+    struct landing landing = {0};
     struct backend *b = o->device->backend;
     if (weights_open(&w, o->model_dir, o->model, o->dummy_weights, &err) != 0)
         die("%s", err.msg);
     vision_init(&m, o->model, &w, b, o->dtype, o->max_vision_tiles, o->pixel_mean, o->pixel_std);
     weights_release(&w);
     vision_record(&m);
+    landing_reserve(&landing, b,
+                    (size_t)o->max_vision_tiles * (size_t)o->model->n_features_per_tile *
+                        (size_t)o->model->text.hidden_size);
     worker_report_ready(t, c, b, m.weight_bytes, 0, m.scratch_bytes, start);
     for (;;) {
         struct message *request = control_recv(c);
         int stop = request->type == CONTROL_STOP;
         if (request->type == CONTROL_TILES) {
-            struct message *reply = encode(&m, request, &captures);
+            struct message *reply = encode(&m, request, &landing, &captures);
             worker_report_trace(c);
             control_reply(c, reply);
         } else if (!stop) {
@@ -82,6 +101,7 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
             break;
     }
     capture_release(&captures);
+    op_free_host(b, landing.features);
     vision_release(&m);
     return 0;
 }

@@ -247,6 +247,43 @@ static void check_copy_pages(struct backend *b, enum dtype t)
     case_clear(b);
 }
 
+/* Blocks of several parts of the staging memory, and of none: what the source held when upload
+ * returned arrives, though it changes after and the next block follows at once. */
+static void test_transfers(void **state)
+{
+    static const size_t sizes[] = {
+        0, 1, 4000, ((size_t)1 << 20) - 1, (size_t)1 << 20, ((size_t)40 << 20) + 13};
+    enum { N = sizeof(sizes) / sizeof(sizes[0]) };
+    size_t largest = sizes[N - 1];
+    struct backend *b = case_open(DTYPE_F32, 0);
+    uint32_t *source = xcalloc(largest / 4 + 1, 4), *got = op_alloc_host(b, largest);
+    void *devices[N];
+
+    (void)state;
+    for (size_t i = 0; i < largest / 4; i++)
+        assert_int_equal(got[i], 0);
+    for (uint32_t k = 0; k < N; k++) {
+        for (size_t i = 0; i <= sizes[k] / 4; i++)
+            source[i] = (uint32_t)i * 0x9e3779b1u + k;
+        devices[k] = op_alloc(b, sizes[k]);
+        op_upload(b, devices[k], source, sizes[k]);
+        memset(source, 0x55, sizes[k]);
+    }
+    for (uint32_t k = 0; k < N; k++) {
+        op_download(b, got, devices[k], sizes[k]);
+        for (size_t i = 0; i < sizes[k] / 4; i++)
+            assert_int_equal(got[i], (uint32_t)i * 0x9e3779b1u + k);
+        for (size_t i = sizes[k] / 4 * 4; i < sizes[k]; i++)
+            assert_int_equal(((uint8_t *)got)[i],
+                             (uint8_t)(((uint32_t)(i / 4) * 0x9e3779b1u + k) >> i % 4 * 8));
+        op_free(b, devices[k]);
+    }
+    op_free_host(b, got);
+    op_free_host(b, NULL);
+    free(source);
+    backend_close(b);
+}
+
 static void test_rows(void **state)
 {
     (void)state;
@@ -281,7 +318,8 @@ static void test_rows(void **state)
 
 int cuda_row_tests(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_rows)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_transfers),
+                                       cmocka_unit_test(test_rows)};
 
     return cmocka_run_group_tests_name("cuda rows", tests, NULL, NULL);
 }
