@@ -15,6 +15,9 @@
 
 #include "kernels/log.h"
 
+/* With a GPU they only bring the weights: a few reach what the bus takes. */
+#define CUDA_THREADS_MAX 8
+
 /* FNV-1a, 64 bits: tells files apart that differ by accident, not by design. */
 #define HASH_BASIS 0xcbf29ce484222325u
 #define HASH_PRIME 0x100000001b3u
@@ -149,6 +152,8 @@ void job_choose_threads(struct rank_host *all, const struct options *o, const st
     for (int r = 1; r < t->world; r++) {
         int n = all[r].n_cores / hosts_n_sharing_cores(all, t->world, r);
 
-        all[r].n_threads = kind == DEVICE_CUDA ? 1 : o->threads ? (int)o->threads : n > 1 ? n : 1;
+        if (kind == DEVICE_CUDA && n > CUDA_THREADS_MAX)
+            n = CUDA_THREADS_MAX;
+        all[r].n_threads = o->threads ? (int)o->threads : n > 1 ? n : 1;
     }
 }

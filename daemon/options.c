@@ -93,7 +93,7 @@ static const struct option table[] = {
      "Ranks that turn pictures into features; tiles are spread over them."},
     {NULL, "--threads", NULL, OPTION_NUMBER, FIELD(threads), "N", 1, 1024,
      "Threads of each vision and language rank. Default: its cores divided by the ranks that "
-     "have the same cores."},
+     "have the same cores. With GPUs they only read weights: at most 8."},
     {NULL, "--device", NULL, OPTION_CHOICE, FIELD(device), "auto|cpu|cuda", 0, 0,
      "What vision and language ranks compute on. auto is cuda where this build has it and every "
      "host of theirs has a GPU. Each of them takes a GPU of its own, in order of rank."},

@@ -352,3 +352,11 @@ void op_graph_free(struct backend *b, struct graph *g)
     if (g)
         b->ops->graph_free(b, g);
 }
+
+void op_parallel(struct backend *b, void (*work)(void *arg, int thread, int n_threads), void *arg)
+{
+    if (b->n_threads == 1)
+        work(arg, 0, 1);
+    else
+        b->ops->parallel(b, work, arg);
+}

@@ -122,6 +122,10 @@ struct backend_ops {
     void (*download)(struct backend *b, void *host_dst, const void *src,
                      size_t n_bytes); // synchronises
     void (*sync)(struct backend *b);
+    /* work(arg, thread, n_threads) on each of the back end's threads on the host, 0 being the
+     * caller; returns when all have. */
+    void (*parallel)(struct backend *b, void (*work)(void *arg, int thread, int n_threads),
+                     void *arg);
 
     /* Packs rows [first, first + n) of a host weight, `w` [n, in_dim] (F32, BF16 or F16; F16 is
      * widened to F32 unless l->dtype is BF16), into l->packed, which begins with first = 0. l's
@@ -212,8 +216,8 @@ struct backend {
     enum dtype activation_dtype; // F32 on the CPU
     int kv_in_pairs;             // how bfloat16 pages are laid out (struct kv_pages)
     int replays;                 // steps are to be recorded and replayed as graphs
-    int n_threads;
-    void *state; // the back end's own
+    int n_threads;               // on the host
+    void *state;                 // the back end's own
 };
 
 /* isa: NULL or "auto" (CPUID), "avx512bf16", "avx512", "avx2", "scalar" (INTERNVLD_ISA): a name
@@ -282,6 +286,7 @@ void op_free_host(struct backend *b, void *p);
 void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
 void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes);
 void op_sync(struct backend *b);
+void op_parallel(struct backend *b, void (*work)(void *arg, int thread, int n_threads), void *arg);
 /* Of a back end that can record, whether it is to (`replays`) or not. */
 void op_graph_begin(struct backend *b);
 struct graph *op_graph_end(struct backend *b); // the caller frees it, before the back end closes

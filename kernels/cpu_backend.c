@@ -199,6 +199,11 @@ static void cpu_sync(struct backend *b)
     (void)b;
 }
 
+static void cpu_run(struct backend *b, void (*work)(void *, int, int), void *arg)
+{
+    cpu_team_run(cpu_state(b)->team, work, arg);
+}
+
 static void cpu_close(struct backend *b)
 {
     struct cpu_state *s = cpu_state(b);
@@ -227,6 +232,7 @@ static const struct backend_ops cpu_ops = {
     .upload = cpu_transfer,
     .download = cpu_transfer,
     .sync = cpu_sync,
+    .parallel = cpu_run,
     .linear_pack = cpu_linear_pack,
     .linear_pack_quantized = cpu_linear_pack_quantized,
     .linear_free = cpu_linear_free,

@@ -56,6 +56,21 @@ static void release_host(struct backend *b, void *p)
     CUDA_CHECK(cudaFreeHost(p));
 }
 
+struct host_copy {
+    char *to;
+    const char *from;
+    size_t n_bytes;
+};
+
+static void copy_part(void *arg, int thread, int n_threads)
+{
+    const struct host_copy *c = (const struct host_copy *)arg;
+    size_t first = c->n_bytes * (size_t)thread / (size_t)n_threads;
+    size_t end = c->n_bytes * ((size_t)thread + 1) / (size_t)n_threads;
+
+    memcpy(c->to + first, c->from + first, end - first);
+}
+
 /* Large blocks (tiles, features, tables) pass through the pinned halves: one is filled while the
  * other is on its way, and nobody waits for the last. Of small pageable ones the run time makes a
  * copy before it returns; pinned memory it reads when the copy runs. */
@@ -67,7 +82,8 @@ static void upload(struct backend *b, void *dst, const void *host_src, size_t n_
         CUDA_CHECK(cudaMemcpyAsync(dst, host_src, n_bytes, cudaMemcpyHostToDevice, s->stream));
     for (size_t at = 0, n; n_bytes >= STAGED_BYTES_MIN && at < n_bytes; at += n) {
         n = n_bytes - at < s->staging_bytes ? n_bytes - at : s->staging_bytes;
-        memcpy(cuda_staging_next(s), (const char *)host_src + at, n);
+        struct host_copy c = {cuda_staging_next(s), (const char *)host_src + at, n};
+        op_parallel(b, copy_part, &c);
         cuda_staging_upload(b, (char *)dst + at, n);
     }
 }
@@ -102,6 +118,11 @@ static void sync_stream(struct backend *b)
     CUDA_CHECK(cudaStreamSynchronize(cuda_state_of(b)->stream));
 }
 
+static void run_team(struct backend *b, void (*work)(void *, int, int), void *arg)
+{
+    cpu_team_run(cuda_state_of(b)->team, work, arg);
+}
+
 static void close_backend(struct backend *b)
 {
     struct cuda_state *s = cuda_state_of(b);
@@ -115,6 +136,7 @@ static void close_backend(struct backend *b)
         CUDA_CHECK(cudaEventDestroy(s->staged[i]));
     CUDA_CHECK(cudaFreeHost(s->staging));
     CUDA_CHECK(cudaStreamDestroy(s->stream));
+    cpu_team_close(s->team);
     free(s);
     free(b);
 }
@@ -206,6 +228,7 @@ static struct backend_ops make_ops(void)
     ops.upload = upload;
     ops.download = download;
     ops.sync = sync_stream;
+    ops.parallel = run_team;
     ops.linear_pack = cuda_linear_pack;
     ops.linear_pack_quantized = cuda_linear_pack_quantized;
     ops.linear_free = cuda_linear_free;
@@ -272,7 +295,8 @@ extern "C" struct backend *backend_cuda_open(const struct cuda_options *o)
     b->ops = &cuda_ops;
     b->activation_dtype = o->activation_dtype;
     b->replays = !o->enforce_eager;
-    b->n_threads = 1;
+    b->n_threads = o->n_threads > 0 ? o->n_threads : 1;
+    s->team = b->n_threads > 1 ? cpu_team_open(b->n_threads) : NULL;
     b->state = s;
     return b;
 }

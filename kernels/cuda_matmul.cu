@@ -22,26 +22,36 @@ static const int64_t PLAN_TOKENS = 128, PLAN_OUT = 1024;
 
 /* ---- weights ---- */
 
-/* Rows of `w` in l's own type into `to`; the source may have any row stride. */
-static void convert_rows(void *to, enum dtype dtype, const struct tensor *w, int64_t first,
-                         int64_t n, float *row_buffer)
-{
-    int64_t n_cols = tensor_n_cols(w);
+/* Rows [first, first + n) of `w`, of any row stride, to `to` in a linear's own type. */
+struct conversion {
+    char *to;
+    enum dtype dtype;
+    const struct tensor *w;
+    int64_t first, n;
+};
 
-    for (int64_t i = 0; i < n; i++) {
+static void convert_rows(void *arg, int thread, int n_threads)
+{
+    const struct conversion *c = (const struct conversion *)arg;
+    const struct tensor *w = c->w;
+    int64_t n_cols = tensor_n_cols(w), end = c->n * (thread + 1) / n_threads;
+    float *wide = (float *)xcalloc((size_t)n_cols, sizeof(float));
+
+    for (int64_t i = c->n * thread / n_threads; i < end; i++) {
         const char *src =
-            (const char *)w->data + (size_t)((first + i) * w->row_stride) * dtype_size(w->dtype);
-        char *dst = (char *)to + (size_t)(i * n_cols) * dtype_size(dtype);
-        if (w->dtype == dtype) {
-            memcpy(dst, src, (size_t)n_cols * dtype_size(dtype));
-        } else if (dtype == DTYPE_F32) {
+            (const char *)w->data + (size_t)((c->first + i) * w->row_stride) * dtype_size(w->dtype);
+        char *dst = c->to + (size_t)(i * n_cols) * dtype_size(c->dtype);
+        if (w->dtype == c->dtype) {
+            memcpy(dst, src, (size_t)n_cols * dtype_size(c->dtype));
+        } else if (c->dtype == DTYPE_F32) {
             tensor_widen((float *)dst, src, w->dtype, n_cols);
         } else {
-            tensor_widen(row_buffer, src, w->dtype, n_cols);
-            for (int64_t c = 0; c < n_cols; c++)
-                ((uint16_t *)dst)[c] = f32_to_bf16(row_buffer[c]);
+            tensor_widen(wide, src, w->dtype, n_cols);
+            for (int64_t k = 0; k < n_cols; k++)
+                ((uint16_t *)dst)[k] = f32_to_bf16(wide[k]);
         }
     }
+    free(wide);
 }
 
 static size_t weight_bytes(const struct linear *l)
@@ -82,7 +92,6 @@ void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const 
     struct cuda_state *s = cuda_state_of(b);
     size_t row_bytes = (size_t)l->in_dim * dtype_size(l->dtype);
     int64_t n_rows = tensor_n_rows(w), rows_at_once = (int64_t)(s->staging_bytes / row_bytes);
-    float *buffer = (float *)xcalloc((size_t)l->in_dim, sizeof(float));
 
     if (rows_at_once < 1)
         BUG("a weight's row of %zu bytes is larger than the staging buffer", row_bytes);
@@ -92,11 +101,11 @@ void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const 
     }
     for (int64_t row = 0; row < n_rows; row += rows_at_once) {
         int64_t n = n_rows - row < rows_at_once ? n_rows - row : rows_at_once;
-        convert_rows(cuda_staging_next(s), l->dtype, w, row, n, buffer);
+        struct conversion c = {cuda_staging_next(s), l->dtype, w, row, n};
+        op_parallel(b, convert_rows, &c);
         cuda_staging_upload(b, (char *)l->packed + (size_t)(first + row) * row_bytes,
                             (size_t)n * row_bytes);
     }
-    free(buffer);
 }
 
 void cuda_linear_free(struct backend *b, struct linear *l)

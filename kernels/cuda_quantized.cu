@@ -103,6 +103,22 @@ static void pack_row(uint8_t *to, const struct codes *c, const uint8_t *from)
     }
 }
 
+/* Rows [first, first + n) of `q` to `to`. */
+struct packing {
+    uint8_t *to;
+    const struct codes *c;
+    const struct quantized *q;
+    int64_t first, n;
+};
+
+static void pack_rows(void *arg, int thread, int n_threads)
+{
+    const struct packing *p = (const struct packing *)arg;
+
+    for (int64_t i = p->n * thread / n_threads; i < p->n * (thread + 1) / n_threads; i++)
+        pack_row(p->to + i * p->c->row_bytes, p->c, p->q->codes + (p->first + i) * p->q->in_dim);
+}
+
 /* Memory for the dense values of the largest weight, or as many of its rows as fit. */
 static void reserve_dense(struct cuda_state *s, const struct linear *l)
 {
@@ -140,9 +156,8 @@ void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struc
     cuda_weight_alloc(b, l, c.n_bytes, bias);
     for (int64_t row = 0; row < l->out_dim; row += at_once) {
         int64_t n = l->out_dim - row < at_once ? l->out_dim - row : at_once;
-        uint8_t *half = (uint8_t *)cuda_staging_next(s);
-        for (int64_t i = 0; i < n; i++)
-            pack_row(half + i * c.row_bytes, &c, q->codes + (row + i) * l->in_dim);
+        struct packing p = {(uint8_t *)cuda_staging_next(s), &c, q, row, n};
+        op_parallel(b, pack_rows, &p);
         cuda_staging_upload(b, (char *)l->packed + row * c.row_bytes, (size_t)(n * c.row_bytes));
     }
     b->ops->upload(b, (char *)l->packed + c.scales_at, q->scales, n_scales * sizeof(float));

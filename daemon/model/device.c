@@ -29,6 +29,7 @@ enum dtype device_activation_dtype(enum device_kind kind, enum dtype dtype)
 struct backend *device_open_backend(const struct device_options *o)
 {
     struct cuda_options cuda = {.device = o->index,
+                                .n_threads = o->n_threads,
                                 .activation_dtype = device_activation_dtype(o->kind, o->dtype),
                                 .deterministic = o->deterministic,
                                 .enforce_eager = o->enforce_eager};

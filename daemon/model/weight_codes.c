@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cpu_team.h"
 #include "kernels/log.h"
 
 void weight_codes_init(struct quantized *q, const struct weights *w, const struct weight_spec *as,
@@ -151,7 +150,8 @@ static void take_work(void *arg, int thread, int n_threads)
 
 uint64_t weight_codes_read(struct quantized *q, int64_t first_row, const struct weights *w,
                            const struct weight_spec *s, const struct weight_spec *as,
-                           struct range rows, struct range columns, enum dtype dtype, int n_threads)
+                           struct range rows, struct range columns, enum dtype dtype,
+                           struct backend *b)
 {
     struct codes_job job = {.q = q,
                             .first_row = first_row,
@@ -166,9 +166,7 @@ uint64_t weight_codes_read(struct quantized *q, int64_t first_row, const struct 
         job.rows.n = there < rows.n ? (there > 0 ? there : 0) : rows.n;
     else
         job.unit = unit_of(as);
-    struct cpu_team *team = cpu_team_open(n_threads);
-    cpu_team_run(team, job.stored ? take_work : quantize_work, &job);
-    cpu_team_close(team);
+    op_parallel(b, job.stored ? take_work : quantize_work, &job);
     if (job.stored)
         return weight_spec_quantized_bytes(as, job.rows, columns);
     const struct safetensors_tensor *t = w->sources[s - w->list.specs].tensor;

@@ -17,12 +17,12 @@ void weight_codes_init(struct quantized *q, const struct weights *w, const struc
                        int64_t n_rows, struct range columns, uint8_t *codes);
 void weight_codes_release(struct quantized *q);
 /* Rows q[first_row …] <- rows and columns of `s`, held as `as`: the checkpoint's codes, or else
- * quantised from floats, rounded to `dtype` before. Rows past its end are zeros. Returns the bytes
- * read of the files. */
+ * quantised from floats, rounded to `dtype` before, by the threads of `b`. Rows past its end are
+ * zeros. Returns the bytes read of the files. */
 uint64_t weight_codes_read(struct quantized *q, int64_t first_row, const struct weights *w,
                            const struct weight_spec *s, const struct weight_spec *as,
                            struct range rows, struct range columns, enum dtype dtype,
-                           int n_threads);
+                           struct backend *b);
 /* Columns of one row of a weight of which the checkpoint has codes, as values [columns.n]. Returns
  * the bytes read. */
 uint64_t weight_codes_values(const struct weights *w, const struct weight_spec *s, int64_t row,

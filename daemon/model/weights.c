@@ -247,16 +247,47 @@ static uint64_t read_row(const struct weights *w, const struct weight_spec *s, i
     return n_bytes;
 }
 
-/* Rows and columns of a listed tensor into dst [rows.n, columns.n], as read_row(). */
-static void read_slice(struct weights *w, const struct weight_spec *s, struct range rows,
-                       struct range columns, void *dst, enum dtype dtype)
+/* What the threads of a back end read together. */
+struct slice {
+    const struct weights *w;
+    const struct weight_spec *s;
+    struct range rows, columns;
+    char *dst; // [rows.n, columns.n]
+    enum dtype dtype;
+    _Atomic uint64_t read_bytes;
+};
+
+static void read_rows(void *arg, int thread, int n_threads)
 {
-    size_t dst_row = (size_t)columns.n * dtype_size(dtype);
-    void *aligned = xcalloc((size_t)columns.n, dtype_size(stored_dtype(w, s)));
-    for (int64_t r = 0; r < rows.n; r++)
-        w->read_bytes += read_row(w, s, rows.start + r, columns,
-                                  (uint8_t *)dst + (size_t)r * dst_row, dtype, aligned);
+    struct slice *p = arg;
+    const size_t n = (size_t)p->columns.n, row_bytes = n * dtype_size(p->dtype);
+    const int64_t end = p->rows.n * (thread + 1) / n_threads;
+    const enum dtype stored = stored_dtype(p->w, p->s);
+    const int is_rounded = p->dtype == DTYPE_BF16 && stored != DTYPE_BF16;
+    void *aligned = xcalloc(n, dtype_size(stored));
+    float *wide = is_rounded ? xcalloc(n, sizeof(float)) : NULL;
+    uint64_t read_bytes = 0;
+    for (int64_t r = p->rows.n * thread / n_threads; r < end; r++) {
+        char *row = p->dst + (size_t)r * row_bytes;
+        read_bytes +=
+            read_row(p->w, p->s, p->rows.start + r, p->columns, is_rounded ? (void *)wide : row,
+                     is_rounded ? DTYPE_F32 : p->dtype, aligned);
+        for (size_t i = 0; is_rounded && i < n; i++)
+            ((uint16_t *)row)[i] = f32_to_bf16(wide[i]);
+    }
+    p->read_bytes += read_bytes;
+    free(wide);
     free(aligned);
+}
+
+/* Rows and columns of a listed tensor into dst [rows.n, columns.n], whose type is the stored one,
+ * F32 or BF16. */
+static void read_slice(struct weights *w, struct backend *b, const struct weight_spec *s,
+                       struct range rows, struct range columns, void *dst, enum dtype dtype)
+{
+    struct slice p = {.w = w, .s = s, .rows = rows, .columns = columns, .dst = dst, .dtype = dtype};
+    op_parallel(b, read_rows, &p);
+    w->read_bytes += p.read_bytes;
 }
 
 void weights_row(const struct weights *w, const struct weight_spec *s, int64_t row, float *dst)
@@ -283,7 +314,7 @@ float *weights_vector(struct weights *w, struct backend *b, const char *name)
     struct range rows = {0, weight_spec_rows(s)}, columns = {0, weight_spec_columns(s)};
     size_t n_bytes = (size_t)(rows.n * columns.n) * sizeof(float);
     float *host = staging(w, n_bytes), *p = op_alloc(b, n_bytes);
-    read_slice(w, s, rows, columns, host, DTYPE_F32);
+    read_slice(w, b, s, rows, columns, host, DTYPE_F32);
     op_upload(b, p, host, n_bytes);
     w->n_bytes += n_bytes;
     return p;
@@ -303,20 +334,11 @@ struct tensor weights_table(struct weights *w, struct backend *b, const char *na
     struct range columns = {0, weight_spec_columns(s)};
     size_t row_bytes = (size_t)columns.n * dtype_size(dtype);
     struct tensor t = tensor_2d(op_alloc(b, (size_t)rows.n * row_bytes), dtype, rows.n, columns.n);
-    enum dtype host_dtype = stored_dtype(w, s) == dtype ? dtype : DTYPE_F32;
     for (int64_t done = 0; done < rows.n; done += rows_at_once(columns.n)) {
         struct range part = {rows.start + done, rows_at_once(columns.n)};
         part.n = part.n < rows.n - done ? part.n : rows.n - done;
-        int64_t n = part.n * columns.n;
-        void *host = staging(w, (size_t)n * dtype_size(host_dtype));
-        read_slice(w, s, part, columns, host, host_dtype);
-        if (host_dtype != dtype) // only F32 -> BF16 is left; in place, front to back
-            for (int64_t i = 0; i < n; i++) {
-                float f;
-                memcpy(&f, (char *)host + (size_t)i * sizeof(f), sizeof(f));
-                uint16_t h = f32_to_bf16(f);
-                memcpy((char *)host + (size_t)i * sizeof(h), &h, sizeof(h));
-            }
+        void *host = staging(w, (size_t)part.n * row_bytes);
+        read_slice(w, b, s, part, columns, host, dtype);
         op_upload(b, (char *)t.data + (size_t)done * row_bytes, host, (size_t)part.n * row_bytes);
         safetensors_forget(&w->files);
     }
@@ -353,7 +375,7 @@ static void find_parts(struct linear_parts *p, const struct weights *w,
 }
 
 /* [out] as float32, zeros for a part that has none; NULL when none has. The caller frees. */
-static float *read_bias(struct weights *w, const struct linear_parts *p)
+static float *read_bias(struct weights *w, struct backend *b, const struct linear_parts *p)
 {
     float *bias = NULL;
     int64_t row = 0;
@@ -362,23 +384,23 @@ static float *read_bias(struct weights *w, const struct linear_parts *p)
             continue;
         if (!bias)
             bias = xcalloc((size_t)p->out, sizeof(float));
-        read_slice(w, p->biases[i], p->rows[i], (struct range){0, 1}, bias + row, DTYPE_F32);
+        read_slice(w, b, p->biases[i], p->rows[i], (struct range){0, 1}, bias + row, DTYPE_F32);
     }
     return bias;
 }
 
 /* Rows [first, first + n) of the stacked parts into host [n, in]. */
-static void read_stacked(struct weights *w, const struct linear_parts *p, int64_t first, int64_t n,
-                         char *host, enum dtype dtype)
+static void read_stacked(struct weights *w, struct backend *b, const struct linear_parts *p,
+                         int64_t first, int64_t n, char *host, enum dtype dtype)
 {
     int64_t begin = 0; // of the part
     for (int i = 0; i < p->n; begin += p->rows[i++].n) {
         int64_t from = first > begin ? first : begin, end = begin + p->rows[i].n;
         end = end < first + n ? end : first + n;
         if (from < end)
-            read_slice(w, p->specs[i], (struct range){p->rows[i].start + from - begin, end - from},
-                       p->columns[i], host + (size_t)((from - first) * p->in) * dtype_size(dtype),
-                       dtype);
+            read_slice(w, b, p->specs[i],
+                       (struct range){p->rows[i].start + from - begin, end - from}, p->columns[i],
+                       host + (size_t)((from - first) * p->in) * dtype_size(dtype), dtype);
     }
 }
 
@@ -392,7 +414,7 @@ static void pack_floats(struct weights *w, struct backend *b, struct linear *l,
     for (int64_t first = 0; first < p->out; first += rows_at_once(p->in)) {
         int64_t n = rows_at_once(p->in) < p->out - first ? rows_at_once(p->in) : p->out - first;
         char *host = staging(w, (size_t)(n * p->in) * dtype_size(dtype));
-        read_stacked(w, p, first, n, host, dtype);
+        read_stacked(w, b, p, first, n, host, dtype);
         struct tensor rows = tensor_2d(host, dtype, n, p->in);
         op_linear_pack_rows(b, l, first, &rows, first ? NULL : bias);
         safetensors_forget(&w->files);
@@ -425,8 +447,8 @@ static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
     int64_t row = 0;
     weight_codes_init(&q, w, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
     for (int i = 0; i < p->n; row += p->rows[i++].n)
-        w->read_bytes += weight_codes_read(&q, row, w, p->specs[i], as, p->rows[i], p->columns[i],
-                                           l->dtype, b->n_threads);
+        w->read_bytes +=
+            weight_codes_read(&q, row, w, p->specs[i], as, p->rows[i], p->columns[i], l->dtype, b);
     op_linear_pack_quantized(b, l, &q, bias);
     safetensors_forget(&w->files);
     weight_codes_release(&q);
@@ -445,7 +467,7 @@ void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum
         for (int i = 0; i <= lanes->n; i++)
             l->lane_start[i] = lanes->start[i];
     }
-    float *bias = read_bias(w, &p);
+    float *bias = read_bias(w, b, &p);
     struct tensor bias_tensor = tensor_1d(bias, DTYPE_F32, p.out);
     if (p.specs[0]->format == WEIGHT_FLOAT || !held_alike(w, &p))
         pack_floats(w, b, l, &p, bias ? &bias_tensor : NULL);

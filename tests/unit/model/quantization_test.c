@@ -74,7 +74,9 @@ static void check_recorded(const struct safetensors *files, const char *name,
     uint8_t *codes = xcalloc((size_t)(rows.n * columns.n), 1);
     struct quantized q = {0};
     weight_codes_init(&q, &w, &spec, rows.n, columns, codes);
-    weight_codes_read(&q, 0, &w, &spec, &spec, rows, columns, DTYPE_F32, 3);
+    struct backend *b = backend_cpu_open(3, "scalar");
+    weight_codes_read(&q, 0, &w, &spec, &spec, rows, columns, DTYPE_F32, b);
+    backend_close(b);
     for (int64_t n = 0; n < rows.n; n++)
         for (int64_t k = 0; k < columns.n; k++) {
             int64_t at = (rows.start + n) * spec.shape[1] + columns.start + k;

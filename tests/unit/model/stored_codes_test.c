@@ -54,7 +54,9 @@ static float *values_of(const struct alone *a, struct range rows, struct range c
     uint8_t *codes = xcalloc((size_t)(rows.n * columns.n), 1);
     float *values = xcalloc((size_t)(rows.n * columns.n), sizeof(*values));
     weight_codes_init(&q, &a->w, &a->spec, rows.n, columns, codes);
-    weight_codes_read(&q, 0, &a->w, &a->spec, &a->spec, rows, columns, DTYPE_F32, n_threads);
+    struct backend *b = backend_cpu_open(n_threads, "scalar");
+    weight_codes_read(&q, 0, &a->w, &a->spec, &a->spec, rows, columns, DTYPE_F32, b);
+    backend_close(b);
     for (int64_t n = 0; n < rows.n; n++)
         for (int64_t k = 0; k < columns.n; k++)
             values[n * columns.n + k] = quantized_value(&q, n, k);

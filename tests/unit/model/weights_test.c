@@ -25,7 +25,7 @@ static int set_up(void **state)
     (void)state;
     tiny_config_parse(&config);
     make_directory(dir, sizeof(dir));
-    backend = backend_cpu_open(1, "scalar");
+    backend = backend_cpu_open(3, "scalar");
     return 0;
 }
 
