@@ -470,63 +470,36 @@ static int32_t find_needed(struct step *s)
     return n;
 }
 
-/* The target of a row, and the best there, behind those of the rows before it. */
-static void finish_target(struct step *s, int32_t row)
-{
-    struct language_model *m = s->m;
-    int32_t k = s->batch->target_tops[row], n = s->out->n_targets;
-    if (k > m->config->vocab_size)
-        die("%d best of %d tokens are asked for", k, m->config->vocab_size);
-    if (n + 1 + k > m->targets_capacity) {
-        m->targets_capacity = 2 * (n + 1 + k);
-        m->targets = xrealloc(m->targets, (size_t)m->targets_capacity, sizeof(*m->targets));
-    }
-    sampler_score(m->targets + n, k, m->row, m->config->vocab_size, s->batch->targets[row]);
-    s->out->n_targets += 1 + k;
-}
-
-/* One row of logits, whole: its target, its samples. */
-static void finish_row(struct step *s, int32_t row)
-{
-    struct language_model *m = s->m;
-    const struct batch *b = s->batch;
-    if (b->targets[row] >= 0)
-        finish_target(s, row);
-    for (int32_t i = 0; i < b->n_samples; i++)
-        if (b->samples[i].row == row)
-            sampler_draw(&m->sampler, &m->samples[i], m->row, &b->samples[i], b);
-}
-
 /* Logits of needed[first, first + n): row j of shard t begins at (t * n + j) * vocab.n. */
 static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
 {
     struct language_model *m = s->m;
     const struct batch *b = s->batch;
-    int64_t part = m->cut.vocab.n, vocab = m->config->vocab_size;
+    int32_t vocab = m->config->vocab_size;
+    const struct logits l = {m->host_logits, m->n_shards, n, m->cut.vocab.n, vocab};
     float *run = NULL; // rows left of the run of neighbouring rows that is being captured
-    int32_t run_row = -1;
+    int32_t run_row = -1, n_targets = draw_n_targets(b, needed, n);
     for (int32_t j = 0; j < n; j++) {
         int32_t row = needed[j], sequence = m->sequence_of[row];
-        for (int t = 0; t < m->n_shards; t++) {
-            int64_t start = t * part, have = vocab - start < part ? vocab - start : part;
-            if (have > 0)
-                memcpy(m->row + start, m->host_logits + (t * n + j) * part,
-                       (size_t)have * sizeof(float));
-        }
-        if (b->want_logits[row] && (b->captures[sequence] & CAPTURE_LOGITS)) {
-            int32_t last = j; // the run ends where a row, the sequence or the wish does
-            while (last + 1 < n && needed[last + 1] == needed[last] + 1 &&
-                   b->want_logits[needed[last + 1]] && m->sequence_of[needed[last + 1]] == sequence)
-                last++;
-            if (row != run_row)
-                run = capture_add(s->captures, "logits", sequence, row - b->query_start[sequence],
-                                  last - j + 1, (int32_t)vocab);
-            memcpy(run, m->row, (size_t)vocab * sizeof(float));
-            run += vocab;
-            run_row = last > j ? row + 1 : -1;
-        }
-        finish_row(s, row);
+        if (!b->want_logits[row] || !(b->captures[sequence] & CAPTURE_LOGITS))
+            continue;
+        int32_t last = j; // the run ends where a row, the sequence or the wish does
+        while (last + 1 < n && needed[last + 1] == needed[last] + 1 &&
+               b->want_logits[needed[last + 1]] && m->sequence_of[needed[last + 1]] == sequence)
+            last++;
+        if (row != run_row)
+            run = capture_add(s->captures, "logits", sequence, row - b->query_start[sequence],
+                              last - j + 1, vocab);
+        memcpy(run, logits_row(&l, j, m->draw.drawers[0].row), (size_t)vocab * sizeof(float));
+        run += vocab;
+        run_row = last > j ? row + 1 : -1;
     }
+    if (s->out->n_targets + n_targets > m->targets_capacity) {
+        m->targets_capacity = 2 * (s->out->n_targets + n_targets);
+        m->targets = xrealloc(m->targets, (size_t)m->targets_capacity, sizeof(*m->targets));
+    }
+    draw_rows(&m->draw, m->backend, b, needed, &l, m->samples, m->targets + s->out->n_targets);
+    s->out->n_targets += n_targets;
 }
 
 static void finish(struct step *s)

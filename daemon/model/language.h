@@ -18,10 +18,10 @@
 #include "daemon/model/capture.h"
 #include "daemon/model/carve.h"
 #include "daemon/model/config.h"
+#include "daemon/model/draw.h"
 #include "daemon/model/experts.h"
 #include "daemon/model/kv_cache.h"
 #include "daemon/model/model_comm.h"
-#include "daemon/model/sampler.h"
 #include "daemon/model/step_graphs.h"
 #include "daemon/model/weights.h"
 #include "kernels/backend.h"
@@ -89,7 +89,6 @@ struct language_model {
     float *inv_freq, *grown_freq;  // [head_dim / 2] of short sequences; of one long one
     float rope_scale;              // of cos and sin
     float *host_logits;            // [T, n_logit_rows, vocab.n]
-    float *row;                    // [vocab_size]
     struct token_logprob *targets; // [targets_capacity]
     int32_t targets_capacity;
     int32_t *needed, *feature_tokens, *feature_from; // [max_tokens]
@@ -97,7 +96,7 @@ struct language_model {
     int32_t *query_start;                            // [max_sequences + 1]
     struct sample_result *samples;                   // [samples_capacity]
     int32_t samples_capacity;
-    struct sampler sampler;
+    struct draw draw;
 };
 
 /* What a step gives; borrowed from the model until the next step (captures: from the caller). */

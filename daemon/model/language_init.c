@@ -62,7 +62,7 @@ size_t language_host_bytes(const struct text_config *t, const struct weight_cut 
     n_bytes += expert_scratch_host_bytes(t, limits->max_tokens);
     if (samples)
         n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
-                   (size_t)t->vocab_size * sizeof(float) + sampler_bytes(t->vocab_size) +
+                   draw_bytes(t->vocab_size, DRAW_THREADS_MAX) +
                    (size_t)limits->max_sequences * sizeof(struct sample_result);
     return n_bytes;
 }
@@ -157,10 +157,9 @@ static void allocate_host(struct language_model *m)
         return;
     m->host_logits = op_alloc_host(m->backend, rows * (size_t)m->cut.vocab.n * (size_t)m->n_shards *
                                                    sizeof(float));
-    m->row = xcalloc((size_t)m->config->vocab_size, sizeof(float));
     m->samples_capacity = m->limits.max_sequences;
     m->samples = xcalloc((size_t)m->samples_capacity, sizeof(*m->samples));
-    sampler_init(&m->sampler, m->config->vocab_size);
+    draw_init(&m->draw, m->config->vocab_size, m->backend->n_threads);
 }
 
 void language_init(struct language_model *m, const struct model_config *c, struct weights *w,
@@ -211,10 +210,10 @@ void language_release(struct language_model *m)
     struct backend *b = m->backend;
     if (!b)
         return;
-    sampler_release(&m->sampler);
-    void *host[] = {m->samples,     m->row,          m->targets,        m->needed,   m->sequence_of,
-                    m->query_start, m->feature_from, m->feature_tokens, m->inv_freq, m->grown_freq,
-                    m->host_sin,    m->host_cos,     m->kv_of_head};
+    draw_release(&m->draw);
+    void *host[] = {m->samples,     m->targets,      m->needed,         m->sequence_of,
+                    m->query_start, m->feature_from, m->feature_tokens, m->inv_freq,
+                    m->grown_freq,  m->host_sin,     m->host_cos,       m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
     op_free_host(b, m->host_logits);

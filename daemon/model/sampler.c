@@ -72,14 +72,26 @@ double sampler_log_sum_exp(const float *logits, int32_t n, int *finite)
     return max + log(sum);
 }
 
-/* Lowest id among the largest, as torch.argmax. NaN never wins. */
+/* Lowest id among the largest, as torch.argmax. NaN never wins. The largest of many lanes first,
+ * which a compiler makes vectors of, then where it is. */
 static int32_t argmax(const float *x, int32_t n)
 {
-    int32_t best = 0;
-    for (int32_t i = 1; i < n; i++)
-        if (x[i] > x[best])
-            best = i;
-    return best;
+    enum { LANES = 32 };
+    float lanes[LANES], max = -INFINITY;
+    int32_t i = 0;
+    for (int k = 0; k < LANES; k++)
+        lanes[k] = -INFINITY;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++)
+            lanes[k] = x[i + k] > lanes[k] ? x[i + k] : lanes[k];
+    for (int k = 0; k < LANES; k++)
+        max = lanes[k] > max ? lanes[k] : max;
+    for (; i < n; i++)
+        max = x[i] > max ? x[i] : max;
+    for (i = 0; i < n; i++)
+        if (x[i] == max)
+            return i;
+    return 0;
 }
 
 /* The k best raw logits by (value descending, id ascending). */

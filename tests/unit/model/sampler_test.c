@@ -67,6 +67,30 @@ static void greedy_takes_the_lowest_of_equals(void **state)
     assert_int_equal(r.not_finite, 0);
 }
 
+/* The largest is found many at a time: against one at a time, with ties, wherever it is. */
+static void greedy_over_many(void **state)
+{
+    enum { MANY = 101 };
+    struct sampler many;
+    float logits[MANY];
+    uint32_t bits = 1;
+    (void)state;
+    sampler_init(&many, MANY);
+    for (int round = 0; round < 1000; round++) {
+        int32_t best = 0;
+        for (int i = 0; i < MANY; i++) {
+            bits = bits * 1664525u + 1013904223u;
+            logits[i] = (float)(bits >> 24) - 300;
+            best = logits[i] > logits[best] ? i : best;
+        }
+        struct sample_result r;
+        struct sample_row row = plain(0);
+        sampler_draw(&many, &r, logits, &row, &(struct batch){0});
+        assert_int_equal(r.token.id, best);
+    }
+    sampler_release(&many);
+}
+
 static void logprobs_of_the_raw_distribution(void **state)
 {
     (void)state;
@@ -299,6 +323,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(greedy_takes_the_lowest_of_equals),
+        cmocka_unit_test(greedy_over_many),
         cmocka_unit_test(logprobs_of_the_raw_distribution),
         cmocka_unit_test(scores_of_a_given_token),
         cmocka_unit_test(penalties),
