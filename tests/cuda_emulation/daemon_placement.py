@@ -35,7 +35,7 @@ def topology(cores):
 
 def cores_by_rank(device):
     """{rank: cores that some thread of it may use}"""
-    with daemon.Daemon(dtype="float32", extra=("--device", device, "--max-model-len", 64)) as d:
+    with daemon.Daemon(dtype="float32", extra=("--device", device, "--enforce-eager", "--max-model-len", 64)) as d:
         found = {rank: set().union(*(os.sched_getaffinity(int(t)) for t in os.listdir(f"/proc/{pid}/task")))
                  for rank, pid in d.ranks().items()}
     return found
