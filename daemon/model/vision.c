@@ -153,14 +153,21 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
     lay_out(&m->scratch, &carve, c, scratch_tiles(v, max_tiles), b->activation_dtype);
 }
 
+static void forget_runs(struct vision_model *m)
+{
+    for (int i = 0; i < m->n_graphs; i++)
+        op_graph_free(m->backend, m->graphs[i]);
+    free(m->graphs);
+    m->graphs = NULL;
+    m->n_graphs = 0;
+}
+
 void vision_release(struct vision_model *m)
 {
     struct backend *b = m->backend;
     if (!b)
         return;
-    for (int i = 0; i < m->n_graphs; i++)
-        op_graph_free(b, m->graphs[i]);
-    free(m->graphs);
+    forget_runs(m);
     op_free(b, m->scratch_base);
     for (int i = 0; i < m->config->vision.n_layers; i++) {
         struct vision_layer *l = &m->layers[i];
@@ -529,6 +536,7 @@ void vision_record(struct vision_model *m)
     int n = (int)(m->scratch.n_tokens / (v->n_patches + 1)), n_features = c->n_features_per_tile;
     if (!m->backend->replays || !m->pixel_mean)
         return;
+    forget_runs(m);
     n = n < m->max_tiles ? n : m->max_tiles;
     prepare_position(m, t.height, t.width);
     m->graphs = xcalloc((size_t)n, sizeof(*m->graphs));

@@ -86,7 +86,8 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
                  const float *pixel_std);
 void vision_release(struct vision_model *m); // accepts a zeroed struct
 /* On a back end that replays: records the run of each number of U8 tiles of the native size that
- * fits the scratch, which vision_forward() replays from then on, to the same bits. */
+ * fits the scratch, which vision_forward() replays from then on, to the same bits. Once more when
+ * the weights are others. */
 void vision_record(struct vision_model *m);
 
 /* Error (INVALID_ARGUMENT) when tiles of this size cannot be encoded at all: for the gateway. */

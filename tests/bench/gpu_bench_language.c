@@ -215,6 +215,7 @@ static void measure_format(struct shard *s, const struct gpu_format *f)
     measure(s, f, "prefill", s->sizes.prefill, s->sizes.prefill);
 }
 
+/* Ready to run in that format, decode steps recorded as the daemon has them. */
 static void hold(struct shard *s, const struct gpu_format *f)
 {
     struct language_model *m = &s->model;
@@ -225,6 +226,8 @@ static void hold(struct shard *s, const struct gpu_format *f)
             gpu_codes_hold(s->bench->b, linears[i], f, KIND_LANGUAGE_LINEAR);
     }
     gpu_codes_hold(s->bench->b, &m->lm_head, f, KIND_LM_HEAD);
+    step_graphs_release(&m->graphs, s->bench->b); // of the former weights
+    language_record(m);
 }
 
 void gpu_bench_language(struct gpu_bench *bench)

@@ -66,6 +66,7 @@ static void hold(struct tower *t, const struct gpu_format *f)
     }
     gpu_codes_hold(t->bench->b, &m->linear_1, f, KIND_VISION_LINEAR);
     gpu_codes_hold(t->bench->b, &m->linear_2, f, KIND_VISION_LINEAR);
+    vision_record(m);
 }
 
 /* Random pixels for the largest batch, and room for its features. */
