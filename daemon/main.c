@@ -103,6 +103,17 @@ static int plan_weights(struct settings *s, struct plan_settings *p, struct erro
     return rc;
 }
 
+/* Where ranks are planned to compute; auto is known when they meet, but to --plan, which starts
+ * none: the driver may not be asked for GPUs by a process that will fork ranks. */
+static enum device_kind planned_device(const struct options *o)
+{
+    int is_auto = strcmp(o->device, "auto") == 0;
+
+    return strcmp(o->device, "cuda") == 0 || (is_auto && o->plan && device_count() > 0)
+               ? DEVICE_CUDA
+               : DEVICE_CPU;
+}
+
 static int settings_make(struct settings *s, struct error *err)
 {
     const struct options *o = &s->options;
@@ -125,9 +136,8 @@ static int settings_make(struct settings *s, struct error *err)
     p = (struct plan_settings){
         .layout = s->layout,
         .dtype = s->dtype,
-        .activation_dtype = device_activation_dtype(
-            strcmp(o->device, "cuda") == 0 ? DEVICE_CUDA : DEVICE_CPU, s->dtype),
-        .on_cuda = strcmp(o->device, "cuda") == 0,
+        .activation_dtype = device_activation_dtype(planned_device(o), s->dtype),
+        .on_cuda = planned_device(o) == DEVICE_CUDA,
         .deterministic = (int)o->deterministic,
         .page_size = (int32_t)o->block_size,
         .kv_budget_bytes = (uint64_t)o->kv_cache_memory_bytes,

@@ -112,8 +112,8 @@ static const struct option table[] = {
      "are read from the other GPUs' memory in one kernel, where shards on one host reach each "
      "other's."},
     {NULL, "--plan", NULL, OPTION_FLAG, FIELD(plan), NULL, 0, 0,
-     "Print each rank's memory for this model and layout, with --device cuda that of its GPU and "
-     "its host, and exit without starting anything."},
+     "Print each rank's memory for this model and layout, on CUDA its GPU's and its host's, and "
+     "exit without starting anything. auto is what this host has."},
     {NULL, "--map", NULL, OPTION_FLAG, FIELD(map), NULL, 0, 0,
      "Start the job, check that its ranks fit together, print which rank is what and where, and "
      "exit before anything is loaded."},

@@ -69,6 +69,9 @@ def check(layout, options):
 
 def main():
     failures = [x for case in CASES for x in check(*case)]
+    plans = {x: daemon.planned("--model", daemon.DEMO_MODEL, "--device", x) for x in ("auto", "cpu", "cuda")}
+    if plans["auto"] != plans["cuda"] or plans["cpu"] == plans["cuda"]:
+        failures.append("--device auto is not planned as what this host has")
     for failure in failures:
         print("FAILED", failure)
     sys.exit(1 if failures else 0)
