@@ -5,7 +5,7 @@
 #   sh deploy/gpu_test.sh [STEP]... [-- GPU_BENCH_OPTION...]
 #
 #   STEP           build, ops, models, nccl, daemon, sanitizer, bench; none: all of them, in this order
-#   exit status    0 nothing failed (what was skipped is said), 1 something did, 77 there is no GPU
+#   exit status    0 nothing failed (what was skipped is said), 1 something did, 77 no GPU, or all was skipped
 #
 # Wants what `deploy/packages.sh test` installs, a CUDA toolkit with cuBLASLt and NCCL, and, for the daemon's steps, a
 # Python with the packages of tests/requirements.txt: $INTERNVLD_PYTHON, deploy/test.sh's in build/venv, or python3.
@@ -165,7 +165,8 @@ done
 
 printf '\n== %d passed (after %d s)\n' $passed "$(($(date +%s) - started))"
 [ -z "$skipped" ] || echo "skipped:$skipped"
-[ -z "$failed" ] || {
+if [ -n "$failed" ]; then
     echo "FAILED:$failed"
     exit 1
-}
+fi
+[ $passed -gt 0 ] || exit 77
