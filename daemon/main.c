@@ -139,6 +139,7 @@ static int settings_make(struct settings *s, struct error *err)
         .activation_dtype = device_activation_dtype(planned_device(o), s->dtype),
         .on_cuda = planned_device(o) == DEVICE_CUDA,
         .deterministic = (int)o->deterministic,
+        .one_shot = !o->disable_custom_all_reduce,
         .page_size = (int32_t)o->block_size,
         .kv_budget_bytes = (uint64_t)o->kv_cache_memory_bytes,
         .max_model_len = s->max_model_len,

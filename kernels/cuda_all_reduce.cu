@@ -26,12 +26,12 @@ extern "C" {
 #define PIECE (4 * THREADS)
 #define POLLS 100 // between two looks at the clock
 
-static const size_t MAPPED_BYTES = (size_t)2 << 20;
-
 struct mailbox {
     uint32_t flags[BLOCKS][ALL_REDUCE_RANKS_MAX]; // by block and the rank that gave it
     alignas(128) float4 parts[2][BLOCKS][THREADS];
 };
+static_assert(sizeof(struct mailbox) <= ALL_REDUCE_MAILBOX_BYTES,
+              "the mailbox is larger than said");
 
 struct mailboxes {
     struct mailbox *of[ALL_REDUCE_RANKS_MAX];
@@ -125,12 +125,10 @@ extern "C" void cuda_all_reduce_open(struct cuda_all_reduce *r, struct backend *
                                      int size)
 {
     /* The driver lends whole pages to other processes: nothing else may lie on ours. */
-    size_t n_bytes = (sizeof(struct mailbox) + MAPPED_BYTES - 1) / MAPPED_BYTES * MAPPED_BYTES;
-
     *r = {};
     r->rank = rank;
     r->size = size;
-    r->mailboxes[rank] = b->ops->alloc(b, n_bytes);
+    r->mailboxes[rank] = b->ops->alloc(b, ALL_REDUCE_MAILBOX_BYTES);
     CUDA_CHECK(cudaMallocHost((void **)&r->overdue, sizeof(*r->overdue)));
     *r->overdue = 0;
     b->ops->sync(b);

@@ -11,6 +11,7 @@
 #include "kernels/backend.h"
 
 #define ALL_REDUCE_RANKS_MAX 8
+#define ALL_REDUCE_MAILBOX_BYTES ((size_t)2 << 20) // whole pieces that other processes can map
 
 /* One rank's view of its group. A mailbox begins with its flags, which are equal in all mailboxes
  * before anybody's first call. */
@@ -20,8 +21,8 @@ struct cuda_all_reduce {
     uint32_t *overdue; // host, pinned: 0, or 1 + the rank of the group that did not come in time
 };
 
-/* r->mailboxes[rank] <- memory of the device, 2 MiB, zeroed when this returns; the caller sets the
- * others'. */
+/* r->mailboxes[rank] <- ALL_REDUCE_MAILBOX_BYTES of the device, zeroed when this returns; the
+ * caller sets the others'. */
 void cuda_all_reduce_open(struct cuda_all_reduce *r, struct backend *b, int rank, int size);
 /* Nobody else uses this rank's mailbox any more. A zeroed *r is allowed. */
 void cuda_all_reduce_close(struct cuda_all_reduce *r, struct backend *b);

@@ -25,7 +25,7 @@ struct plan_settings {
     enum dtype dtype;                  // F32 or BF16
     enum dtype activation_dtype;       // device_activation_dtype()
     int on_cuda;                       // vision and language ranks each have a GPU
-    int deterministic;                 // with on_cuda: --deterministic
+    int deterministic, one_shot;       // with on_cuda: as in struct device_options
     int32_t page_size;                 // tokens
     uint64_t kv_budget_bytes;          // for KV pages, of each language rank
     int32_t max_model_len;             // tokens of one sequence

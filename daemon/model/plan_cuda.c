@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "kernels/cuda_all_reduce.h"
 #include "kernels/cuda_backend.h"
 
 uint64_t plan_cuda_block(uint64_t n_bytes)
@@ -79,6 +80,8 @@ uint64_t plan_cuda_fixed_bytes(const struct plan_settings *p, const struct topol
     int n_shards = p->layout.tensor_parallel;
     if (has_codes(c) && p->dtype == DTYPE_F32)
         n_bytes += CUDA_DENSE_BYTES;
+    if (t->role == ROLE_LANGUAGE && n_shards > 1 && p->one_shot)
+        n_bytes += ALL_REDUCE_MAILBOX_BYTES;
     if (t->role == ROLE_LANGUAGE && n_shards > 1 && p->deterministic)
         n_bytes += plan_cuda_block((uint64_t)n_shards * (uint64_t)p->max_num_batched_tokens *
                                    (uint64_t)c->text.hidden_size * sizeof(float));

@@ -20,7 +20,8 @@ BACK_END_BYTES = 288 << 20  # scratch and cuBLASLt's workspace
 SHARE = 0.01
 PRINTED_BYTES = 0.05 * (1 << 20)  # --plan rounds to tenths of a MiB
 PICTURE = daemon.EXAMPLES / "scene-two.png"
-CASES = [("1x1x1", ()), ("2x2x1", ("--deterministic",)), ("2x1x1", ("--quantization", "int4"))]
+CASES = [("1x1x1", ()), ("2x2x1", ("--deterministic",)), ("2x1x1", ("--quantization", "int4")),
+         ("2x1x1", ("--disable-custom-all-reduce",))]
 
 
 def usage(folder, ranks):
