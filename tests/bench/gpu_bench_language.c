@@ -251,6 +251,8 @@ void gpu_bench_language(struct gpu_bench *bench)
     for (int i = 0; i < n_gpu_formats; i++) {
         if (!gpu_bench_wants(bench, &gpu_formats[i]))
             continue;
+        printf("language: %s\n", gpu_formats[i].name);
+        fflush(stdout);
         hold(s, &gpu_formats[i]);
         measure_format(s, &gpu_formats[i]);
     }

@@ -111,6 +111,8 @@ void gpu_bench_vision(struct gpu_bench *bench)
     for (int i = 0; i < n_gpu_formats; i++) {
         if (!gpu_bench_wants(bench, &gpu_formats[i]))
             continue;
+        printf("vision: %s\n", gpu_formats[i].name);
+        fflush(stdout);
         hold(t, &gpu_formats[i]);
         for (int j = 0; j < N_BATCHES; j++)
             measure(t, &gpu_formats[i], n_tiles[j]);

@@ -145,6 +145,16 @@ static void prints_a_table(void **state)
     plan_print(f, &p, &c, (uint64_t)1 << 40);
     fclose(f);
     assert_non_null(strstr(text, "all ranks fit on it"));
+    assert_null(strstr(text, "GPU"));
+    free(text);
+    plan_release(&p);
+    s.on_cuda = 1;
+    assert_int_equal(plan_make(&p, &c, &s, &err), 0);
+    f = open_memstream(&text, &n);
+    plan_print(f, &p, &c, (uint64_t)1 << 40);
+    fclose(f);
+    assert_non_null(strstr(text, "host MiB      GPU MiB\n"));
+    assert_non_null(strstr(text, "GPU: 0.3 GiB for the largest rank"));
     free(text);
     plan_release(&p);
 }
