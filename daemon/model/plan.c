@@ -80,10 +80,10 @@ static void add_step(struct plan_rank *r, const struct model_config *c,
 {
     if (s->on_cuda) {
         r->on_device = 1;
-        r->scratch_bytes = plan_cuda_block(scratch) + plan_cuda_fixed_bytes(s, &r->topology, c);
+        r->scratch_bytes += plan_cuda_block(scratch) + plan_cuda_fixed_bytes(s, &r->topology, c);
         r->process_bytes += host + CUDA_STAGING_BYTES;
     } else {
-        r->scratch_bytes = scratch + host;
+        r->scratch_bytes += scratch + host;
     }
 }
 
@@ -121,6 +121,36 @@ static void add_language_step(struct plan_rank *r, const struct model_config *c,
                                                      language_widest_input(t, cut), s->dtype);
 }
 
+/* Codes stay codes where all parts of their linear have the like; else all are floats. */
+static int is_stacked_alike(const struct weight_list *list, const struct weight_spec *s)
+{
+    const struct weight_spec *parts[3];
+    int alike = 1;
+    for (int i = weight_list_stack(list, s, parts) - 1; i >= 0; i--)
+        alike = alike && parts[i]->format == s->format && parts[i]->group_size == s->group_size &&
+                parts[i]->has_zeros == s->has_zeros && parts[i]->has_order == s->has_order;
+    return alike;
+}
+
+static void add_weights(struct plan_rank *r, const struct model_config *c,
+                        const struct plan_settings *s, const struct weight_cut *cut,
+                        const struct weight_list *list)
+{
+    const struct text_config *t = &c->text;
+    uint64_t dense = 0;
+    for (int i = 0; i < list->n; i++) {
+        struct weight_spec w = list->specs[i];
+        if (!holds(&r->topology, &w, t->n_layers) || is_embedding_again(&r->topology, &w, c, list))
+            continue;
+        if (w.format != WEIGHT_FLOAT && !is_stacked_alike(list, &w))
+            w.format = WEIGHT_FLOAT;
+        r->weight_bytes += held_bytes(&w, list, cut, t, s);
+        uint64_t n = s->on_cuda ? plan_cuda_dense_bytes(&w, list, cut, t, s->dtype) : 0;
+        dense = n > dense ? n : dense;
+    }
+    r->scratch_bytes += dense;
+}
+
 static int plan_rank(struct plan_rank *r, const struct plan *p, const struct model_config *c,
                      const struct weight_list *list, struct error *err)
 {
@@ -131,14 +161,11 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
     if (topology->role == ROLE_LANGUAGE &&
         weight_cut_init(&cut, t, topology->shard, s->layout.tensor_parallel, err) != 0)
         return -1;
-    for (int i = 0; i < list->n; i++)
-        if (holds(topology, &list->specs[i], t->n_layers) &&
-            !is_embedding_again(topology, &list->specs[i], c, list))
-            r->weight_bytes += held_bytes(&list->specs[i], list, &cut, t, s);
+    add_weights(r, c, s, &cut, list);
     r->process_bytes =
         topology->role == ROLE_GATEWAY ? GATEWAY_PROCESS_BYTES : WORKER_PROCESS_BYTES;
     if (topology->role == ROLE_GATEWAY)
-        r->scratch_bytes = s->vision_cache_bytes + s->media_store_bytes;
+        r->scratch_bytes += s->vision_cache_bytes + s->media_store_bytes;
     if (topology->role == ROLE_VISION)
         add_vision_step(r, c, s);
     if (topology->role != ROLE_LANGUAGE)

@@ -67,10 +67,30 @@ uint64_t plan_cuda_weight_bytes(const struct weight_spec *s, const struct weight
     return copy + plan_cuda_block(n * sizeof(float));
 }
 
-/* 1 when some weight is held in codes. */
-static int has_codes(const struct model_config *c)
+static int64_t rows_held(const struct weight_spec *s, const struct weight_cut *cut,
+                         const struct text_config *t)
 {
-    return c->quantization.method != QUANTIZATION_NONE;
+    struct range rows = {0, weight_spec_rows(s)}, columns = {0};
+    if (s->home != HOME_VISION)
+        weight_cut_ranges(cut, t, s, &rows, &columns);
+    return rows.n;
+}
+
+uint64_t plan_cuda_dense_bytes(const struct weight_spec *s, const struct weight_list *list,
+                               const struct weight_cut *cut, const struct text_config *t,
+                               enum dtype dtype)
+{
+    struct range rows = {0}, columns = {0, weight_spec_columns(s)};
+    const struct weight_spec *parts[3];
+    int64_t n_rows = 0;
+    if (s->format == WEIGHT_FLOAT || dtype != DTYPE_F32)
+        return 0;
+    if (s->home != HOME_VISION)
+        weight_cut_ranges(cut, t, s, &rows, &columns);
+    for (int i = weight_list_stack(list, s, parts) - 1; i >= 0; i--)
+        n_rows += rows_held(parts[i], cut, t);
+    uint64_t n = (uint64_t)(n_rows * columns.n) * sizeof(float);
+    return n < CUDA_DENSE_BYTES ? plan_cuda_block(n) : CUDA_DENSE_BYTES;
 }
 
 uint64_t plan_cuda_fixed_bytes(const struct plan_settings *p, const struct topology *t,
@@ -78,8 +98,6 @@ uint64_t plan_cuda_fixed_bytes(const struct plan_settings *p, const struct topol
 {
     uint64_t n_bytes = CUDA_SCRATCH_BYTES + CUDA_WORKSPACE_BYTES;
     int n_shards = p->layout.tensor_parallel;
-    if (has_codes(c) && p->dtype == DTYPE_F32)
-        n_bytes += CUDA_DENSE_BYTES;
     if (t->role == ROLE_LANGUAGE && n_shards > 1 && p->one_shot)
         n_bytes += ALL_REDUCE_MAILBOX_BYTES;
     if (t->role == ROLE_LANGUAGE && n_shards > 1 && p->deterministic)

@@ -17,6 +17,10 @@ uint64_t plan_cuda_block(uint64_t n_bytes);
 uint64_t plan_cuda_weight_bytes(const struct weight_spec *s, const struct weight_list *list,
                                 struct range rows, struct range columns, const struct lanes *lanes,
                                 const struct plan_settings *p);
+/* Of the dense values that products with it want, which all of a rank's weights share. */
+uint64_t plan_cuda_dense_bytes(const struct weight_spec *s, const struct weight_list *list,
+                               const struct weight_cut *cut, const struct text_config *t,
+                               enum dtype dtype);
 /* Of the back end and, on a language rank, its groups. */
 uint64_t plan_cuda_fixed_bytes(const struct plan_settings *p, const struct topology *t,
                                const struct model_config *c);

@@ -187,6 +187,29 @@ const struct weight_spec *weight_list_find(const struct weight_list *l, const ch
     return bsearch(&key, l->specs, (size_t)l->n, sizeof(key), by_name);
 }
 
+int weight_list_stack(const struct weight_list *l, const struct weight_spec *s,
+                      const struct weight_spec *parts[3])
+{
+    static const char *const stacks[][3] = {{"q_proj", "k_proj", "v_proj"},
+                                            {"gate_proj", "up_proj", NULL}};
+    const char *at = NULL;
+    char name[sizeof(s->name)];
+    int n = 0;
+    for (int i = 0; i < 2 && n == 0; i++) {
+        for (int j = 0; j < 3 && stacks[i][j] && !at; j++)
+            at = strstr(s->name, stacks[i][j]);
+        for (int j = 0; j < 3 && stacks[i][j] && at; j++) {
+            if (snprintf(name, sizeof(name), "%.*s%s%s", (int)(at - s->name), s->name, stacks[i][j],
+                         strchr(at, '.')) >= (int)sizeof(name))
+                BUG("weight name %s is too long", s->name);
+            parts[n++] = weight_list_find(l, name);
+        }
+    }
+    if (n == 0)
+        parts[n++] = s;
+    return n;
+}
+
 void weight_list_release(struct weight_list *l)
 {
     free(l->specs);

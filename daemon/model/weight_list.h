@@ -62,6 +62,11 @@ void weight_list_release(struct weight_list *l); // accepts a zeroed struct
 /* NULL when the model has no such tensor. */
 const struct weight_spec *weight_list_find(const struct weight_list *l, const char *name);
 
+/* parts <- the weights that stand with *s in one linear, itself among them: q, k, v; gate, up
+ * (weights.h). Returns how many. */
+int weight_list_stack(const struct weight_list *l, const struct weight_spec *s,
+                      const struct weight_spec *parts[3]);
+
 /* Groups of a row that a quantised weight keeps for those columns. */
 int64_t weight_spec_groups(const struct weight_spec *s, struct range columns);
 /* Bytes of those rows and columns of a quantised weight: codes, scales and what goes with them. */

@@ -20,8 +20,9 @@ BACK_END_BYTES = 288 << 20  # scratch and cuBLASLt's workspace
 SHARE = 0.01
 PRINTED_BYTES = 0.05 * (1 << 20)  # --plan rounds to tenths of a MiB
 PICTURE = daemon.EXAMPLES / "scene-two.png"
-CASES = [("1x1x1", ()), ("2x2x1", ("--deterministic",)), ("2x1x1", ("--quantization", "int4")),
-         ("2x1x1", ("--disable-custom-all-reduce",))]
+CASES = [("1x1x1", "bfloat16", ()), ("2x2x1", "bfloat16", ("--deterministic",)),
+         ("2x1x1", "bfloat16", ("--quantization", "int4")), ("2x1x1", "bfloat16", ("--disable-custom-all-reduce",)),
+         ("1x1x1", "float32", ("--quantization", "int8"))]  # whose values become dense
 
 
 def usage(folder, ranks):
@@ -35,13 +36,13 @@ def usage(folder, ranks):
     return found
 
 
-def check(layout, options):
+def check(layout, dtype, options):
     failures = []
     with tempfile.TemporaryDirectory(prefix="internvld-memory-") as folder:
         os.environ["INTERNVLD_EMULATION_MEMORY"] = folder
         extra = ("--device", "cuda", "--max-model-len", 512, "--max-num-seqs", 4, "--kv-cache-memory-bytes", "2M",
                  *options)
-        with daemon.Daemon(dtype="bfloat16", **daemon.layout_of(layout), extra=extra) as d:
+        with daemon.Daemon(dtype=dtype, **daemon.layout_of(layout), extra=extra) as d:
             plan, ranks = daemon.planned(*d.command[1:]), d.ranks()
             ready = usage(folder, ranks)
             client = Client(d.address)
@@ -56,7 +57,7 @@ def check(layout, options):
                     failures.append("the gateway has memory of a GPU")
                 continue
             peak, n_allocations = end[rank]
-            who = f"{layout} {' '.join(options)}: rank {rank} ({planned['role']})"
+            who = f"{layout} {' '.join((dtype, *options))}: rank {rank} ({planned['role']})"
             print(f"  {who}: {n_bytes / (1 << 20):.1f} MiB planned, {peak / (1 << 20):.2f} taken by {n_allocations} "
                   "allocations", flush=True)
             if peak > n_bytes + PRINTED_BYTES:

@@ -15,6 +15,7 @@
 #include "daemon/model/plan.h"
 #include "daemon/model/rope.h"
 #include "daemon/model/vision.h"
+#include "daemon/model/weight_list.h"
 #include "tests/unit/model/model_files.h"
 
 static struct plan_settings settings(int v, int t, int p)
@@ -99,6 +100,32 @@ static void counts_a_gpu(void **state)
     plan_release(&tree);
     plan_release(&plan);
     plan_release(&host);
+}
+
+/* Parts of one linear that the files hold unlike each other are all held as floats. */
+static void counts_parts_that_are_unlike(void **state)
+{
+    (void)state;
+    struct model_config c;
+    struct plan alike, unlike;
+    struct weight_list list;
+    struct error err;
+    struct plan_settings s = settings(1, 1, 1);
+    tiny_config_parse(&c);
+    c.quantization.method = QUANTIZATION_INT8;
+    weight_list_init(&list, &c);
+    s.weights = &list;
+    assert_int_equal(plan_make(&alike, &c, &s, &err), 0);
+    for (int i = 0; i < list.n; i++)
+        if (strcmp(list.specs[i].name, "language_model.model.layers.0.self_attn.k_proj.weight") ==
+            0)
+            list.specs[i].format = WEIGHT_FLOAT;
+    assert_int_equal(plan_make(&unlike, &c, &s, &err), 0);
+    assert_int_equal(unlike.ranks[2].weight_bytes - alike.ranks[2].weight_bytes,
+                     64 * 32 * 4 - (64 * 32 + 64 * 4)); // q, k, v; codes and scales
+    plan_release(&unlike);
+    plan_release(&alike);
+    weight_list_release(&list);
 }
 
 static void refuses(void **state)
@@ -198,6 +225,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(weights_add_up),
         cmocka_unit_test(counts_a_gpu),
+        cmocka_unit_test(counts_parts_that_are_unlike),
         cmocka_unit_test(refuses),
         cmocka_unit_test(prints_a_table),
         cmocka_unit_test(dynamic_rope_grows_past_the_maximum),
