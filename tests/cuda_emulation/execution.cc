@@ -69,6 +69,8 @@ enum {
     COPIES_MAX = 512,
     THREADS_MAX = 1024,
     TSAN_FIBRES = 4096,
+    SITES_MAX = 64,             // of one block, and
+    BLOCK_MEMORY_MAX = 1 << 20, // pieces of one launch that cost no growing in a fibre
     N_STACKS = EMULATION_TSAN ? TSAN_FIBRES : THREADS_MAX
 };
 static const size_t STACK_BYTES = 256 * 1024;
@@ -92,6 +94,7 @@ struct fibre {
     unsigned first_copy, n_copies;
     int group;
     void *tsan, *fake_stack;
+    unsigned n_barriers, n_syncwarps; // so far
 };
 
 struct shared_site {
@@ -114,7 +117,7 @@ static std::vector<void *>
 static size_t block_memory_bytes;
 [[maybe_unused]] static char launch_token, end_token;
 [[maybe_unused]] static char
-    *block_tokens; // of the running block: one for its barrier, then one a warp
+    *block_tokens; // of the running block: a pair for its barrier, then a pair a warp
 [[maybe_unused]] static void *main_fake_stack;
 [[maybe_unused]] static const void *main_bottom;
 [[maybe_unused]] static size_t main_bytes;
@@ -187,6 +190,7 @@ static void fibre_start(fibre *f, unsigned i, dim3 block, dim3 block_dim, dim3 g
     f->context.grid_dim = grid_dim;
     f->st = READY;
     f->group = 0;
+    f->n_barriers = f->n_syncwarps = 0;
     ASAN(__asan_unpoison_memory_region((char *)top - 4096, 4096));
     *--top = nullptr; // where emulation_entry would return to; keeps the ABI's alignment
     *--top = (void *)emulation_entry;
@@ -364,6 +368,8 @@ void emulated_run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
         if (stacks == MAP_FAILED)
             emulated_die("no memory for the threads' stacks");
         random_state = 0x9E3779B97F4A7C15ull ^ seed;
+        sites.reserve(SITES_MAX);
+        block_memory.reserve(BLOCK_MEMORY_MAX);
     }
     n_threads = block.x * block.y * block.z;
     body = &kernel;
@@ -375,12 +381,12 @@ void emulated_run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
 
         sites.clear();
         dynamic_shared = poisoned(dynamic_shared_bytes);
-        block_tokens = (char *)poisoned(1 + THREADS_MAX / 32);
+        block_tokens = (char *)poisoned(2 + 2 * (THREADS_MAX / 32));
         TSAN(__tsan_release(&launch_token));
         for (unsigned i = 0; i < n_threads; i++)
             fibre_start(&fibres[i], i, index, block, grid);
         run_block(seed);
-        if (block_memory_bytes > 256u << 20) {
+        if (block_memory_bytes > 256u << 20 || block_memory.size() + SITES_MAX > BLOCK_MEMORY_MAX) {
             TSAN(__tsan_acquire(&end_token));
             free_block_memory();
         }
@@ -391,14 +397,17 @@ void emulated_run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
 
 /* ---- what a running thread calls ---- */
 
+/* Where threads meet they release one token and acquire it as they go on. A thread that goes on
+ * first may be at the next meeting before another has gone on from this one, and must not tell it
+ * what it did between: tokens alternate. */
 void emulated_barrier(const char *file, int line)
 {
-    TSAN(__tsan_release(block_tokens));
+    TSAN(char *token = block_tokens + current->n_barriers++ % 2; __tsan_release(token));
     current->st = AT_BARRIER;
     current->barrier_file = file;
     current->barrier_line = line;
     yield_to_scheduler();
-    TSAN(__tsan_acquire(block_tokens));
+    TSAN(__tsan_acquire(token));
 }
 
 void emulated_collective(unsigned mask, emulated_operation op, const void *in, void *out,
@@ -414,8 +423,8 @@ void emulated_collective(unsigned mask, emulated_operation op, const void *in, v
     me->out = out;
     me->complete = complete;
     me->st = IN_COLLECTIVE;
-    TSAN(char *token = block_tokens + 1 + (me->context.linear >> 5);
-         if (op == EMULATED_SYNCWARP) __tsan_release(token));
+    TSAN(char *token = block_tokens + 2 + 2 * (me->context.linear >> 5);
+         if (op == EMULATED_SYNCWARP) __tsan_release(token += me->n_syncwarps++ % 2));
     yield_to_scheduler();
     TSAN(if (op == EMULATED_SYNCWARP) __tsan_acquire(token));
 }

@@ -22,13 +22,14 @@ enum planted {
     TOO_MANY_THREADS,
     CAPTURED_ALLOCATION,
     REUSED_HALF,
+    REUSED_SHARED,
     ABSENT_PEER,
     N_PLANTED
 };
 static const char *const names[N_PLANTED] = {
-    "none",         "no-barrier",  "divergent-barrier", "exited-lane",      "early-read",
-    "never-waited", "blocks-race", "host-touch",        "too-many-threads", "captured-allocation",
-    "reused-half",  "absent-peer"};
+    "none",         "no-barrier",    "divergent-barrier", "exited-lane",      "early-read",
+    "never-waited", "blocks-race",   "host-touch",        "too-many-threads", "captured-allocation",
+    "reused-half",  "reused-shared", "absent-peer"};
 
 /* y[i] <- sum over the block of x, through shared memory; y[n] counts blocks. */
 __global__ void sum_kernel(float *y, const float *x, enum planted planted)
@@ -44,6 +45,11 @@ __global__ void sum_kernel(float *y, const float *x, enum planted planted)
     if (planted != NO_BARRIER && (planted != DIVERGENT_BARRIER || threadIdx.x < 64))
         __syncthreads();
     v = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f);
+    if (planted == REUSED_SHARED) { // which other warps may still have to read
+        if (threadIdx.x % 32 == 0)
+            partial[threadIdx.x / 32] = v;
+        __syncthreads();
+    }
     if (planted == BLOCKS_RACE)
         y[threadIdx.x] = v;
     else
