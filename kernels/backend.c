@@ -330,6 +330,15 @@ void op_sync(struct backend *b)
     b->ops->sync(b);
 }
 
+void op_top_k(struct backend *b, struct top_k *out, const float *logits, int32_t n_parts,
+              int32_t n_rows, int32_t part, int32_t vocab, const float *temperature)
+{
+    CHECK(b->ops->top_k && n_parts > 0 && n_rows >= 0 && part > 0);
+    CHECK(vocab > 0 && vocab <= (int64_t)n_parts * part);
+    if (n_rows > 0)
+        b->ops->top_k(b, out, logits, n_parts, n_rows, part, vocab, temperature);
+}
+
 void op_graph_begin(struct backend *b)
 {
     CHECK(b->ops->graph_begin);

@@ -95,6 +95,18 @@ struct rotation {
     const float *cos, *sin; // [n_tokens, head_dim / 2] in back-end memory
 };
 
+/* Of one row of logits: the best, by (value descending, id ascending), and what the others come to.
+ */
+#define TOP_K 64
+struct top_k {
+    double log_sum;    // log(sum(exp(logits)))
+    double weight_sum; // of exp((logit - largest) / temperature)
+    float values[TOP_K];
+    int32_t ids[TOP_K];
+    int32_t n;      // TOP_K, or the vocabulary where that is smaller; 0 when not finite
+    int32_t finite; // 0: a logit is NaN or infinite, and nothing else is known of the row
+};
+
 struct backend;
 
 /* Ops recorded once and replayed as one. They must have run once before with the same shapes
@@ -203,6 +215,11 @@ struct backend_ops {
     /* Page dst[i] <- page src[i], keys and values; src and dst are host arrays [n]. */
     void (*copy_pages)(struct backend *b, struct kv_pages *kv, const int32_t *src,
                        const int32_t *dst, int32_t n);
+    /* out [n_rows] <- of each row of logits [n_parts, n_rows, part] float32, whose id i is column
+     * i % part of part i / part, i < vocab <= n_parts * part. temperature [n_rows], above 0. All in
+     * back-end memory. NULL where the host reads whole rows as fast. */
+    void (*top_k)(struct backend *b, struct top_k *out, const float *logits, int32_t n_parts,
+                  int32_t n_rows, int32_t part, int32_t vocab, const float *temperature);
     /* NULL where nothing is ever recorded. Ops between are recorded, not run. */
     void (*graph_begin)(struct backend *b);
     struct graph *(*graph_end)(struct backend *b);
@@ -287,6 +304,9 @@ void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_byte
 void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes);
 void op_sync(struct backend *b);
 void op_parallel(struct backend *b, void (*work)(void *arg, int thread, int n_threads), void *arg);
+/* Of a back end that has it. */
+void op_top_k(struct backend *b, struct top_k *out, const float *logits, int32_t n_parts,
+              int32_t n_rows, int32_t part, int32_t vocab, const float *temperature);
 /* Of a back end that can record, whether it is to (`replays`) or not. */
 void op_graph_begin(struct backend *b);
 struct graph *op_graph_end(struct backend *b); // the caller frees it, before the back end closes

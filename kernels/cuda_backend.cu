@@ -250,6 +250,7 @@ static struct backend_ops make_ops(void)
     ops.pixel_shuffle = cuda_pixel_shuffle;
     ops.copy = cuda_copy;
     ops.copy_pages = cuda_copy_pages;
+    ops.top_k = cuda_top_k;
     ops.graph_begin = graph_begin;
     ops.graph_end = graph_end;
     ops.graph_launch = graph_launch;

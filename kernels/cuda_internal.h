@@ -261,5 +261,8 @@ void cuda_paged_attention(struct backend *b, struct tensor *out, const struct te
                           const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window);
 void cuda_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
                      int32_t n);
+/* cuda_top_k.cu */
+void cuda_top_k(struct backend *b, struct top_k *out, const float *logits, int32_t n_parts,
+                int32_t n_rows, int32_t part, int32_t vocab, const float *temperature);
 
 #endif

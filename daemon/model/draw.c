@@ -56,6 +56,34 @@ const float *logits_row(const struct logits *l, int32_t j, float *row)
     return row;
 }
 
+float draw_temperature(const struct batch *b, int32_t row)
+{
+    for (int32_t i = 0; i < b->n_samples; i++)
+        if (b->samples[i].row == row && b->samples[i].sampling.temperature > 0)
+            return b->samples[i].sampling.temperature;
+    return 1;
+}
+
+int draw_from_best(const struct batch *b, const int32_t *rows, int32_t n, const struct top_k *best,
+                   const float *temperature, int32_t vocab, struct sample_result *samples,
+                   uint8_t *drawn)
+{
+    int more = 0;
+    for (int32_t j = 0; j < n; j++) {
+        more |= b->targets[rows[j]] >= 0;
+        for (int32_t i = 0; i < b->n_samples; i++) {
+            const struct sample_row *row = &b->samples[i];
+            float t = row->sampling.temperature;
+            if (row->row != rows[j])
+                continue;
+            drawn[i] = (uint8_t)((t == 0 || t == temperature[j]) &&
+                                 sampler_draw_best(&samples[i], &best[j], vocab, row));
+            more |= !drawn[i];
+        }
+    }
+    return more;
+}
+
 int32_t draw_n_targets(const struct batch *b, const int32_t *rows, int32_t n)
 {
     int32_t n_targets = 0;
@@ -71,6 +99,7 @@ struct rows_job {
     const struct batch *batch;
     const int32_t *rows;
     const struct logits *logits;
+    const uint8_t *drawn;
     struct sample_result *samples;
     struct token_logprob *targets;
     atomic_int next;
@@ -89,7 +118,7 @@ static void draw_row(const struct rows_job *job, struct drawer *d, int32_t j)
                       b->targets[row]);
     }
     for (int32_t i = 0; i < b->n_samples; i++)
-        if (b->samples[i].row == row)
+        if (b->samples[i].row == row && !job->drawn[i])
             sampler_draw(&d->sampler, &job->samples[i], logits, &b->samples[i], b);
 }
 
@@ -104,10 +133,16 @@ static void draw_work(void *arg, int thread, int n_threads)
 }
 
 void draw_rows(struct draw *d, struct backend *backend, const struct batch *b, const int32_t *rows,
-               const struct logits *l, struct sample_result *samples, struct token_logprob *targets)
+               const struct logits *l, const uint8_t *drawn, struct sample_result *samples,
+               struct token_logprob *targets)
 {
-    struct rows_job job = {
-        .draw = d, .batch = b, .rows = rows, .logits = l, .samples = samples, .targets = targets};
+    struct rows_job job = {.draw = d,
+                           .batch = b,
+                           .rows = rows,
+                           .logits = l,
+                           .drawn = drawn,
+                           .samples = samples,
+                           .targets = targets};
     if (l->n == 1 || (int64_t)l->n * l->vocab < PARALLEL_MIN_LOGITS)
         draw_work(&job, 0, 1);
     else

@@ -498,8 +498,31 @@ static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
         m->targets_capacity = 2 * (s->out->n_targets + n_targets);
         m->targets = xrealloc(m->targets, (size_t)m->targets_capacity, sizeof(*m->targets));
     }
-    draw_rows(&m->draw, m->backend, b, needed, &l, m->samples, m->targets + s->out->n_targets);
+    draw_rows(&m->draw, m->backend, b, needed, &l, m->drawn, m->samples,
+              m->targets + s->out->n_targets);
     s->out->n_targets += n_targets;
+}
+
+/* Draws what the best of rows `needed` [n] of the gathered logits suffice for. Returns 1 when
+ * anything wants the rows themselves. */
+static int finish_from_best(struct step *s, const int32_t *needed, int32_t n)
+{
+    struct language_model *m = s->m;
+    struct backend *b = m->backend;
+    const struct batch *batch = s->batch;
+    int captured = 0;
+    for (int32_t j = 0; j < n; j++) {
+        m->host_temperature[j] = draw_temperature(batch, needed[j]);
+        captured |= batch->want_logits[needed[j]] &&
+                    (batch->captures[m->sequence_of[needed[j]]] & CAPTURE_LOGITS);
+    }
+    op_upload(b, m->scratch.temperature, m->host_temperature, (size_t)n * sizeof(float));
+    op_top_k(b, m->scratch.best, m->scratch.gathered, m->n_shards, n, (int32_t)m->cut.vocab.n,
+             m->config->vocab_size, m->scratch.temperature);
+    op_download(b, m->host_best, m->scratch.best, (size_t)n * sizeof(*m->host_best));
+    return draw_from_best(batch, needed, n, m->host_best, m->host_temperature,
+                          m->config->vocab_size, m->samples, m->drawn) ||
+           captured;
 }
 
 static void finish(struct step *s)
@@ -514,7 +537,10 @@ static void finish(struct step *s)
     if (batch->n_samples > m->samples_capacity) {
         m->samples_capacity = batch->n_samples;
         m->samples = xrealloc(m->samples, (size_t)m->samples_capacity, sizeof(*m->samples));
+        m->drawn = xrealloc(m->drawn, (size_t)m->samples_capacity, sizeof(*m->drawn));
     }
+    if (m->drawn)
+        memset(m->drawn, 0, (size_t)m->samples_capacity);
     for (int32_t first = 0; first < n_needed; first += LANGUAGE_LOGIT_ROWS) {
         int32_t n = n_needed - first;
         n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
@@ -526,6 +552,8 @@ static void finish(struct step *s)
         op_matmul(b, &logits, &chosen, &m->lm_head, NULL);
         all_gather(m, m->scratch.gathered, logits.data, n * part);
         if (m->shard != 0)
+            continue;
+        if (b->ops->top_k && !finish_from_best(s, m->needed + first, n))
             continue;
         op_download(b, m->host_logits, m->scratch.gathered, n_bytes * (size_t)m->n_shards);
         uint64_t begin_ns = trace_begin();

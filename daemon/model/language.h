@@ -58,6 +58,8 @@ struct language_scratch { // void: of the back end's activation_dtype
     float *features;     // [max_tokens, dim]
     float *logits;       // [n_logit_rows, vocab.n] of this shard
     float *gathered;     // [T, n_logit_rows, vocab.n]
+    float *temperature;  // [n_logit_rows]
+    struct top_k *best;  // [n_logit_rows]
     int32_t *ids, *rows; // [max_tokens]
     int32_t *query_start, *context_len, *page_start, *pages; // struct paged_layout
 };
@@ -89,6 +91,9 @@ struct language_model {
     float *inv_freq, *grown_freq;  // [head_dim / 2] of short sequences; of one long one
     float rope_scale;              // of cos and sin
     float *host_logits;            // [T, n_logit_rows, vocab.n]
+    float *host_temperature;       // [n_logit_rows]
+    struct top_k *host_best;       // [n_logit_rows]
+    uint8_t *drawn;                // [samples_capacity] 1: the sample has its token
     struct token_logprob *targets; // [targets_capacity]
     int32_t targets_capacity;
     int32_t *needed, *feature_tokens, *feature_from; // [max_tokens]

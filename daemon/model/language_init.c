@@ -35,6 +35,8 @@ static void lay_out(struct language_scratch *s, struct carve *c, const struct te
     s->features = carve(c, n * dim, sizeof(float));
     s->logits = carve(c, rows * cut->vocab.n, sizeof(float));
     s->gathered = carve(c, rows * cut->vocab.n * n_shards, sizeof(float));
+    s->temperature = carve(c, rows, sizeof(float));
+    s->best = carve(c, rows, sizeof(*s->best));
     s->ids = carve(c, n, sizeof(int32_t));
     s->rows = carve(c, n, sizeof(int32_t));
     s->query_start = carve(c, sequences + 1, sizeof(int32_t));
@@ -62,6 +64,7 @@ size_t language_host_bytes(const struct text_config *t, const struct weight_cut 
     n_bytes += expert_scratch_host_bytes(t, limits->max_tokens);
     if (samples)
         n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
+                   (size_t)logit_rows(limits) * (sizeof(float) + sizeof(struct top_k)) +
                    draw_bytes(t->vocab_size, DRAW_THREADS_MAX) +
                    (size_t)limits->max_sequences * sizeof(struct sample_result);
     return n_bytes;
@@ -157,7 +160,10 @@ static void allocate_host(struct language_model *m)
         return;
     m->host_logits = op_alloc_host(m->backend, rows * (size_t)m->cut.vocab.n * (size_t)m->n_shards *
                                                    sizeof(float));
+    m->host_temperature = xcalloc(rows, sizeof(float));
+    m->host_best = xcalloc(rows, sizeof(*m->host_best));
     m->samples_capacity = m->limits.max_sequences;
+    m->drawn = xcalloc((size_t)m->samples_capacity, sizeof(*m->drawn));
     m->samples = xcalloc((size_t)m->samples_capacity, sizeof(*m->samples));
     draw_init(&m->draw, m->config->vocab_size, m->backend->n_threads);
 }
@@ -211,9 +217,10 @@ void language_release(struct language_model *m)
     if (!b)
         return;
     draw_release(&m->draw);
-    void *host[] = {m->samples,     m->targets,      m->needed,         m->sequence_of,
-                    m->query_start, m->feature_from, m->feature_tokens, m->inv_freq,
-                    m->grown_freq,  m->host_sin,     m->host_cos,       m->kv_of_head};
+    void *host[] = {m->host_temperature, m->host_best,      m->drawn,       m->samples,
+                    m->targets,          m->needed,         m->sequence_of, m->query_start,
+                    m->feature_from,     m->feature_tokens, m->inv_freq,    m->grown_freq,
+                    m->host_sin,         m->host_cos,       m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
     op_free_host(b, m->host_logits);

@@ -336,3 +336,109 @@ void sampler_draw(struct sampler *s, struct sample_result *out, const float *log
     out->n_top = top_logprobs(out->top, k < s->vocab_size ? k : s->vocab_size, logits,
                               s->vocab_size, log_sum);
 }
+
+/* ---- from the best alone ---- */
+
+/* The candidates so far: weights [n], best first, and their sum. `closed`: there are no others. */
+struct shortlist {
+    double weights[TOP_K], total;
+    int32_t n;
+    int closed;
+};
+
+static void close_list(struct shortlist *c, int32_t n)
+{
+    c->n = n;
+    c->closed = 1;
+    c->total = 0;
+    for (int32_t i = 0; i < n; i++)
+        c->total += c->weights[i];
+}
+
+/* Temperature, min_p and top_k, as make_candidates() and keep_top_k(). Returns 0 when that takes
+ * more tokens than there are. */
+static int shorten(struct shortlist *c, const struct top_k *best, const struct sampling *p,
+                   int32_t vocab_size)
+{
+    float max = best->values[0] / p->temperature;
+    int32_t n = 0, k = p->top_k;
+    while (n < best->n) {
+        double weight = exp((double)(best->values[n] / p->temperature) - max);
+        if (!(weight > 0) || weight < p->min_p)
+            break;
+        c->weights[n++] = weight;
+    }
+    c->n = n;
+    c->total = best->weight_sum;
+    c->closed = 0;
+    if (n < best->n || n == vocab_size)
+        close_list(c, n);
+    else if (p->min_p > 0)
+        return 0;
+    if (k <= 0 || (c->closed && k >= n))
+        return 1;
+    if (k >= n)
+        return 0;
+    while (k < n && c->weights[k] == c->weights[k - 1])
+        k++;
+    if (k == n && !c->closed)
+        return 0;
+    close_list(c, k);
+    return 1;
+}
+
+/* draw() from the best; -1 when it takes more tokens than there are. */
+static int32_t draw_best(const struct top_k *best, const struct sample_row *row, int32_t vocab_size)
+{
+    const struct sampling *p = &row->sampling;
+    struct shortlist c;
+    double sum = 0;
+    if (!shorten(&c, best, p, vocab_size))
+        return -1;
+    if (p->top_p < 1) { // the nucleus: tokens with less than top_p before them
+        int32_t n = 0;
+        while (n < c.n && (n == 0 || sum < p->top_p * c.total))
+            sum += c.weights[n++];
+        if (!c.closed && sum < p->top_p * c.total)
+            return -1;
+        close_list(&c, n);
+    }
+    double u =
+        sampler_uniform(row->sampling.seed, (uint32_t)row->candidate, (uint32_t)row->position);
+    sum = 0;
+    for (int32_t i = 0; i < c.n; i++) {
+        sum += c.weights[i];
+        if (sum > u * c.total)
+            return best->ids[i];
+    }
+    return c.closed ? best->ids[c.n - 1] : -1;
+}
+
+int sampler_draw_best(struct sample_result *out, const struct top_k *best, int32_t vocab_size,
+                      const struct sample_row *row)
+{
+    const struct sampling *p = &row->sampling;
+    if (row->n_banned || row->n_bias || p->n_beam_best > 0 || p->repetition_penalty != 1 ||
+        p->frequency_penalty != 0 || p->presence_penalty != 0)
+        return 0;
+    memset(out, 0, sizeof(*out));
+    out->sequence = row->sequence;
+    out->not_finite = !best->finite;
+    if (!best->finite)
+        return 1;
+    int32_t id = p->temperature == 0 ? best->ids[0] : draw_best(best, row, vocab_size);
+    if (id < 0)
+        return 0;
+    out->token.id = id;
+    if (p->n_logprobs < 0)
+        return 1;
+    int32_t k = p->n_logprobs < TOP_LOGPROBS_MAX ? p->n_logprobs : TOP_LOGPROBS_MAX;
+    for (int32_t i = 0; i < best->n; i++) {
+        struct token_logprob t = {best->ids[i], (float)(best->values[i] - best->log_sum), i + 1};
+        if (i < k)
+            out->top[out->n_top++] = t;
+        if (best->ids[i] == id)
+            out->token = t;
+    }
+    return 1;
+}

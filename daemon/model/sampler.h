@@ -14,6 +14,7 @@
 
 #include <stdint.h>
 
+#include "kernels/backend.h"
 #include "parallel/batch.h"
 
 struct sampler_candidate {
@@ -38,6 +39,13 @@ void sampler_release(struct sampler *s); // accepts a zeroed struct
  */
 void sampler_draw(struct sampler *s, struct sample_result *out, const float *logits,
                   const struct sample_row *row, const struct batch *b);
+
+/* The same from the best of the row alone, of a vocabulary of vocab_size, `best` made with the
+ * row's temperature (1 when greedy). 0: they do not suffice, and only sampler_draw() can tell.
+ * Whether they do is a function of the row and its settings; then the token is sampler_draw()'s,
+ * but for the last bits of sums that were added in another order. */
+int sampler_draw_best(struct sample_result *out, const struct top_k *best, int32_t vocab_size,
+                      const struct sample_row *row);
 
 /* out[0] is `id`, out[1 … k] are the k best of logits [n], k <= n; of the model's own distribution.
  * NaN, all of them, when a logit is NaN or infinite or `id` is outside the vocabulary. */

@@ -116,3 +116,26 @@ void naive_attend(float *out, float *probs, const float *q, const float *k, cons
         probs[j] = (float)(p[j] / sum);
     free(p);
 }
+
+struct top_k naive_top_k(const float *logits, int vocab, float temperature)
+{
+    struct top_k best = {.finite = 1, .n = vocab < TOP_K ? vocab : TOP_K};
+    uint8_t *taken = xcalloc((size_t)vocab, 1);
+    double sum = 0;
+    for (int k = 0; k < best.n; k++) {
+        int at = -1;
+        for (int i = 0; i < vocab; i++)
+            if (!taken[i] && (at < 0 || logits[i] > logits[at]))
+                at = i;
+        taken[at] = 1;
+        best.ids[k] = at;
+        best.values[k] = logits[at];
+    }
+    for (int i = 0; i < vocab; i++) {
+        sum += exp((double)logits[i] - best.values[0]);
+        best.weight_sum += exp((double)(logits[i] / temperature) - best.values[0] / temperature);
+    }
+    best.log_sum = best.values[0] + log(sum);
+    free(taken);
+    return best;
+}

@@ -22,5 +22,7 @@ void naive_rope(float *y, const struct tensor *x, const float *cos, const float 
 /* One query [head_dim] against n keys and values [n, head_dim] that lie `stride` floats apart. */
 void naive_attend(float *out, float *probs, const float *q, const float *k, const float *v,
                   int64_t n, int64_t stride, int head_dim, double scale);
+/* Of logits [vocab], all finite. */
+struct top_k naive_top_k(const float *logits, int vocab, float temperature);
 
 #endif

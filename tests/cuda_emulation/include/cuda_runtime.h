@@ -70,6 +70,19 @@ template <class T> T emulated_shuffle_sync(unsigned mask, T value, int source)
     return out;
 }
 
+inline unsigned __float_as_uint(float x)
+{
+    unsigned bits;
+
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+
+inline unsigned atomicAdd(unsigned *p, unsigned n)
+{
+    return __atomic_fetch_add(p, n, __ATOMIC_RELAXED);
+}
+
 template <class T> T __shfl_xor_sync(unsigned mask, T v, int lane_mask)
 {
     return emulated_shuffle_sync(mask, v, (int)(emulated_now->linear & 31) ^ lane_mask);

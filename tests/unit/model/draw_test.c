@@ -2,6 +2,7 @@
  * Rows drawn by several threads, from shards, give what the sampler gives of each row whole.
  */
 #include "daemon/model/draw.h"
+#include "tests/op/op_naive.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -113,6 +114,7 @@ static void check(const struct case_batch *c, int n_shards, int n_threads)
     struct backend *backend = backend_cpu_open(n_threads, "scalar");
     struct logits l = {data, n_shards, N_ROWS, part, VOCAB};
     struct draw d;
+    uint8_t drawn[N_SAMPLES] = {0};
 
     for (int64_t t = 0; t < n_shards; t++)
         for (int64_t j = 0; j < N_ROWS; j++)
@@ -123,7 +125,7 @@ static void check(const struct case_batch *c, int n_shards, int n_threads)
     draw_whole(c, want, want_targets);
     draw_init(&d, VOCAB, n_threads);
     assert_int_equal(draw_n_targets(&c->b, c->rows, N_ROWS), N_TARGETS + 3 * TOPS);
-    draw_rows(&d, backend, &c->b, c->rows, &l, got, got_targets);
+    draw_rows(&d, backend, &c->b, c->rows, &l, drawn, got, got_targets);
     assert_memory_equal(got, want, sizeof(want));
     assert_memory_equal(got_targets, want_targets, sizeof(want_targets));
     draw_release(&d);
@@ -141,8 +143,52 @@ static void whatever_the_shards_and_threads(void **state)
             check(&c, n_shards, n_threads);
 }
 
+/* Half of the samples want more than the best of their rows: those are left, the others are the
+ * sampler's, and no thread draws them again. */
+static void from_the_best_where_they_suffice(void **state)
+{
+    static struct case_batch c;
+    static struct sample_result want[N_SAMPLES], got[N_SAMPLES];
+    struct token_logprob targets[N_TARGETS * (1 + TOPS)] = {0};
+    struct top_k best[N_ROWS];
+    float temperature[N_ROWS];
+    uint8_t drawn[N_SAMPLES] = {0};
+    int n_drawn = 0;
+    (void)state;
+    make_batch(&c);
+    for (int i = 0; i < N_SAMPLES; i++)
+        c.samples[i].n_banned = i % 2;
+    for (int j = 0; j < N_ROWS; j++) {
+        whole[3][17] = 1;
+        temperature[j] = draw_temperature(&c.b, c.rows[j]);
+        best[j] = naive_top_k(whole[j], VOCAB, temperature[j]);
+    }
+    draw_whole(&c, want, targets);
+    assert_int_equal(draw_from_best(&c.b, c.rows, N_ROWS, best, temperature, VOCAB, got, drawn), 1);
+    for (int i = 0; i < N_SAMPLES; i++) {
+        n_drawn += drawn[i];
+        assert_true(!drawn[i] || c.samples[i].n_banned == 0);
+        if (drawn[i])
+            assert_int_equal(got[i].token.id, want[i].token.id);
+    }
+    assert_in_range(n_drawn, 1, N_SAMPLES / 2);
+    struct backend *backend = backend_cpu_open(1, "scalar");
+    struct logits l = {whole[0], 1, N_ROWS, VOCAB, VOCAB};
+    struct draw d;
+    draw_init(&d, VOCAB, 1);
+    for (int i = 0; i < N_SAMPLES; i++)
+        if (drawn[i])
+            got[i].token.id = -7; // whoever draws it again overwrites that
+    draw_rows(&d, backend, &c.b, c.rows, &l, drawn, got, targets);
+    for (int i = 0; i < N_SAMPLES; i++)
+        assert_int_equal(got[i].token.id, drawn[i] ? -7 : want[i].token.id);
+    draw_release(&d);
+    backend_close(backend);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(whatever_the_shards_and_threads)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(whatever_the_shards_and_threads),
+                                       cmocka_unit_test(from_the_best_where_they_suffice)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

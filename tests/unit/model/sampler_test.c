@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "daemon/model/sampler.h"
+#include "tests/op/op_naive.h"
 
 #define VOCAB 6
 
@@ -319,9 +320,114 @@ static void extreme_logits(void **state)
     assert_true(r.token.logprob == 0);
 }
 
+/* ---- sampler_draw_best ---- */
+
+enum { WIDE = 300 }; // a vocabulary of which TOP_K is a part
+
+/* A row whose spread says how much of it the best hold; rounded, so that there are ties. */
+static void make_row(float *logits, int32_t n, uint32_t seed)
+{
+    float spread = (float)(1 << seed % 6);
+    for (int32_t i = 0; i < n; i++)
+        logits[i] = rintf(8 * spread * (float)sampler_uniform(seed, 7, (uint32_t)i)) / 8;
+}
+
+static struct sampling setting(uint32_t i)
+{
+    static const struct sampling settings[] = {
+        {.temperature = 0, .top_p = 1},
+        {.temperature = 1, .top_p = 1},
+        {.temperature = 0.3f, .top_p = 1},
+        {.temperature = 0.7f, .top_p = 0.9f},
+        {.temperature = 1, .top_p = 0.2f, .top_k = 5},
+        {.temperature = 1, .top_p = 1, .top_k = 20},
+        {.temperature = 1.5f, .top_p = 0.95f, .min_p = 0.1f},
+        {.temperature = 1, .top_p = 1, .top_k = TOP_K},
+        {.temperature = 0.5f, .top_p = 0.01f},
+    };
+    struct sampling p = settings[i % (sizeof(settings) / sizeof(settings[0]))];
+    p.repetition_penalty = 1;
+    p.n_logprobs = (int32_t)(i / 3 % 4) - 1;
+    return p;
+}
+
+/* Whenever the best suffice the answer is the whole row's; and they suffice often. */
+static void test_best_draw_what_the_row_draws(void **state)
+{
+    struct sampler wide;
+    struct batch b = {0};
+    float logits[WIDE];
+    int n_sufficed = 0, n_all = 4000;
+    (void)state;
+    sampler_init(&wide, WIDE);
+    for (uint32_t i = 0; i < (uint32_t)n_all; i++) {
+        struct sample_row row = {.sequence = 3, .sampling = setting(i), .position = (int32_t)i};
+        struct sample_result whole, short_one;
+        row.sampling.seed = i;
+        make_row(logits, WIDE, i);
+        float t = row.sampling.temperature > 0 ? row.sampling.temperature : 1;
+        struct top_k best = naive_top_k(logits, WIDE, t);
+        if (!sampler_draw_best(&short_one, &best, WIDE, &row))
+            continue;
+        n_sufficed++;
+        sampler_draw(&wide, &whole, logits, &row, &b);
+        assert_int_equal(short_one.token.id, whole.token.id);
+        assert_int_equal(short_one.sequence, whole.sequence);
+        assert_int_equal(short_one.n_top, whole.n_top);
+        if (row.sampling.n_logprobs < 0)
+            continue;
+        assert_int_equal(short_one.token.rank, whole.token.rank);
+        assert_true(fabsf(short_one.token.logprob - whole.token.logprob) < 1e-5f);
+        for (int32_t k = 0; k < whole.n_top; k++)
+            assert_int_equal(short_one.top[k].id, whole.top[k].id);
+    }
+    sampler_release(&wide);
+    assert_in_range(n_sufficed, n_all / 2, n_all - 1);
+}
+
+/* What needs other tokens than the best is left to the whole row. */
+static void test_best_that_do_not_suffice(void **state)
+{
+    struct sample_result out;
+    float flat[WIDE];
+    (void)state;
+    for (int32_t i = 0; i < WIDE; i++)
+        flat[i] = (float)i / WIDE;
+    struct top_k best = naive_top_k(flat, WIDE, 1);
+    struct sample_row row = {
+        .sampling = {.temperature = 1, .top_p = 1, .repetition_penalty = 1, .n_logprobs = -1}};
+    row.sampling.top_p = 0.9f;
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0); // the nucleus is larger
+    row.sampling.top_p = 1;
+    row.sampling.min_p = 0.5f; // most of the row
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    row.sampling.min_p = 0;
+    row.sampling.top_k = TOP_K + 1;
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    row.sampling.top_k = 2;
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 1);
+    row.n_bias = 1;
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    row.n_bias = 0;
+    row.sampling.presence_penalty = 0.5f;
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    row.sampling.presence_penalty = 0;
+    best.finite = 0;
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 1);
+    assert_true(out.not_finite);
+    for (int32_t i = 0; i < WIDE; i++)
+        flat[i] = 1; // top_k keeps ties, and these may go on
+    best = naive_top_k(flat, WIDE, 1);
+    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    best = naive_top_k(flat, VOCAB, 1); // a vocabulary that the best hold whole
+    assert_int_equal(sampler_draw_best(&out, &best, VOCAB, &row), 1);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_best_draw_what_the_row_draws),
+        cmocka_unit_test(test_best_that_do_not_suffice),
         cmocka_unit_test(greedy_takes_the_lowest_of_equals),
         cmocka_unit_test(greedy_over_many),
         cmocka_unit_test(logprobs_of_the_raw_distribution),
