@@ -40,5 +40,12 @@ size_t cuda_all_reduce_max(int size);
  */
 void backend_cuda_all_reduce(struct backend *b, const struct cuda_all_reduce *r, float *x, size_t n,
                              uint64_t limit_ns, int fatal);
+/* The same followed by op_add_rms_norm(b, y, x, sum, weight, eps), in one kernel and to its bits;
+ * `sum` is this rank's part and stays. Rows have as many columns in every call. */
+void backend_cuda_all_reduce_norm(struct backend *b, const struct cuda_all_reduce *r,
+                                  struct tensor *y, struct tensor *x, const struct tensor *sum,
+                                  const float *weight, float eps, uint64_t limit_ns, int fatal);
+/* 1 when so many rows go into one call of that. */
+int cuda_all_reduce_norm_takes(int64_t n_rows, int64_t n_cols);
 
 #endif

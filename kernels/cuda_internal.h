@@ -151,6 +151,25 @@ template <int N, class P> __device__ __forceinline__ float tree_of(const P *p, s
            tree_of<(N + 1) / 2>(p + (size_t)(N / 2) * stride, stride);
 }
 
+/* Threads of a block that has one row: by its length alone, which fixes the order of a norm's sum.
+ */
+static inline int row_threads(int64_t n_cols)
+{
+    return n_cols <= 128 ? 32 : n_cols <= 1024 ? 128 : 256;
+}
+
+/* y <- the norm of a row whose `sum` of squares is known. The normalised value is rounded to x's
+ * type before the weight (LlamaRMSNorm). */
+template <class T, class U>
+__device__ __forceinline__ void store_rms_norm(T *y, const U *x, float sum, const float *weight,
+                                               float eps, int64_t n_cols)
+{
+    float inverse = 1.0f / sqrtf(block_sum(sum) / (float)n_cols + eps);
+
+    for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x)
+        y[c] = from_float<T>(weight[c] * to_float(from_float<U>(to_float(x[c]) * inverse)));
+}
+
 /* The activation functions of enum activation in float32. */
 __device__ __forceinline__ float activate(float x, enum activation act)
 {

@@ -8,11 +8,6 @@
  */
 #include "kernels/cuda_internal.h"
 
-static int threads_for(int64_t n_cols)
-{
-    return n_cols <= 128 ? 32 : n_cols <= 1024 ? 128 : 256;
-}
-
 template <class T, class U>
 __global__ void embed_kernel(T *y, int64_t y_stride, const U *table, int64_t table_stride,
                              const int32_t *ids, int64_t first_row, int64_t n_rows, int64_t n_cols)
@@ -31,7 +26,7 @@ void cuda_embed(struct backend *b, struct tensor *y, const struct tensor *table,
 
     WITH_TYPE(y->dtype, T,
               WITH_TYPE(table->dtype, U,
-                        LAUNCH((embed_kernel<T, U>), dim3((unsigned)n), dim3(threads_for(n_cols)),
+                        LAUNCH((embed_kernel<T, U>), dim3((unsigned)n), dim3(row_threads(n_cols)),
                                0, cuda_state_of(b)->stream, (T *)y->data, y->row_stride,
                                (const U *)table->data, table->row_stride, ids, (int64_t)first_row,
                                tensor_n_rows(table), n_cols)));
@@ -56,7 +51,7 @@ static void move_rows_of(struct backend *b, struct tensor *y, const int32_t *to,
 {
     int64_t n_cols = tensor_n_cols(y);
 
-    LAUNCH((move_rows_kernel<T, U>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+    LAUNCH((move_rows_kernel<T, U>), dim3((unsigned)n), dim3(row_threads(n_cols)), 0,
            cuda_state_of(b)->stream, (T *)y->data, y->row_stride, to, (const U *)x->data,
            x->row_stride, from, n_cols);
 }
@@ -88,18 +83,6 @@ void cuda_copy(struct backend *b, struct tensor *y, const struct tensor *x)
         WITH_TYPE(
             y->dtype, T,
             WITH_TYPE(x->dtype, U, move_rows_of<T, U>(b, y, NULL, x, NULL, tensor_n_rows(x))));
-}
-
-/* y <- the norm of a row whose `sum` of squares is known. The normalised value is rounded to x's
- * type before the weight (LlamaRMSNorm). */
-template <class T, class U>
-__device__ __forceinline__ void store_rms_norm(T *y, const U *x, float sum, const float *weight,
-                                               float eps, int64_t n_cols)
-{
-    float inverse = 1.0f / sqrtf(block_sum(sum) / (float)n_cols + eps);
-
-    for (int64_t c = threadIdx.x; c < n_cols; c += blockDim.x)
-        y[c] = from_float<T>(weight[c] * to_float(from_float<U>(to_float(x[c]) * inverse)));
 }
 
 template <class T, class U>
@@ -143,7 +126,7 @@ void cuda_rms_norm(struct backend *b, struct tensor *y, const struct tensor *x, 
     WITH_TYPE(
         y->dtype, T,
         WITH_TYPE(x->dtype, U,
-                  LAUNCH((rms_norm_kernel<T, U>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+                  LAUNCH((rms_norm_kernel<T, U>), dim3((unsigned)n), dim3(row_threads(n_cols)), 0,
                          cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const U *)x->data,
                          x->row_stride, weight, eps, n_cols)));
 }
@@ -156,7 +139,7 @@ void cuda_add_rms_norm(struct backend *b, struct tensor *y, struct tensor *x,
     WITH_TYPE(y->dtype, T,
               WITH_TYPE(x->dtype, U,
                         LAUNCH((add_rms_norm_kernel<T, U>), dim3((unsigned)n),
-                               dim3(threads_for(n_cols)), 0, cuda_state_of(b)->stream, (T *)y->data,
+                               dim3(row_threads(n_cols)), 0, cuda_state_of(b)->stream, (T *)y->data,
                                y->row_stride, (U *)x->data, x->row_stride, (const U *)add->data,
                                add->row_stride, weight, eps, n_cols)));
 }
@@ -190,7 +173,7 @@ void cuda_layer_norm(struct backend *b, struct tensor *y, const struct tensor *x
     WITH_TYPE(
         y->dtype, T,
         WITH_TYPE(x->dtype, U,
-                  LAUNCH((layer_norm_kernel<T, U>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+                  LAUNCH((layer_norm_kernel<T, U>), dim3((unsigned)n), dim3(row_threads(n_cols)), 0,
                          cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const U *)x->data,
                          x->row_stride, weight, bias, eps, n_cols)));
 }
@@ -211,7 +194,7 @@ void cuda_add(struct backend *b, struct tensor *y, const struct tensor *x)
 
     WITH_TYPE(y->dtype, T,
 
-              LAUNCH((add_kernel<T, T>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+              LAUNCH((add_kernel<T, T>), dim3((unsigned)n), dim3(row_threads(n_cols)), 0,
                      cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const T *)x->data,
                      x->row_stride, n_cols));
 }
@@ -221,7 +204,7 @@ void cuda_add_bias(struct backend *b, struct tensor *y, const float *bias)
     int64_t n = tensor_n_rows(y), n_cols = tensor_n_cols(y);
 
     WITH_TYPE(y->dtype, T,
-              LAUNCH((add_kernel<T, float>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+              LAUNCH((add_kernel<T, float>), dim3((unsigned)n), dim3(row_threads(n_cols)), 0,
                      cuda_state_of(b)->stream, (T *)y->data, y->row_stride, bias, (int64_t)0,
                      n_cols));
 }
@@ -244,7 +227,7 @@ void cuda_gated_activation(struct backend *b, struct tensor *y, const struct ten
 
     WITH_TYPE(y->dtype, T,
 
-              LAUNCH((gated_activation_kernel<T>), dim3((unsigned)n), dim3(threads_for(n_cols)), 0,
+              LAUNCH((gated_activation_kernel<T>), dim3((unsigned)n), dim3(row_threads(n_cols)), 0,
                      cuda_state_of(b)->stream, (T *)y->data, y->row_stride, (const T *)x->data,
                      x->row_stride, act, n_cols));
 }

@@ -38,6 +38,17 @@ void comm_all_reduce(struct comm *c, float *x, size_t n)
     count_wait(c, "all_reduce", start_ns);
 }
 
+int comm_all_reduce_norm(struct comm *c, struct tensor *y, struct tensor *x,
+                         const struct tensor *sum, const float *weight, float eps)
+{
+    if (c->size == 1 || !c->ops->all_reduce_norm)
+        return 0;
+    uint64_t start_ns = clock_now_ns();
+    int done = c->ops->all_reduce_norm(c, y, x, sum, weight, eps);
+    count_wait(c, "all_reduce", start_ns);
+    return done;
+}
+
 void comm_all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
 {
     if (n_bytes == 0)

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/tensor.h"
+
 struct comm;
 
 struct comm_ops {
@@ -18,6 +20,11 @@ struct comm_ops {
     /* x[i] <- sum over the group, float32, by recursive doubling: bitwise the binary tree of the
      * lanes, the same on every rank. Group size is a power of two. */
     void (*all_reduce)(struct comm *c, float *x, size_t n);
+    /* all_reduce of `sum` [n, dim] float32, then op_add_rms_norm(y, x, sum, weight, eps), as one;
+     * what `sum` holds after is undefined. Returns 0 and has done nothing when it does not take so
+     * many rows, on every rank alike. NULL: never. */
+    int (*all_reduce_norm)(struct comm *c, struct tensor *y, struct tensor *x,
+                           const struct tensor *sum, const float *weight, float eps);
     /* dst [size, n_bytes] <- src [n_bytes] of each rank in group order; src may be dst + rank *
      * n_bytes. */
     void (*all_gather)(struct comm *c, void *dst, const void *src, size_t n_bytes);
@@ -41,6 +48,8 @@ struct comm {
 struct comm *comm_mpi_open(int color, int key, size_t max_bytes);
 
 void comm_all_reduce(struct comm *c, float *x, size_t n);
+int comm_all_reduce_norm(struct comm *c, struct tensor *y, struct tensor *x,
+                         const struct tensor *sum, const float *weight, float eps);
 void comm_all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes);
 void comm_broadcast(struct comm *c, void *x, size_t n_bytes, int root);
 void comm_send(struct comm *c, const void *x, size_t n_bytes, int to);

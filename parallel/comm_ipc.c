@@ -25,6 +25,7 @@
 struct comm_ipc {
     struct backend *backend;
     struct cuda_all_reduce reduce;
+    int64_t n_cols; // of rows that are normed; 0: none yet
 };
 
 /* What a rank lets the others know. */
@@ -195,6 +196,19 @@ int comm_ipc_takes(const struct comm_ipc *s, size_t n)
 void comm_ipc_all_reduce(struct comm_ipc *s, float *x, size_t n)
 {
     backend_cuda_all_reduce(s->backend, &s->reduce, x, n, WAIT_LIMIT_NS, 1);
+}
+
+int comm_ipc_all_reduce_norm(struct comm_ipc *s, struct tensor *y, struct tensor *x,
+                             const struct tensor *sum, const float *weight, float eps)
+{
+    if (!s || !cuda_all_reduce_norm_takes(tensor_n_rows(x), tensor_n_cols(x)))
+        return 0;
+    if (s->n_cols && s->n_cols != tensor_n_cols(x))
+        BUG("rows of %lld columns after rows of %lld", (long long)tensor_n_cols(x),
+            (long long)s->n_cols);
+    s->n_cols = tensor_n_cols(x);
+    backend_cuda_all_reduce_norm(s->backend, &s->reduce, y, x, sum, weight, eps, WAIT_LIMIT_NS, 1);
+    return 1;
 }
 
 int comm_ipc_overdue(const struct comm_ipc *s)

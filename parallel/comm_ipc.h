@@ -26,6 +26,9 @@ int comm_ipc_takes(const struct comm_ipc *s, size_t n);
 /* x [n] <- the sum over the group by the lanes' tree, on the back end's stream; can be recorded. A
  * rank that does not come within 60 s ends the others' contexts: their next call of CUDA dies. */
 void comm_ipc_all_reduce(struct comm_ipc *s, float *x, size_t n);
+/* Verb all_reduce_norm of struct comm_ops; NULL: 0. */
+int comm_ipc_all_reduce_norm(struct comm_ipc *s, struct tensor *y, struct tensor *x,
+                             const struct tensor *sum, const float *weight, float eps);
 /* From any thread: the rank of the group that did not come, or -1. NULL: -1. */
 int comm_ipc_overdue(const struct comm_ipc *s);
 /* From any thread: kernels that wait go on, with an undefined sum; the job is ending. NULL allowed.

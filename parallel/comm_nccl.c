@@ -115,6 +115,12 @@ static void all_reduce(struct comm *c, float *x, size_t n)
     backend_cuda_tree_sum(s->backend, x, s->gathered, c->size, n);
 }
 
+static int all_reduce_norm(struct comm *c, struct tensor *y, struct tensor *x,
+                           const struct tensor *sum, const float *weight, float eps)
+{
+    return comm_ipc_all_reduce_norm(state_of(c)->ipc, y, x, sum, weight, eps);
+}
+
 static void all_gather(struct comm *c, void *dst, const void *src, size_t n_bytes)
 {
     struct nccl_state *s = state_of(c);
@@ -181,6 +187,7 @@ static void close_comm(struct comm *c)
 static const struct comm_ops nccl_ops = {
     .name = "nccl",
     .all_reduce = all_reduce,
+    .all_reduce_norm = all_reduce_norm,
     .all_gather = all_gather,
     .broadcast = broadcast,
     .send = send_to,

@@ -343,9 +343,6 @@ static void attention(struct step *s, const struct language_layer *l, struct kv_
     op_paged_attention(b, &mixed, &q, kv, &s->layout, m->kv_of_head, (int32_t)part->heads.n,
                        (float)(1.0 / sqrt((double)d)), l->window);
     op_matmul(b, &s->sum, &mixed, &l->output, NULL);
-    all_reduce(s, &s->sum);
-    if (l->output_bias)
-        op_add_bias(b, &s->sum, l->output_bias);
 }
 
 static void mlp(struct step *s, const struct language_layer *l)
@@ -358,9 +355,6 @@ static void mlp(struct step *s, const struct language_layer *l)
     op_matmul(b, &gate_up, &s->normed, &l->gate_up, NULL);
     op_gated_activation(b, &gated, &gate_up, m->config->hidden_act);
     op_matmul(b, &s->sum, &gated, &l->down, NULL);
-    all_reduce(s, &s->sum);
-    if (l->down_bias)
-        op_add_bias(b, &s->sum, l->down_bias);
 }
 
 /* The slots of all tokens are k times the rows that an all-reduce is made for: k of them. */
@@ -376,27 +370,50 @@ static void mixture(struct step *s, const struct language_layer *l)
     experts_combine(&m->scratch.experts, m->backend, m->config, &slots, &s->sum);
 }
 
+/* x += sum, and normed <- the norm of x by `weight`, what the next products read; NULL: none. */
+static void add_sum(struct step *s, const float *weight)
+{
+    struct backend *b = s->m->backend;
+    if (weight)
+        op_add_rms_norm(b, &s->normed, &s->x, &s->sum, weight, s->m->config->rms_norm_eps);
+    else
+        op_add(b, &s->x, &s->sum);
+}
+
+/* The same of shards' parts of a sum, to which `bias` (or NULL) is added once. */
+static void reduce_and_add(struct step *s, const float *bias, const float *weight)
+{
+    struct language_model *m = s->m;
+    if (weight && !bias && m->comm && m->comm->shards &&
+        comm_all_reduce_norm(m->comm->shards, &s->normed, &s->x, &s->sum, weight,
+                             m->config->rms_norm_eps))
+        return;
+    all_reduce(s, &s->sum);
+    if (bias)
+        op_add_bias(m->backend, &s->sum, bias);
+    add_sum(s, weight);
+}
+
 static void run_layers(struct step *s)
 {
     struct language_model *m = s->m;
-    struct backend *b = m->backend;
-    float eps = m->config->rms_norm_eps;
+    const struct language_layer *layers = m->layers;
+    op_rms_norm(m->backend, &s->normed, &s->x, layers[0].input_norm, m->config->rms_norm_eps);
     for (int64_t j = 0; j < m->layer_range.n; j++) {
-        const struct language_layer *l = &m->layers[j];
+        const struct language_layer *l = &layers[j];
+        const float *next_norm = j + 1 < m->layer_range.n ? layers[j + 1].input_norm : NULL;
         int i = (int)(m->layer_range.start + j);
-        if (j == 0)
-            op_rms_norm(b, &s->normed, &s->x, l->input_norm, eps);
-        else
-            op_add_rms_norm(b, &s->normed, &s->x, &s->sum, l->input_norm, eps);
         capture_hidden(s, &s->x, i);
         attention(s, l, &m->kv.layers[j], i);
-        op_add_rms_norm(b, &s->normed, &s->x, &s->sum, l->post_norm, eps);
-        if (l->experts.n_experts)
+        reduce_and_add(s, l->output_bias, l->post_norm);
+        if (l->experts.n_experts) {
             mixture(s, l);
-        else
+            add_sum(s, next_norm);
+        } else {
             mlp(s, l);
+            reduce_and_add(s, l->down_bias, next_norm);
+        }
     }
-    op_add(b, &s->x, &s->sum);
 }
 
 /* ---- recorded steps ---- */

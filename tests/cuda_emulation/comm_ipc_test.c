@@ -113,6 +113,65 @@ static void check_rows(struct case_sums *s)
     op_graph_free(s->b, g);
 }
 
+/* n_rows rows of n_cols as one verb, against the two that it stands for; recorded too. */
+static void check_norm(struct case_sums *s, enum dtype type, int n_rows, int n_cols, int call)
+{
+    struct backend *b = s->b;
+    size_t n = (size_t)n_rows * (size_t)n_cols;
+    float *memory = op_alloc(b, 5 * n * sizeof(float)), *weight = op_alloc(b, n * sizeof(float));
+    struct tensor sum = tensor_2d(s->x, DTYPE_F32, n_rows, n_cols);
+    struct tensor x = tensor_2d(memory, DTYPE_F32, n_rows, n_cols);
+    struct tensor want_x = tensor_2d(memory + n, DTYPE_F32, n_rows, n_cols);
+    struct tensor y = tensor_2d(memory + 2 * n, type, n_rows, n_cols);
+    struct tensor want = tensor_2d(memory + 3 * n, type, n_rows, n_cols);
+    float *got = xcalloc(5 * n, sizeof(float));
+
+    for (size_t i = 0; i < n; i++)
+        got[i] = value(9, call, i); // the same on every rank
+    op_upload(b, weight, got, n * sizeof(float));
+    op_upload(b, x.data, got, n * sizeof(float));
+    op_upload(b, want_x.data, got, n * sizeof(float));
+    for (int again = 0; again < 3; again++) {
+        if (again == s->c->rank)
+            usleep(2000);
+        put(s, call + again, n);
+        if (again == 2) { // recorded, and run when launched
+            op_graph_begin(b);
+            CHECK(comm_all_reduce_norm(s->c, &y, &x, &sum, weight, 1e-6f));
+            struct graph *g = op_graph_end(b);
+            op_graph_launch(b, g);
+            op_sync(b);
+            op_graph_free(b, g);
+        } else {
+            CHECK(comm_all_reduce_norm(s->c, &y, &x, &sum, weight, 1e-6f));
+        }
+        put(s, call + again, n);
+        comm_all_reduce(s->c, s->x, n);
+        op_add_rms_norm(b, &want, &want_x, &sum, weight, 1e-6f);
+        op_download(b, got, memory, 5 * n * sizeof(float));
+        CHECK(memcmp(got, got + n, n * sizeof(float)) == 0);
+        CHECK(memcmp(got + 2 * n, got + 3 * n, n * dtype_size(type)) == 0);
+    }
+    free(got);
+    op_free(b, weight);
+    op_free(b, memory);
+}
+
+static void check_norms(struct case_sums *s)
+{
+    struct tensor many = tensor_2d(s->x, DTYPE_F32, 65, 64), long_rows = many;
+
+    for (int call = 0; call < 4; call++) {
+        check_norm(s, DTYPE_F32, 1 + 3 * call, 200, call);
+        check_norm(s, DTYPE_BF16, 1 + call, 200, 40 + call);
+    }
+    check_norm(s, DTYPE_BF16, 64, 200, 80);
+    CHECK(!comm_all_reduce_norm(s->c, &many, &many, &many, s->x, 0)); // left to the two verbs
+    long_rows.shape[0] = 2;
+    long_rows.shape[1] = long_rows.row_stride = 40000;
+    CHECK(!comm_all_reduce_norm(s->c, &long_rows, &long_rows, &long_rows, s->x, 0));
+}
+
 static void check_comm(struct backend *b, int color, int key, int size)
 {
     struct comm_nccl_options o = {N_MAX * sizeof(float), 1, 1};
@@ -123,6 +182,7 @@ static void check_comm(struct backend *b, int color, int key, int size)
         s.x = op_alloc(b, N_MAX * sizeof(float));
         s.host = xcalloc(N_MAX, sizeof(float));
         check_rows(&s);
+        check_norms(&s);
         free(s.host);
         op_free(b, s.x);
     }
@@ -166,7 +226,7 @@ static void check_refusal(struct backend *b, const char *planted, int n_planted,
 
 int main(void)
 {
-    struct cuda_options o = {.activation_dtype = DTYPE_F32, .scratch_bytes = 1 << 20};
+    struct cuda_options o = {.activation_dtype = DTYPE_BF16, .scratch_bytes = 1 << 20};
     char name[256];
 
     log_init();

@@ -105,7 +105,7 @@ static void test_all_reduce(void **state)
     (void)state;
     static const size_t lengths[] = {1, 5, 256, 2047, 2048, 2049, 7000};
     struct backend *b = case_open(DTYPE_F32, 1);
-    unsigned char ones[2048];
+    unsigned char ones[4096]; // the flags of both kinds
 
     memset(ones, 0xff, sizeof(ones));
     case_seed(50);
