@@ -15,7 +15,7 @@
 
 #include "kernels/log.h"
 
-/* With a GPU they only bring the weights: a few reach what the bus takes. */
+/* With a GPU they bring the weights, copy and draw tokens: a few reach what the bus takes. */
 #define CUDA_THREADS_MAX 8
 
 /* FNV-1a, 64 bits: tells files apart that differ by accident, not by design. */
@@ -146,14 +146,27 @@ enum device_kind job_choose_device(struct rank_host *all, const struct options *
     return kind;
 }
 
+static int n_threads_of(const struct options *o, int n_cores, int n_ranks, enum device_kind kind)
+{
+    int n = n_cores / n_ranks;
+
+    if (kind == DEVICE_CUDA && n > CUDA_THREADS_MAX)
+        n = CUDA_THREADS_MAX;
+    return o->threads ? (int)o->threads : n > 1 ? n : 1;
+}
+
+int job_planned_threads(const struct options *o, int world, enum device_kind kind)
+{
+    struct rank_host here = {0};
+
+    look_at_cores(&here);
+    return n_threads_of(o, here.n_cores, world, kind);
+}
+
 void job_choose_threads(struct rank_host *all, const struct options *o, const struct topology *t,
                         enum device_kind kind)
 {
-    for (int r = 1; r < t->world; r++) {
-        int n = all[r].n_cores / hosts_n_sharing_cores(all, t->world, r);
-
-        if (kind == DEVICE_CUDA && n > CUDA_THREADS_MAX)
-            n = CUDA_THREADS_MAX;
-        all[r].n_threads = o->threads ? (int)o->threads : n > 1 ? n : 1;
-    }
+    for (int r = 1; r < t->world; r++)
+        all[r].n_threads =
+            n_threads_of(o, all[r].n_cores, hosts_n_sharing_cores(all, t->world, r), kind);
 }

@@ -24,8 +24,10 @@ void job_describe(struct rank_host *mine, const struct options *o, const char *d
 enum device_kind job_choose_device(struct rank_host *all, const struct options *o,
                                    const struct topology *t);
 /* With how many threads each rank computes: --threads, or its cores divided by the ranks that have
- * the same cores; with a GPU, where they only read and convert weights, at most 8 of these. */
+ * the same cores; with a GPU, where they read weights, copy and draw tokens, at most 8 of these. */
 void job_choose_threads(struct rank_host *all, const struct options *o, const struct topology *t,
                         enum device_kind kind);
+/* The same of a rank of a job of `world` ranks that all have the cores of this process. */
+int job_planned_threads(const struct options *o, int world, enum device_kind kind);
 
 #endif

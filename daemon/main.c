@@ -37,6 +37,7 @@
 
 #define EXIT_USAGE 2
 #define VISION_NICE 5
+#define DEVICE_CLOSE_LIMIT_S 60 // ranks let go of each other's memory
 #define TRACE_BYTES_MAX ((uint64_t)256 << 20)
 
 /* What the command line and the checkpoint's config make together: the same on every rank. */
@@ -117,6 +118,7 @@ static enum device_kind planned_device(const struct options *o)
 static int settings_make(struct settings *s, struct error *err)
 {
     const struct options *o = &s->options;
+    enum device_kind device = planned_device(o);
     struct plan_settings p;
 
     s->layout = (struct layout){.n_vision = (int)o->vision_ranks,
@@ -136,10 +138,12 @@ static int settings_make(struct settings *s, struct error *err)
     p = (struct plan_settings){
         .layout = s->layout,
         .dtype = s->dtype,
-        .activation_dtype = device_activation_dtype(planned_device(o), s->dtype),
-        .on_cuda = planned_device(o) == DEVICE_CUDA,
+        .activation_dtype = device_activation_dtype(device, s->dtype),
+        .on_cuda = device == DEVICE_CUDA,
         .deterministic = (int)o->deterministic,
         .one_shot = !o->disable_custom_all_reduce,
+        .vision_share_gpu = (int)o->vision_share_gpu,
+        .n_threads = job_planned_threads(o, layout_world(&s->layout), device),
         .page_size = (int32_t)o->block_size,
         .kv_budget_bytes = (uint64_t)o->kv_cache_memory_bytes,
         .max_model_len = s->max_model_len,
@@ -347,7 +351,9 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
         status = t->role == ROLE_GATEWAY ? run_gateway(s, t, processor, &limits, control)
                                          : run_worker(s, t, &device, mean, std, control);
         control_close(control);
+        launch_limit("the close of the devices", DEVICE_CLOSE_LIMIT_S);
         device_close(&device);
+        launch_limit_off();
         trace_close();
     }
     if (processor)

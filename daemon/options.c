@@ -93,7 +93,7 @@ static const struct option table[] = {
      "Ranks that turn pictures into features; tiles are spread over them."},
     {NULL, "--threads", NULL, OPTION_NUMBER, FIELD(threads), "N", 1, 1024,
      "Threads of each vision and language rank. Default: its cores divided by the ranks that "
-     "have the same cores. With GPUs they only read weights: at most 8."},
+     "have the same cores; with GPUs at most 8, which read weights, copy and draw tokens."},
     {NULL, "--device", NULL, OPTION_CHOICE, FIELD(device), "auto|cpu|cuda", 0, 0,
      "What vision and language ranks compute on. auto is cuda where this build has it and every "
      "host of theirs has a GPU. Each of them takes a GPU of its own, in order of rank."},
@@ -103,9 +103,9 @@ static const struct option table[] = {
      "With cuda: sum in an order that no layout changes, at some cost. On the CPU that is always "
      "so."},
     {NULL, "--enforce-eager", NULL, OPTION_FLAG, FIELD(enforce_eager), NULL, 0, 0,
-     "With cuda: start every kernel of every step by itself. Default: decode steps and pictures "
-     "are "
-     "recorded as CUDA graphs at the start and replayed, to the same bits."},
+     "With cuda: start every kernel of every step by itself. Default: decode steps of up to 256 "
+     "sequences, of models without experts, and tiles of the native size are recorded as CUDA "
+     "graphs at the start and replayed, to the same bits."},
     {NULL, "--disable-custom-all-reduce", NULL, OPTION_FLAG, FIELD(disable_custom_all_reduce), NULL,
      0, 0,
      "With cuda: every sum over shards by NCCL. Without it short ones (512 KiB, of 8 shards 256) "

@@ -56,8 +56,11 @@ static __device__ void wait_for(const uint32_t *flag, uint32_t generation, int r
         spin_pause();
         if (polls % POLLS)
             continue;
-        if (load_acquire_system(p.overdue))
+        if (load_acquire_system(p.overdue)) {
+            if (p.fatal) // nothing may be made of what is summed then
+                device_trap();
             break;
+        }
         if (!start_ns)
             start_ns = device_clock_ns();
         if (device_clock_ns() - start_ns > p.limit_ns) {

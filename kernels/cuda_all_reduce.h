@@ -36,7 +36,7 @@ size_t cuda_all_reduce_max(int size);
  * mailboxes know.
  *
  * Waits for the others' kernels up to limit_ns; then *overdue is set and, when `fatal`, the context
- * ends with a trap, or else x is undefined. *overdue set by anybody ends all waits, x undefined.
+ * ends with a trap, or else x is undefined; and likewise when *overdue was set by anybody.
  */
 void backend_cuda_all_reduce(struct backend *b, const struct cuda_all_reduce *r, float *x, size_t n,
                              uint64_t limit_ns, int fatal);

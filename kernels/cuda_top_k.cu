@@ -130,8 +130,11 @@ __global__ void __launch_bounds__(TOP_THREADS) top_k_kernel(const struct top_par
     double sum = 0, weights = 0;
     for (int id = threadIdx.x; id < p.vocab; id += TOP_THREADS) {
         float x = logit_at(p, row, id);
-        sum += exp((double)x - (double)largest);
-        weights += exp((double)(x / temperature) - (double)(largest / temperature));
+        double e = exp((double)x - (double)largest);
+        sum += e;
+        weights += temperature == 1.0f
+                       ? e
+                       : exp((double)(x / temperature) - (double)(largest / temperature));
     }
     sum = block_sum_f64(sum, sums);
     weights = block_sum_f64(weights, sums);

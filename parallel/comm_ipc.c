@@ -21,6 +21,7 @@
 #define TEST_LIMIT_S 5
 #define TEST_ROUNDS 3 // both halves of the mailboxes, and the first again
 #define WHY_BYTES 128
+#define ABORTED UINT32_MAX // in place of who did not come: nobody waits any more
 
 struct comm_ipc {
     struct backend *backend;
@@ -213,13 +214,15 @@ int comm_ipc_all_reduce_norm(struct comm_ipc *s, struct tensor *y, struct tensor
 
 int comm_ipc_overdue(const struct comm_ipc *s)
 {
-    return s ? (int)__atomic_load_n(s->reduce.overdue, __ATOMIC_ACQUIRE) - 1 : -1;
+    uint32_t word = s ? __atomic_load_n(s->reduce.overdue, __ATOMIC_ACQUIRE) : 0;
+
+    return word == ABORTED ? -1 : (int)word - 1;
 }
 
 void comm_ipc_abort(struct comm_ipc *s)
 {
     if (s)
-        __atomic_store_n(s->reduce.overdue, (uint32_t)s->reduce.rank + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(s->reduce.overdue, ABORTED, __ATOMIC_RELEASE);
 }
 
 void comm_ipc_leave(struct comm_ipc *s)

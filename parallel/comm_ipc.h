@@ -31,8 +31,7 @@ int comm_ipc_all_reduce_norm(struct comm_ipc *s, struct tensor *y, struct tensor
                              const struct tensor *sum, const float *weight, float eps);
 /* From any thread: the rank of the group that did not come, or -1. NULL: -1. */
 int comm_ipc_overdue(const struct comm_ipc *s);
-/* From any thread: kernels that wait go on, with an undefined sum; the job is ending. NULL allowed.
- */
+/* From any thread: kernels that wait end this rank's context; the job is ending. NULL allowed. */
 void comm_ipc_abort(struct comm_ipc *s);
 /* Lets go of the others' memory; no all_reduce after it. NULL allowed. */
 void comm_ipc_leave(struct comm_ipc *s);

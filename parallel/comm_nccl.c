@@ -13,17 +13,20 @@
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "kernels/clock.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/log.h"
 #include "parallel/comm_ipc.h"
 #include "parallel/launch.h"
 
-#define OPEN_TIMEOUT_MS 60000
+#define OPEN_TIMEOUT_NS ((uint64_t)60 * 1000000000)
+#define SPIN_NS 2000000 // longer than a launch takes, shorter than a connection
 #define WATCH_INTERVAL_MS 100
 
 struct nccl_state {
@@ -36,6 +39,7 @@ struct nccl_state {
     size_t max_bytes;
     pthread_t watchdog;
     atomic_int stop;
+    pthread_mutex_t query_lock; // ncclCommGetAsyncError() frees what a call has left: one at a time
 };
 
 static void sleep_ms(int ms)
@@ -49,24 +53,41 @@ static _Noreturn void fail(struct nccl_state *s, const char *what, ncclResult_t 
 {
     const char *detail = s->comm ? ncclGetLastError(s->comm) : "";
 
-    if (s->comm)
+    atomic_store(&s->stop, 1);
+    comm_ipc_abort(s->ipc); /* a kernel that waits would hold up what follows */
+    if (s->comm) {
+        pthread_mutex_lock(&s->query_lock); /* nobody asks any more */
         ncclCommAbort(s->comm);
-    comm_ipc_abort(s->ipc);
+    }
     die("NCCL: %s: %s (%s)", what, ncclGetErrorString(r), detail ? detail : "");
 }
 
-/* A non-blocking communicator answers ncclInProgress while it connects. */
+/* What the communicator says of itself; as a failure of the query where that fails. */
+static ncclResult_t ask(struct nccl_state *s)
+{
+    ncclResult_t r = ncclSuccess;
+
+    pthread_mutex_lock(&s->query_lock);
+    ncclResult_t query = ncclCommGetAsyncError(s->comm, &r);
+    pthread_mutex_unlock(&s->query_lock);
+    return query == ncclSuccess ? r : query;
+}
+
+/* A non-blocking communicator answers ncclInProgress while it connects, and for some microseconds
+ * in every call, which another thread of NCCL's launches. */
 static void settle(struct nccl_state *s, const char *what, ncclResult_t r)
 {
-    for (int waited_ms = 0; r == ncclInProgress; waited_ms++) {
-        ncclResult_t query = ncclCommGetAsyncError(s->comm, &r);
-        if (query != ncclSuccess)
-            fail(s, what, query);
-        if (r == ncclInProgress) {
-            if (waited_ms >= OPEN_TIMEOUT_MS)
-                fail(s, what, r);
+    uint64_t start_ns = clock_now_ns();
+
+    while (r == ncclInProgress) {
+        uint64_t ns = clock_now_ns() - start_ns;
+        if (ns > OPEN_TIMEOUT_NS)
+            fail(s, what, r);
+        if (ns < SPIN_NS)
+            sched_yield();
+        else
             sleep_ms(1);
-        }
+        r = ask(s);
     }
     if (r != ncclSuccess)
         fail(s, what, r);
@@ -82,9 +103,7 @@ static void *watch(void *arg)
     struct nccl_state *s = arg;
 
     while (!atomic_load(&s->stop)) {
-        ncclResult_t r = ncclSuccess;
-        if (ncclCommGetAsyncError(s->comm, &r) != ncclSuccess)
-            r = ncclSystemError;
+        ncclResult_t r = ask(s);
         if (r != ncclSuccess && r != ncclInProgress)
             fail(s, "the group is broken", r);
         if (comm_ipc_overdue(s->ipc) >= 0)
@@ -180,6 +199,7 @@ static void close_comm(struct comm *c)
     }
     if (s->gathered)
         op_free(s->backend, s->gathered);
+    pthread_mutex_destroy(&s->query_lock);
     free(s);
     free(c);
 }
@@ -275,6 +295,7 @@ struct comm *comm_nccl_open(struct backend *b, int rank, int world, int color, i
         free(c);
         return NULL;
     }
+    pthread_mutex_init(&s->query_lock, NULL);
     c->ops = &nccl_ops;
     c->state = s;
     s->backend = b;

@@ -22,6 +22,9 @@ enum placement placement_choose(hwloc_topology_t t, const char *pci_address,
     hwloc_bitmap_zero(near);
     if (device)
         hwloc_bitmap_copy(near, hwloc_get_non_io_ancestor_obj(t, device)->cpuset);
+    if (hwloc_get_nbobjs_by_type(t, HWLOC_OBJ_NUMANODE) > 1 &&
+        hwloc_bitmap_isequal(near, hwloc_topology_get_topology_cpuset(t)))
+        hwloc_bitmap_zero(near); /* it hangs on the whole machine: nobody knows where */
     if (hwloc_bitmap_iszero(near))
         return PLACEMENT_UNKNOWN;
     if (hwloc_bitmap_isincluded(now, near))

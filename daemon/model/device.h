@@ -17,7 +17,7 @@ enum device_kind { DEVICE_CPU, DEVICE_CUDA };
 struct device_options {
     enum device_kind kind;
     enum dtype dtype;  // of the model's products, F32 or BF16: activations on CUDA have it
-    int n_threads;     // at least 1; CUDA: that read and convert weights
+    int n_threads;     // at least 1; CUDA: that read weights, copy and draw
     const char *isa;   // CPU: NULL or "auto": CPUID
     int index;         // CUDA: number among this host's devices
     int deterministic; // CUDA: sums by lanes and tree, bitwise the same in every layout

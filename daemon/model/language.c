@@ -164,9 +164,9 @@ static void capture_attentions(struct step *s, const struct tensor *q, const str
 {
     const struct batch *b = s->batch;
     char name[CAPTURE_NAME_MAX];
-    snprintf(name, sizeof(name), "attentions.%d", layer);
     if (!(s->any_capture & CAPTURE_ATTENTIONS))
         return;
+    snprintf(name, sizeof(name), "attentions.%d", layer);
     for (int32_t i = 0; i < b->n_sequences; i++) {
         if (!(b->captures[i] & CAPTURE_ATTENTIONS))
             continue;
@@ -458,6 +458,10 @@ void language_record(struct language_model *m)
     step_graphs_init(
         g, limits->max_tokens < limits->max_sequences ? limits->max_tokens : limits->max_sequences,
         limits->max_model_len);
+    /* Shards are loaded at different times, and a sum over CUDA IPC waits for the others only so
+     * long: all meet here first. */
+    all_gather(m, m->scratch.x, m->scratch.sum, 1);
+    op_sync(m->backend);
     memset(m->query_start, 0, (size_t)(limits->max_sequences + 1) * sizeof(int32_t));
     upload(m, m->scratch.query_start, m->query_start, limits->max_sequences + 1); // nobody's rows
     for (int i = 0; i < g->n_row_sizes; i++)

@@ -119,9 +119,10 @@ size_t language_scratch_bytes(const struct text_config *t, const struct weight_c
                               int n_shards, int is_last, const struct language_limits *limits,
                               enum dtype activation);
 
-/* Host memory of the same; `samples`: of the rank that draws the tokens. */
+/* Host memory of the same; `samples`: of the rank that draws the tokens, with
+ * n_threads. */
 size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,
-                           int samples, const struct language_limits *limits);
+                           int samples, const struct language_limits *limits, int n_threads);
 /* The widest input of the shard's products, with as many rows as a step has tokens. */
 int64_t language_widest_input(const struct text_config *t, const struct weight_cut *cut);
 

@@ -56,7 +56,7 @@ size_t language_scratch_bytes(const struct text_config *t, const struct weight_c
 }
 
 size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,
-                           int samples, const struct language_limits *limits)
+                           int samples, const struct language_limits *limits, int n_threads)
 {
     size_t n = (size_t)limits->max_tokens, vocab = (size_t)cut->vocab.n * (size_t)n_shards;
     size_t n_bytes = n * (size_t)t->head_dim * sizeof(float) + 4 * n * sizeof(int32_t) +
@@ -65,7 +65,7 @@ size_t language_host_bytes(const struct text_config *t, const struct weight_cut 
     if (samples)
         n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
                    (size_t)logit_rows(limits) * (sizeof(float) + sizeof(struct top_k)) +
-                   draw_bytes(t->vocab_size, DRAW_THREADS_MAX) +
+                   draw_bytes(t->vocab_size, n_threads) +
                    (size_t)limits->max_sequences * sizeof(struct sample_result);
     return n_bytes;
 }

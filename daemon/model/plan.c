@@ -65,8 +65,8 @@ static uint64_t held_bytes(const struct weight_spec *s, const struct weight_list
         return plan_cuda_weight_bytes(s, list, rows, columns, lanes_of(s, cut), p);
     if (s->format != WEIGHT_FLOAT)
         return weight_spec_quantized_bytes(s, rows, columns);
-    int is_matrix = s->n_dims == 2 || s->n_dims == 4;
-    return (uint64_t)(rows.n * columns.n) * dtype_size(is_matrix ? p->dtype : DTYPE_F32);
+    return (uint64_t)(rows.n * columns.n) *
+           dtype_size(weight_spec_is_matrix(s) ? p->dtype : DTYPE_F32);
 }
 
 /* The program, Open MPI, gRPC and what they allocate before any request: resident pages, measured
@@ -114,7 +114,8 @@ static void add_language_step(struct plan_rank *r, const struct model_config *c,
                                      .page_size = s->page_size};
     size_t scratch =
         language_scratch_bytes(t, cut, n_shards, is_last, &limits, s->activation_dtype);
-    size_t host = language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, &limits);
+    size_t host = language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, &limits,
+                                      s->n_threads);
     add_step(r, c, s, scratch, host);
     if (!s->on_cuda)
         r->scratch_bytes += backend_cpu_matmul_bytes(s->cpu_isa, limits.max_tokens,
@@ -127,8 +128,7 @@ static int is_stacked_alike(const struct weight_list *list, const struct weight_
     const struct weight_spec *parts[3];
     int alike = 1;
     for (int i = weight_list_stack(list, s, parts) - 1; i >= 0; i--)
-        alike = alike && parts[i]->format == s->format && parts[i]->group_size == s->group_size &&
-                parts[i]->has_zeros == s->has_zeros && parts[i]->has_order == s->has_order;
+        alike = alike && weight_spec_is_like(parts[i], s);
     return alike;
 }
 
@@ -271,10 +271,27 @@ static void print_ranks(FILE *f, const struct plan *p)
     }
 }
 
+/* Of the GPU that holds most. Shared ones have vision rank v beside language rank v % n, as
+ * hosts_device() places them on one host. */
+static uint64_t fullest_device(const struct plan *p)
+{
+    const struct layout *l = &p->settings.layout;
+    int n_language = l->tensor_parallel * l->pipeline_parallel, first = 1 + l->n_vision;
+    uint64_t largest = 0;
+    for (int i = 1; i < p->n_ranks; i++) {
+        uint64_t n_bytes = plan_rank_device_bytes(&p->ranks[i]);
+        for (int v = i - first; i >= first && p->settings.vision_share_gpu && v < l->n_vision;
+             v += n_language)
+            n_bytes += plan_rank_device_bytes(&p->ranks[1 + v]);
+        largest = n_bytes > largest ? n_bytes : largest;
+    }
+    return largest;
+}
+
 void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uint64_t host_bytes)
 {
     const double mib = 1 << 20, gib = 1 << 30;
-    uint64_t total = 0, largest = 0, largest_device = 0;
+    uint64_t total = 0, largest = 0;
     const struct layout *l = &p->settings.layout;
     char quantized[48];
     fprintf(f,
@@ -285,10 +302,8 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uin
     print_ranks(f, p);
     for (int i = 0; i < p->n_ranks; i++) {
         uint64_t bytes = plan_rank_host_bytes(&p->ranks[i]);
-        uint64_t device = plan_rank_device_bytes(&p->ranks[i]);
         total += bytes;
         largest = bytes > largest ? bytes : largest;
-        largest_device = device > largest_device ? device : largest_device;
     }
     fprintf(f, "KV: %d pages of %d tokens = %lld tokens\n", p->n_pages, p->settings.page_size,
             (long long)p->n_pages * p->settings.page_size);
@@ -299,8 +314,9 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uin
             (double)p->settings.media_store_bytes / mib);
     if (p->settings.on_cuda)
         fprintf(f,
-                "GPU: %.1f GiB for the largest rank, and what the driver and NCCL take beside it\n",
-                (double)largest_device / gib);
+                "GPU: %.1f GiB on the fullest, and what the driver, NCCL and recorded graphs take "
+                "beside it\n",
+                (double)fullest_device(p) / gib);
     fprintf(
         f, "memory: %.1f GiB for all ranks, %.1f GiB for the largest; this host has %.1f GiB: %s\n",
         (double)total / gib, (double)largest / gib, (double)host_bytes / gib,

@@ -26,6 +26,8 @@ struct plan_settings {
     enum dtype activation_dtype;       // device_activation_dtype()
     int on_cuda;                       // vision and language ranks each have a GPU
     int deterministic, one_shot;       // with on_cuda: as in struct device_options
+    int vision_share_gpu;              // with on_cuda: vision ranks are on language ranks' GPUs
+    int n_threads;                     // of a language rank, which draw tokens
     int32_t page_size;                 // tokens
     uint64_t kv_budget_bytes;          // for KV pages, of each language rank
     int32_t max_model_len;             // tokens of one sequence

@@ -14,11 +14,6 @@ uint64_t plan_cuda_block(uint64_t n_bytes)
     return (n_bytes + CUDA_BLOCK_BYTES - 1) / CUDA_BLOCK_BYTES * CUDA_BLOCK_BYTES;
 }
 
-static int is_matrix(const struct weight_spec *s)
-{
-    return s->n_dims == 2 || s->n_dims == 4;
-}
-
 /* 1 for the bias that a linear keeps beside its weight, and not a norm's or one that is added after
  * an all-reduce. */
 static int is_kept_with_weight(const struct weight_spec *s, const struct weight_list *list)
@@ -29,7 +24,8 @@ static int is_kept_with_weight(const struct weight_spec *s, const struct weight_
         return 0;
     snprintf(name, sizeof(name), "%.*s.weight", (int)(n - n_suffix), s->name);
     const struct weight_spec *weight = weight_list_find(list, name);
-    return weight && is_matrix(weight) && (s->home == HOME_VISION || s->axis != AXIS_WHOLE);
+    return weight && weight_spec_is_matrix(weight) &&
+           (s->home == HOME_VISION || s->axis != AXIS_WHOLE);
 }
 
 /* Codes, scales and zero points, as kernels/cuda_quantized.cu lays them out. */
@@ -58,7 +54,7 @@ uint64_t plan_cuda_weight_bytes(const struct weight_spec *s, const struct weight
     const uint64_t n = (uint64_t)(rows.n * columns.n);
     if (s->format != WEIGHT_FLOAT)
         return codes_bytes(s, rows, columns, lanes, p);
-    if (is_matrix(s))
+    if (weight_spec_is_matrix(s))
         return plan_cuda_block(n * dtype_size(p->dtype));
     if (strcmp(s->name, "vision_tower.embeddings.position_embeddings") == 0)
         return 0; // the host's

@@ -339,9 +339,11 @@ void sampler_draw(struct sampler *s, struct sample_result *out, const float *log
 
 /* ---- from the best alone ---- */
 
-/* The candidates so far: weights [n], best first, and their sum. `closed`: there are no others. */
+/* The candidates so far: in the order of before(), and the sum of their weights. `closed`: there
+ * are no others. */
 struct shortlist {
-    double weights[TOP_K], total;
+    struct sampler_candidate best[TOP_K];
+    double total;
     int32_t n;
     int closed;
 };
@@ -352,37 +354,51 @@ static void close_list(struct shortlist *c, int32_t n)
     c->closed = 1;
     c->total = 0;
     for (int32_t i = 0; i < n; i++)
-        c->total += c->weights[i];
+        c->total += c->best[i].weight;
 }
 
-/* Temperature, min_p and top_k, as make_candidates() and keep_top_k(). Returns 0 when that takes
- * more tokens than there are. */
-static int shorten(struct shortlist *c, const struct top_k *best, const struct sampling *p,
-                   int32_t vocab_size)
+/* The best with their weights, as make_candidates(): logits apart may have equal weights, which
+ * stand by id. Of those equal to the last, others may be missing: they are left out. */
+static void list_best(struct shortlist *c, const struct top_k *best, const struct sampling *p,
+                      int32_t vocab_size)
 {
     float max = best->values[0] / p->temperature;
-    int32_t n = 0, k = p->top_k;
-    while (n < best->n) {
+    int32_t n = 0;
+    for (; n < best->n; n++) {
         double weight = exp((double)(best->values[n] / p->temperature) - max);
+        struct sampler_candidate next = {weight, best->ids[n]};
+        int32_t at = n;
         if (!(weight > 0) || weight < p->min_p)
             break;
-        c->weights[n++] = weight;
+        for (; at > 0 && before(&next, &c->best[at - 1]); at--)
+            c->best[at] = c->best[at - 1];
+        c->best[at] = next;
     }
+    if (n < best->n || n == vocab_size) {
+        close_list(c, n);
+        return;
+    }
+    for (double last = c->best[n - 1].weight; n > 0 && c->best[n - 1].weight == last;)
+        n--;
     c->n = n;
     c->total = best->weight_sum;
     c->closed = 0;
-    if (n < best->n || n == vocab_size)
-        close_list(c, n);
-    else if (p->min_p > 0)
+}
+
+/* The list after min_p and top_k, as keep_top_k(). Returns 0 when that takes more tokens. */
+static int shorten(struct shortlist *c, const struct top_k *best, const struct sampling *p,
+                   int32_t vocab_size)
+{
+    int32_t k = p->top_k;
+    list_best(c, best, p, vocab_size);
+    if (!c->closed && p->min_p > 0)
         return 0;
-    if (k <= 0 || (c->closed && k >= n))
+    if (k <= 0 || (c->closed && k >= c->n))
         return 1;
-    if (k >= n)
+    if (k >= c->n)
         return 0;
-    while (k < n && c->weights[k] == c->weights[k - 1])
+    while (k < c->n && c->best[k].weight == c->best[k - 1].weight)
         k++;
-    if (k == n && !c->closed)
-        return 0;
     close_list(c, k);
     return 1;
 }
@@ -398,8 +414,8 @@ static int32_t draw_best(const struct top_k *best, const struct sample_row *row,
     if (p->top_p < 1) { // the nucleus: tokens with less than top_p before them
         int32_t n = 0;
         while (n < c.n && (n == 0 || sum < p->top_p * c.total))
-            sum += c.weights[n++];
-        if (!c.closed && sum < p->top_p * c.total)
+            sum += c.best[n++].weight;
+        if (!c.closed && (n == 0 || sum < p->top_p * c.total))
             return -1;
         close_list(&c, n);
     }
@@ -407,11 +423,11 @@ static int32_t draw_best(const struct top_k *best, const struct sample_row *row,
         sampler_uniform(row->sampling.seed, (uint32_t)row->candidate, (uint32_t)row->position);
     sum = 0;
     for (int32_t i = 0; i < c.n; i++) {
-        sum += c.weights[i];
+        sum += c.best[i].weight;
         if (sum > u * c.total)
-            return best->ids[i];
+            return c.best[i].id;
     }
-    return c.closed ? best->ids[c.n - 1] : -1;
+    return c.closed ? c.best[c.n - 1].id : -1;
 }
 
 int sampler_draw_best(struct sample_result *out, const struct top_k *best, int32_t vocab_size,

@@ -20,32 +20,24 @@ static uint8_t has_not_finite(const float *x, size_t n)
     return !ok;
 }
 
-/* Where the features of a message land on the host, whatever its size; kept for the next one. */
+/* Where the features of a message land on the host, of as many native tiles as one may bring. */
 struct landing {
     float *features;
     size_t capacity; // floats
 };
 
-static float *landing_reserve(struct landing *l, struct backend *b, size_t n)
-{
-    if (n > l->capacity) {
-        op_free_host(b, l->features);
-        l->features = op_alloc_host(b, n * sizeof(float));
-        l->capacity = n;
-    }
-    return l->features;
-}
-
 /* One message of tiles to one message of features. */
 static struct message *encode(struct vision_model *m, const struct message *request,
-                              struct landing *landing, struct capture_list *captures)
+                              const struct landing *landing, struct capture_list *captures)
 {
     struct tile_batch t;
     tile_batch_unpack(&t, request);
     uint64_t start = clock_now_ns();
     int32_t n_features = model_config_n_features(m->config, t.height, t.width);
     size_t n = (size_t)n_features * (size_t)m->config->text.hidden_size;
-    float *features = landing_reserve(landing, m->backend, (size_t)t.n_tiles * n);
+    size_t n_all = (size_t)t.n_tiles * n;
+    float *larger = n_all > landing->capacity ? xcalloc(n_all, sizeof(*larger)) : NULL;
+    float *features = larger ? larger : landing->features;
     uint8_t *not_finite = xcalloc((size_t)t.n_tiles + 1, sizeof(*not_finite));
     vision_forward(m, &t, features, captures);
     for (int32_t i = 0; i < t.n_tiles; i++)
@@ -62,6 +54,7 @@ static struct message *encode(struct vision_model *m, const struct message *requ
     trace_end("encode tiles", start, "tiles", t.n_tiles);
     struct message *reply = feature_result_pack(&r);
     free(not_finite);
+    free(larger);
     capture_clear(captures);
     log_debug("vision", "job %llu: %d tiles in %.1f ms", (unsigned long long)t.job_id, t.n_tiles,
               (double)r.compute_ns / 1e6);
@@ -82,9 +75,9 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
     vision_init(&m, o->model, &w, b, o->dtype, o->max_vision_tiles, o->pixel_mean, o->pixel_std);
     weights_release(&w);
     vision_record(&m);
-    landing_reserve(&landing, b,
-                    (size_t)o->max_vision_tiles * (size_t)o->model->n_features_per_tile *
-                        (size_t)o->model->text.hidden_size);
+    landing.capacity = (size_t)o->max_vision_tiles * (size_t)o->model->n_features_per_tile *
+                       (size_t)o->model->text.hidden_size;
+    landing.features = op_alloc_host(b, landing.capacity * sizeof(*landing.features));
     worker_report_ready(t, c, b, m.weight_bytes, 0, m.scratch_bytes, start);
     for (;;) {
         struct message *request = control_recv(c);

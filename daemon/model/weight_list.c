@@ -216,6 +216,17 @@ void weight_list_release(struct weight_list *l)
     *l = (struct weight_list){0};
 }
 
+int weight_spec_is_matrix(const struct weight_spec *s)
+{
+    return s->n_dims == 2 || s->n_dims == 4;
+}
+
+int weight_spec_is_like(const struct weight_spec *a, const struct weight_spec *b)
+{
+    return a->format == b->format && a->group_size == b->group_size &&
+           a->has_zeros == b->has_zeros && a->has_order == b->has_order;
+}
+
 int64_t weight_spec_rows(const struct weight_spec *s)
 {
     return s->shape[0];

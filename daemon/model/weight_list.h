@@ -72,6 +72,9 @@ int64_t weight_spec_groups(const struct weight_spec *s, struct range columns);
 /* Bytes of those rows and columns of a quantised weight: codes, scales and what goes with them. */
 uint64_t weight_spec_quantized_bytes(const struct weight_spec *s, struct range rows,
                                      struct range columns);
+int weight_spec_is_matrix(const struct weight_spec *s); // of a product, or a table
+/* 1 when codes of both can stand in one weight (as far as their order need not be looked at). */
+int weight_spec_is_like(const struct weight_spec *a, const struct weight_spec *b);
 int64_t weight_spec_rows(const struct weight_spec *s);    // shape[0]
 int64_t weight_spec_columns(const struct weight_spec *s); // product of the other dimensions, >= 1
 

@@ -430,8 +430,7 @@ static int held_alike(const struct weights *w, const struct linear_parts *p)
     for (int i = 1; i < p->n && alike; i++) {
         const struct weight_spec *b = p->specs[i];
         const struct stored_codes *y = weights_codes(w, b);
-        alike = a->format == b->format && a->group_size == b->group_size &&
-                a->has_zeros == b->has_zeros && a->has_order == b->has_order;
+        alike = weight_spec_is_like(a, b);
         if (alike && a->has_order)
             alike = memcmp(x->parts[STORED_ORDER]->data, y->parts[STORED_ORDER]->data,
                            x->parts[STORED_ORDER]->n_bytes) == 0;

@@ -15,6 +15,7 @@
 #include "daemon/model/device.h"
 #include "kernels/clock.h"
 #include "kernels/log.h"
+#include "tests/bench/bench_median.h"
 #include "tests/bench/gpu_bench.h"
 
 #define N_ROUNDS_MAX 99
@@ -52,18 +53,6 @@ void gpu_case_add(struct gpu_case *c, const struct linear *l, int64_t rows)
     c->bytes += (double)l->packed_bytes;
 }
 
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, int n)
-{
-    qsort(values, (size_t)n, sizeof(*values), compare_doubles);
-    return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
-}
-
 /* Medians over the rounds. */
 struct figures {
     double time_s, bytes_per_s, flops_per_s; // of the case; the device's limits
@@ -88,10 +77,10 @@ static struct figures measure_rounds(struct gpu_bench *bench, const struct gpu_c
         double memory_s = c->bytes / bytes[i], arithmetic_s = c->flops / flops[i];
         shares[i] = (memory_s > arithmetic_s ? memory_s : arithmetic_s) / times[i];
     }
-    f.time_s = median(times, bench->n_rounds);
-    f.bytes_per_s = median(bytes, bench->n_rounds);
-    f.flops_per_s = median(flops, bench->n_rounds);
-    f.share = median(shares, bench->n_rounds);
+    f.time_s = bench_median(times, bench->n_rounds);
+    f.bytes_per_s = bench_median(bytes, bench->n_rounds);
+    f.flops_per_s = bench_median(flops, bench->n_rounds);
+    f.share = bench_median(shares, bench->n_rounds);
     f.bound = c->bytes / f.bytes_per_s > c->flops / f.flops_per_s ? "memory" : "arithmetic";
     return f;
 }

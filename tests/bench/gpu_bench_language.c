@@ -2,7 +2,7 @@
  * gpu_bench: one shard of the language model, through language_forward().
  *
  *   decode          one token of each of n sequences, whose caches hold `context` tokens
- *   decode_sampled  the same, with lm_head and the drawing of tokens, which the host does
+ *   decode_sampled  the same, with lm_head, the best of each row, and greedy tokens from these
  *   prefill         n new tokens of one sequence
  *
  * There are no other shards: their parts of every sum are missing, and so is the time of the sums.

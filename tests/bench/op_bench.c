@@ -24,6 +24,7 @@
 #include "kernels/clock.h"
 #include "kernels/cpu_backend.h"
 #include "kernels/log.h"
+#include "tests/bench/bench_median.h"
 #include "tests/bench/op_bench.h"
 
 #define N_ROUNDS_MAX 99
@@ -59,18 +60,6 @@ struct tensor bench_matrix(const struct bench *bench, enum dtype dtype, int64_t 
     return tensor_2d(bench_values(bench, dtype, m * n), dtype, m, n);
 }
 
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, int n)
-{
-    qsort(values, (size_t)n, sizeof(*values), compare_doubles);
-    return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
-}
-
 /* Seconds of one call. */
 static double time_of(const struct op_case *c, int n_calls)
 {
@@ -98,8 +87,8 @@ void bench_measure(const struct bench *bench, const struct op_case *c)
         arithmetic_s = c->flops / flops[n];
         shares[n] = (memory_s > arithmetic_s ? memory_s : arithmetic_s) / times[n];
     }
-    double t = median(times, n), share = median(shares, n);
-    double read = median(bytes, n) * 1e-9, peak = median(flops, n) * 1e-9;
+    double t = bench_median(times, n), share = bench_median(shares, n);
+    double read = bench_median(bytes, n) * 1e-9, peak = bench_median(flops, n) * 1e-9;
     const char *bound = memory_s > arithmetic_s ? "memory" : "arithmetic";
     double gb = c->bytes / t * 1e-9, gflop = c->flops / t * 1e-9;
     printf("%-4s %-16s %-16s %-8s %6lld rows %11.1f us %7.1f GB/s of %5.1f %7.1f GFLOP/s of %6.1f "

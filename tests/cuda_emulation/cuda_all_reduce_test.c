@@ -92,7 +92,7 @@ static void test_abort(void **state)
 
     open_group(b, 2);
     *group[0].overdue = 1;
-    backend_cuda_all_reduce(b, &group[0], x, 1, (uint64_t)3600 * 1000000000, 1);
+    backend_cuda_all_reduce(b, &group[0], x, 1, (uint64_t)3600 * 1000000000, 0);
     op_sync(b);
     assert_int_equal(*group[0].overdue, 1);
     close_group(b, 2);

@@ -1,4 +1,6 @@
-"""Recorded steps on the emulated CUDA back end: the same bits as op by op, in every layout, and really replayed.
+"""Recorded steps on the CUDA back end, emulated or real: the same bits as op by op, in every layout, and really replayed.
+
+    daemon_graphs.py LAYOUT... [--OPTION of internvld]...    T x P x V; the first is also run op by op
 
 Three requests at once, a picture among them, so that steps of one to three sequences are padded; seeded sampling. The
 timeline says what was replayed.
@@ -14,14 +16,16 @@ import daemon
 from support import Client, at_once, chat, example
 
 N_SEQUENCES = 3
-CASES = [("1x1x1", ["--enforce-eager"]), ("1x1x1", []), ("2x2x1", [])]  # the first says what is right
+OPTIONS = [x for x in sys.argv[1:] if x.startswith("--")]
+LAYOUTS = [x for x in sys.argv[1:] if x not in OPTIONS]
+CASES = [(LAYOUTS[0], ["--enforce-eager"]), *((x, []) for x in LAYOUTS)]  # the first says what is right
 
 
 def ask(layout, extra, trace):
     os.environ["INTERNVLD_TRACE"] = str(trace)
     with daemon.Daemon(dtype="bfloat16", **daemon.layout_of(layout), extra=(
             "--device", "cuda", "--deterministic", "--max-num-seqs", N_SEQUENCES, "--max-model-len", 1024,
-            "--max-vision-tiles", 1, *extra)) as d:
+            "--max-vision-tiles", 1, *OPTIONS, *extra)) as d:
         client = Client(d.address)
         prompts = [chat(example("scene-two.png"), "Describe the image."), chat("Write stop in capital letters."),
                    chat("Write rat in capital letters.")]

@@ -1,6 +1,8 @@
 """Forward's logits in bfloat16 through the daemon, teacher-forced, against the float32 record of Transformers.
 
-    bfloat16.py [--cuda] CHECKPOINT LAYOUT...      a layout is T x P x V: 2x2x1; on the CPU or, told so, on CUDA
+    bfloat16.py [--cuda] CHECKPOINT LAYOUT... [--OPTION of internvld]...
+
+A layout is T x P x V: 2x2x1; on the CPU or, told so, on CUDA.
 
 The tolerance is that of ../model/parity_test.c: bfloat16 keeps eight bits of each weight and product, so values of up
 to 20 differ by tenths: worst <= 0.8, mean <= 0.1, and the best token is the same wherever it leads by 0.5. The error
@@ -28,8 +30,9 @@ def wrong_best(logits, expected):
 
 
 def main():
-    on_cuda = sys.argv[1] == "--cuda"
-    name, *layouts = sys.argv[1 + on_cuda:]
+    on_cuda = "--cuda" in sys.argv
+    name, *layouts = [x for x in sys.argv[1:] if not x.startswith("--")]
+    options = [x for x in sys.argv[1:] if x.startswith("--") and x != "--cuda"]
     extra = ("--device", "cuda", "--deterministic", "--max-num-seqs", 4, "--max-model-len", 2048) if on_cuda else ("--device", "cpu")
     folder = reference_folder(name)
     if folder is None:
@@ -49,7 +52,7 @@ def main():
         if reason:
             print(f"  {layout}: skipped: {reason}")
             continue
-        with daemon.Daemon(model=folder / "checkpoints" / name, dtype="bfloat16", extra=extra, **ranks) as d:
+        with daemon.Daemon(model=folder / "checkpoints" / name, dtype="bfloat16", extra=(*extra, *options), **ranks) as d:
             client = Client(d.address)
             logits = client.forward(prompt, ["logits"])[0]["logits"]
             client.close()

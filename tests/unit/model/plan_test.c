@@ -181,7 +181,7 @@ static void prints_a_table(void **state)
     plan_print(f, &p, &c, (uint64_t)1 << 40);
     fclose(f);
     assert_non_null(strstr(text, "host MiB      GPU MiB\n"));
-    assert_non_null(strstr(text, "GPU: 0.3 GiB for the largest rank"));
+    assert_non_null(strstr(text, "GPU: 0.3 GiB on the fullest"));
     free(text);
     plan_release(&p);
 }

@@ -209,7 +209,9 @@ static void binds_threads(void **state)
         }
     if (n < N_SOCKETS) {
         print_message("skipped: one core only\n");
-        goto out;
+        hwloc_bitmap_free(sockets[0]);
+        hwloc_bitmap_free(sockets[1]);
+        skip();
     }
     char *xml = make_xml(sockets);
     fd = mkstemp(path);
@@ -238,7 +240,6 @@ static void binds_threads(void **state)
     unsetenv("HWLOC_THISSYSTEM");
     unlink(path);
     sched_setaffinity(0, sizeof(before), &before);
-out:
     hwloc_bitmap_free(sockets[0]);
     hwloc_bitmap_free(sockets[1]);
 }
