@@ -35,7 +35,7 @@ static inline size_t cuda_codes_lane_bytes(int bits, int64_t n_columns)
 
 struct cuda_options {
     int device;                  // number among this host's devices
-    int n_threads;               // on the host, to read and convert weights; 0: 1
+    int n_threads;               // on the host: struct backend's; 0: 1
     enum dtype activation_dtype; // BF16, or F32 (--dtype float32)
     int deterministic;           // 1: lanes and tree, bitwise the same in every layout
     int enforce_eager;           // 1: no step is to be recorded and replayed

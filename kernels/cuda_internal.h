@@ -44,7 +44,7 @@ struct cuda_state {
     size_t dense_bytes, dense_bytes_max;
     char *staging; // pinned host memory that uploads pass through, STAGING_HALVES of staging_bytes
     size_t staging_bytes;
-    struct cpu_team *team;              // asleep between weights
+    struct cpu_team *team;              // of op_parallel(); NULL: one thread
     int staging_half;                   // the one that was filled last
     cudaEvent_t staged[STAGING_HALVES]; // each half's last upload
     struct cuda_plan plans[PLANS_MAX];

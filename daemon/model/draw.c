@@ -23,17 +23,6 @@ uint64_t draw_bytes(int32_t vocab, int n_threads)
            (sampler_bytes(vocab) + (uint64_t)vocab * sizeof(float));
 }
 
-/* What steps need is there: nothing becomes resident in one (plan.h). */
-static void touch_all(struct drawer *d, int32_t vocab)
-{
-    size_t n = (size_t)vocab;
-    memset(d->row, 0, n * sizeof(*d->row));
-    memset(d->sampler.work, 0, n * sizeof(*d->sampler.work));
-    memset(d->sampler.counts, 0, n * sizeof(*d->sampler.counts));
-    memset(d->sampler.seen, 0, n * sizeof(*d->sampler.seen));
-    memset(d->sampler.candidates, 0, n * sizeof(*d->sampler.candidates));
-}
-
 void draw_init(struct draw *d, int32_t vocab, int n_threads)
 {
     *d = (struct draw){.vocab = vocab, .n_drawers = n_drawers(n_threads)};
@@ -41,7 +30,7 @@ void draw_init(struct draw *d, int32_t vocab, int n_threads)
     for (int i = 0; i < d->n_drawers; i++) {
         sampler_init(&d->drawers[i].sampler, vocab);
         d->drawers[i].row = xcalloc((size_t)vocab, sizeof(float));
-        touch_all(&d->drawers[i], vocab);
+        memset(d->drawers[i].row, 0, (size_t)vocab * sizeof(float)); // resident, as the sampler's
     }
 }
 

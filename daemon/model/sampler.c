@@ -15,14 +15,19 @@ uint64_t sampler_bytes(int32_t vocab_size)
            (sizeof(float) + sizeof(int32_t) + 1 + sizeof(struct sampler_candidate));
 }
 
+/* Zeros that are there: nothing becomes resident in a step (plan.h). */
+static void *zeros(int32_t n, size_t size)
+{
+    return memset(xcalloc((size_t)n, size), 0, (size_t)n * size);
+}
+
 void sampler_init(struct sampler *s, int32_t vocab_size)
 {
-    size_t n = (size_t)vocab_size;
     s->vocab_size = vocab_size;
-    s->work = xcalloc(n, sizeof(*s->work));
-    s->counts = xcalloc(n, sizeof(*s->counts));
-    s->seen = xcalloc(n, sizeof(*s->seen));
-    s->candidates = xcalloc(n, sizeof(*s->candidates));
+    s->work = zeros(vocab_size, sizeof(*s->work));
+    s->counts = zeros(vocab_size, sizeof(*s->counts));
+    s->seen = zeros(vocab_size, sizeof(*s->seen));
+    s->candidates = zeros(vocab_size, sizeof(*s->candidates));
 }
 
 void sampler_release(struct sampler *s)

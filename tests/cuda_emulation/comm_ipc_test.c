@@ -16,19 +16,12 @@
 #include "kernels/log.h"
 #include "parallel/comm_nccl.h"
 #include "parallel/launch.h"
+#include "tests/cuda_emulation/comm_check.h"
 
 #define N_MAX 150000 // beyond the limit of every group
 #define N_ROW 150
 
 static int rank, world;
-static long n_checks;
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        n_checks++;                                                                                \
-        if (!(condition))                                                                          \
-            die("check failed: %s", #condition);                                                   \
-    } while (0)
 
 /* What rank r of a group contributes to call number `call`: of many exponents, so that the order of
  * a sum shows. */

@@ -14,17 +14,11 @@
 #include "kernels/cuda_backend.h"
 #include "kernels/log.h"
 #include "parallel/launch.h"
+#include "tests/cuda_emulation/comm_check.h"
 
 #define N 1000
 
-static int rank, world, n_checks;
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        n_checks++;                                                                                \
-        if (!(condition))                                                                          \
-            die("check failed: %s", #condition);                                                   \
-    } while (0)
+static int rank, world;
 
 /* What rank r of a group contributes. */
 static float value(int r, int i)
@@ -156,7 +150,7 @@ int main(void)
     backend_close(b);
     launch_barrier();
     if (rank == 0)
-        printf("%d ranks, %d checks on rank 0: all passed\n", world, n_checks);
+        printf("%d ranks, %ld checks on rank 0: all passed\n", world, n_checks);
     launch_finalize();
     return 0;
 }
