@@ -418,22 +418,29 @@ static void run_layers(struct step *s)
 
 /* ---- recorded steps ---- */
 
-/* The layers of `rows` sequences with a new token each, of up to context_len tokens. */
-static struct graph *record(struct language_model *m, int32_t rows, int32_t context_len)
+/* Of `rows` sequences with a new token each, of up to context_len tokens. */
+static struct step decode_step(struct language_model *m, int32_t rows, int32_t context_len)
 {
+    const struct language_scratch *t = &m->scratch;
     struct step s = {.m = m, .n = rows};
-    s.layout = (struct paged_layout){rows,
-                                     rows,
-                                     context_len,
-                                     m->scratch.query_start,
-                                     m->scratch.context_len,
-                                     m->scratch.page_start,
-                                     m->scratch.pages};
+    s.layout = (struct paged_layout){rows,           rows,          context_len, t->query_start,
+                                     t->context_len, t->page_start, t->pages};
     set_tensors(&s);
-    run_layers(&s); // products choose their algorithms
-    op_graph_begin(m->backend);
-    run_layers(&s);
-    return op_graph_end(m->backend);
+    return s;
+}
+
+/* The layers of such steps, for each of the context lengths. */
+static void record_rows(struct language_model *m, int i)
+{
+    struct step_graphs *g = &m->graphs;
+    struct step first = decode_step(m, g->rows[i], g->contexts[0]);
+    run_layers(&first); // products choose their algorithms
+    for (int j = 0; j < g->n_context_sizes; j++) {
+        struct step s = decode_step(m, g->rows[i], g->contexts[j]);
+        op_graph_begin(m->backend);
+        run_layers(&s);
+        g->graphs[i][j] = op_graph_end(m->backend);
+    }
 }
 
 static void replay(struct step *s)
@@ -465,8 +472,8 @@ void language_record(struct language_model *m)
     memset(m->query_start, 0, (size_t)(limits->max_sequences + 1) * sizeof(int32_t));
     upload(m, m->scratch.query_start, m->query_start, limits->max_sequences + 1); // nobody's rows
     for (int i = 0; i < g->n_row_sizes; i++)
-        for (int j = 0; j < g->n_context_sizes; j++)
-            g->graphs[i][j] = record(m, g->rows[i], g->contexts[j]);
+        record_rows(m, i);
+    op_sync(m->backend); /* ready means that nothing is left to run */
     log_info("language", "decode steps of %d sizes, up to %d sequences, recorded in %.1f s",
              g->n_row_sizes * g->n_context_sizes, g->rows[g->n_row_sizes - 1],
              (double)(clock_now_ns() - start_ns) / 1e9);
