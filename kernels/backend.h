@@ -125,11 +125,10 @@ struct backend_ops {
     /* Makes zeroed memory resident; NULL where alloc() does. */
     void (*touch)(struct backend *b, void *p, size_t n_bytes);
     void (*free)(struct backend *b, void *p);
-    /* Host memory that transfers are fastest from and to (CUDA: pinned), zeroed; NULL may be freed.
-     * What is uploaded from it may be read until the next sync or download. */
+    /* Host memory that downloads are fastest to (CUDA: pinned), zeroed; NULL may be freed. */
     void *(*alloc_host)(struct backend *b, size_t n_bytes);
     void (*free_host)(struct backend *b, void *p);
-    /* In order with ops. Other host memory has been read when it returns. */
+    /* In order with ops. The host memory has been read when it returns. */
     void (*upload)(struct backend *b, void *dst, const void *host_src, size_t n_bytes);
     void (*download)(struct backend *b, void *host_dst, const void *src,
                      size_t n_bytes); // synchronises

@@ -8,8 +8,8 @@
 
 #include "kernels/cuda_internal.h"
 
-/* Smaller blocks go to the run time as they are. */
-static const size_t STAGED_BYTES_MIN = (size_t)1 << 20;
+/* Smaller blocks are copied before other threads are awake. */
+static const size_t PARALLEL_COPY_BYTES_MIN = (size_t)1 << 20;
 
 static const char *describe(const struct backend *b)
 {
@@ -71,20 +71,21 @@ static void copy_part(void *arg, int thread, int n_threads)
     memcpy(c->to + first, c->from + first, end - first);
 }
 
-/* Large blocks (tiles, features, tables) pass through the pinned halves: one is filled while the
- * other is on its way, and nobody waits for the last. Of small pageable ones the run time makes a
- * copy before it returns; pinned memory it reads when the copy runs. */
+/* Everything passes through the pinned halves: one is filled while the other is on its way, and
+ * nobody waits for the last. The run time may read memory of any other kind after it returned, for
+ * how long depends on the kind, the size and the machine. */
 static void upload(struct backend *b, void *dst, const void *host_src, size_t n_bytes)
 {
     struct cuda_state *s = cuda_state_of(b);
 
-    if (n_bytes && n_bytes < STAGED_BYTES_MIN)
-        CUDA_CHECK(cudaMemcpyAsync(dst, host_src, n_bytes, cudaMemcpyHostToDevice, s->stream));
-    for (size_t at = 0, n; n_bytes >= STAGED_BYTES_MIN && at < n_bytes; at += n) {
+    for (size_t at = 0, n; at < n_bytes; at += n) {
         n = n_bytes - at < s->staging_bytes ? n_bytes - at : s->staging_bytes;
-        struct host_copy c = {cuda_staging_next(s), (const char *)host_src + at, n};
-        op_parallel(b, copy_part, &c);
-        cuda_staging_upload(b, (char *)dst + at, n);
+        struct host_copy c = {cuda_staging_take(s, n), (const char *)host_src + at, n};
+        if (n < PARALLEL_COPY_BYTES_MIN)
+            copy_part(&c, 0, 1);
+        else
+            op_parallel(b, copy_part, &c);
+        cuda_staging_upload(b, (char *)dst + at, c.to, n);
     }
 }
 
@@ -97,19 +98,23 @@ static void download(struct backend *b, void *host_dst, const void *src, size_t 
     CUDA_CHECK(cudaStreamSynchronize(s->stream));
 }
 
-char *cuda_staging_next(struct cuda_state *s)
+char *cuda_staging_take(struct cuda_state *s, size_t n_bytes)
 {
-    s->staging_half = (s->staging_half + 1) % STAGING_HALVES;
-    CUDA_CHECK(cudaEventSynchronize(s->staged[s->staging_half]));
-    return s->staging + (size_t)s->staging_half * s->staging_bytes;
+    if (s->staging_used + n_bytes > s->staging_bytes) {
+        s->staging_half = (s->staging_half + 1) % STAGING_HALVES;
+        s->staging_used = 0;
+        CUDA_CHECK(cudaEventSynchronize(s->staged[s->staging_half]));
+    }
+    char *p = s->staging + (size_t)s->staging_half * s->staging_bytes + s->staging_used;
+    s->staging_used += rounded(n_bytes);
+    return p;
 }
 
-void cuda_staging_upload(struct backend *b, void *dst, size_t n_bytes)
+void cuda_staging_upload(struct backend *b, void *dst, const char *taken, size_t n_bytes)
 {
     struct cuda_state *s = cuda_state_of(b);
 
-    CUDA_CHECK(cudaMemcpyAsync(dst, s->staging + (size_t)s->staging_half * s->staging_bytes,
-                               n_bytes, cudaMemcpyHostToDevice, s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(dst, taken, n_bytes, cudaMemcpyHostToDevice, s->stream));
     CUDA_CHECK(cudaEventRecord(s->staged[s->staging_half], s->stream));
 }
 

@@ -45,7 +45,8 @@ struct cuda_state {
     char *staging; // pinned host memory that uploads pass through, STAGING_HALVES of staging_bytes
     size_t staging_bytes;
     struct cpu_team *team;              // of op_parallel(); NULL: one thread
-    int staging_half;                   // the one that was filled last
+    int staging_half;                   // the one that is being filled
+    size_t staging_used;                // of it
     cudaEvent_t staged[STAGING_HALVES]; // each half's last upload
     struct cuda_plan plans[PLANS_MAX];
     int n_plans;
@@ -96,11 +97,11 @@ static inline int cuda_n_sums(const struct cuda_state *s, const struct linear *l
         }                                                                                          \
     } while (0)
 
-/* The half of the staging memory [staging_bytes] to fill next: waits until its last upload has read
- * it, while the other half's may still run (cuda_backend.cu). */
-char *cuda_staging_next(struct cuda_state *s);
-/* Uploads the first n_bytes of that half; returns before it has been read. */
-void cuda_staging_upload(struct backend *b, void *dst, size_t n_bytes);
+/* n_bytes of the staging memory, at most staging_bytes, to fill next; where they begin the other
+ * half, that half's uploads have been waited for (cuda_backend.cu). */
+char *cuda_staging_take(struct cuda_state *s, size_t n_bytes);
+/* Uploads what was taken; returns before it has been read. */
+void cuda_staging_upload(struct backend *b, void *dst, const char *taken, size_t n_bytes);
 
 /* To the alignment of cudaMalloc(): parts of one block begin there. */
 static inline size_t rounded(size_t n_bytes)

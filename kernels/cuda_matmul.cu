@@ -101,10 +101,10 @@ void cuda_linear_pack(struct backend *b, struct linear *l, int64_t first, const 
     }
     for (int64_t row = 0; row < n_rows; row += rows_at_once) {
         int64_t n = n_rows - row < rows_at_once ? n_rows - row : rows_at_once;
-        struct conversion c = {cuda_staging_next(s), l->dtype, w, row, n};
+        struct conversion c = {cuda_staging_take(s, (size_t)n * row_bytes), l->dtype, w, row, n};
         op_parallel(b, convert_rows, &c);
         cuda_staging_upload(b, (char *)l->packed + (size_t)(first + row) * row_bytes,
-                            (size_t)n * row_bytes);
+                            (const char *)c.to, (size_t)n * row_bytes);
     }
 }
 

@@ -156,9 +156,11 @@ void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struc
     cuda_weight_alloc(b, l, c.n_bytes, bias);
     for (int64_t row = 0; row < l->out_dim; row += at_once) {
         int64_t n = l->out_dim - row < at_once ? l->out_dim - row : at_once;
-        struct packing p = {(uint8_t *)cuda_staging_next(s), &c, q, row, n};
+        size_t n_bytes = (size_t)(n * c.row_bytes);
+        char *part = cuda_staging_take(s, n_bytes);
+        struct packing p = {(uint8_t *)part, &c, q, row, n};
         op_parallel(b, pack_rows, &p);
-        cuda_staging_upload(b, (char *)l->packed + row * c.row_bytes, (size_t)(n * c.row_bytes));
+        cuda_staging_upload(b, (char *)l->packed + row * c.row_bytes, part, n_bytes);
     }
     b->ops->upload(b, (char *)l->packed + c.scales_at, q->scales, n_scales * sizeof(float));
     if (q->zeros)

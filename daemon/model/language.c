@@ -20,11 +20,13 @@ struct step {
     const struct batch *batch;
     struct language_output *out;
     struct capture_list *captures;
-    struct paged_layout layout;
-    int64_t n; // tokens
+    struct step_inputs inputs, host; // in back-end memory; where they are filled
+    struct paged_layout layout;      // of the inputs
+    int64_t n;                       // tokens
     int is_first, is_last;
-    uint32_t any_capture; // of all sequences together
-    struct graph *graph;  // of the layers, for so many rows and keys; NULL: op by op
+    int32_t n_from_features, n_needed; // rows
+    uint32_t any_capture;              // of all sequences together
+    struct graph *graph;               // of the layers, for so many rows and keys; NULL: op by op
     struct tensor x, normed, sum;
 };
 
@@ -197,11 +199,6 @@ static void check_limits(const struct language_model *m, const struct batch *b)
             (unsigned long long)b->step_id, b->feature_dim, m->config->hidden_size);
 }
 
-static void upload(struct language_model *m, void *dst, const void *src, int64_t n)
-{
-    op_upload(m->backend, dst, src, (size_t)n * sizeof(int32_t));
-}
-
 static void set_tensors(struct step *s)
 {
     const struct language_scratch *t = &s->m->scratch;
@@ -211,49 +208,23 @@ static void set_tensors(struct step *s)
     s->sum = tensor_2d(t->sum, DTYPE_F32, s->n, dim);
 }
 
-/* Chooses the graph of a decode step, whose padding has rows that are no sequence's. */
-static void upload_query_start(struct step *s)
+/* Where the inputs of so large a step are. Returns their bytes. */
+static size_t set_inputs(struct step *s, int32_t n_tokens, int32_t n_sequences, int32_t n_pages,
+                         int32_t max_context_len)
 {
     struct language_model *m = s->m;
-    const struct batch *b = s->batch;
-    int32_t n = b->n_sequences, n_padded = n;
-    if (b->n_tokens == n && !s->any_capture)
-        s->graph = step_graphs_find(&m->graphs, n, s->layout.max_context_len, &n_padded);
-    memcpy(m->query_start, b->query_start, (size_t)(n + 1) * sizeof(int32_t));
-    for (int32_t i = n + 1; i <= n_padded; i++)
-        m->query_start[i] = b->n_tokens;
-    upload(m, m->scratch.query_start, m->query_start, n_padded + 1);
-}
-
-static void begin(struct step *s)
-{
-    struct language_model *m = s->m;
-    const struct batch *b = s->batch;
-    struct language_scratch *t = &m->scratch;
-    check_limits(m, b);
-    s->n = b->n_tokens;
-    s->is_first = m->stage == 0;
-    s->is_last = m->stage == m->n_stages - 1;
-    s->layout = (struct paged_layout){b->n_sequences, b->n_tokens,   0,       t->query_start,
-                                      t->context_len, t->page_start, t->pages};
-    for (int32_t i = 0; i < b->n_sequences; i++) {
-        s->any_capture |= b->captures[i];
-        if (b->context_len[i] > s->layout.max_context_len)
-            s->layout.max_context_len = b->context_len[i];
-        for (int32_t r = b->query_start[i]; r < b->query_start[i + 1]; r++)
-            m->sequence_of[r] = i;
-    }
-    upload_query_start(s);
-    upload(m, t->context_len, b->context_len, b->n_sequences);
-    upload(m, t->page_start, b->page_start, b->n_sequences + 1);
-    upload(m, t->pages, b->pages, b->n_pages);
-    set_tensors(s);
-    kv_cache_copy_pages(&m->kv, b->copy_src, b->copy_dst, b->n_copies);
+    const struct step_size size = {n_tokens, n_sequences, n_pages, m->config->head_dim / 2};
+    step_inputs_lay_out(&s->inputs, m->scratch.inputs, &size);
+    s->layout = (struct paged_layout){n_sequences,           n_tokens,
+                                      max_context_len,       s->inputs.query_start,
+                                      s->inputs.context_len, s->inputs.page_start,
+                                      s->inputs.pages};
+    return step_inputs_lay_out(&s->host, m->host_inputs, &size);
 }
 
 /* cos and sin of every token, in float32 as Transformers. Frequencies depend on the sequence only
  * with dynamic scaling, past the original length. */
-static void prepare_rope(struct step *s)
+static void fill_rope(struct step *s)
 {
     struct language_model *m = s->m;
     const struct batch *b = s->batch;
@@ -267,11 +238,76 @@ static void prepare_rope(struct step *s)
         }
         for (int32_t r = b->query_start[i]; r < b->query_start[i + 1]; r++)
             rope_angles(freq, m->rope_scale, m->config->head_dim, b->positions[r],
-                        m->host_cos + (int64_t)r * half, m->host_sin + (int64_t)r * half);
+                        s->host.cos + (int64_t)r * half, s->host.sin + (int64_t)r * half);
     }
-    size_t n_bytes = (size_t)s->n * (size_t)half * sizeof(float);
-    op_upload(m->backend, m->scratch.cos, m->host_cos, n_bytes);
-    op_upload(m->backend, m->scratch.sin, m->host_sin, n_bytes);
+}
+
+/* Rows whose logits somebody wants, ascending, and with what temperature the best of each are
+ * found. */
+static void fill_needed(struct step *s)
+{
+    const struct batch *b = s->batch;
+    int32_t n = 0, *needed = s->host.needed;
+    memset(needed, 0, (size_t)s->n * sizeof(*needed)); // marks first
+    for (int32_t i = 0; i < b->n_samples; i++)
+        needed[b->samples[i].row] = 1;
+    for (int32_t r = 0; r < b->n_tokens; r++) {
+        int captured = b->want_logits[r] && (b->captures[s->m->sequence_of[r]] & CAPTURE_LOGITS);
+        if (needed[r] || captured || b->targets[r] >= 0)
+            needed[n++] = r; // n <= r: only marks already read are overwritten
+    }
+    for (int32_t j = 0; j < n && s->m->backend->ops->top_k; j++)
+        s->host.temperature[j] = draw_temperature(b, needed[j]);
+    s->n_needed = n;
+}
+
+/* A block of n_sequences that may be more than the batch has: their rows are nobody's. */
+static void fill_inputs(struct step *s, int64_t n_sequences)
+{
+    const struct batch *b = s->batch;
+    const struct step_inputs *in = &s->host;
+    memcpy(in->ids, b->token_ids, (size_t)s->n * sizeof(*in->ids));
+    memcpy(in->query_start, b->query_start, (size_t)(b->n_sequences + 1) * sizeof(int32_t));
+    for (int64_t i = b->n_sequences + 1; i <= n_sequences; i++)
+        in->query_start[i] = b->n_tokens;
+    memcpy(in->context_len, b->context_len, (size_t)b->n_sequences * sizeof(int32_t));
+    memcpy(in->page_start, b->page_start, (size_t)(b->n_sequences + 1) * sizeof(int32_t));
+    memcpy(in->pages, b->pages, (size_t)b->n_pages * sizeof(int32_t));
+    for (int32_t r = 0; r < b->n_tokens; r++)
+        if (b->feature_rows[r] >= 0) {
+            in->feature_tokens[s->n_from_features] = r;
+            in->feature_from[s->n_from_features++] = b->feature_rows[r];
+        }
+    fill_rope(s);
+    if (s->is_last)
+        fill_needed(s);
+}
+
+/* Chooses the graph of a decode step, and brings the inputs, padded to its size. */
+static void begin(struct step *s)
+{
+    struct language_model *m = s->m;
+    const struct batch *b = s->batch;
+    int32_t max_context_len = 0, n_padded = b->n_sequences;
+    check_limits(m, b);
+    s->n = b->n_tokens;
+    s->is_first = m->stage == 0;
+    s->is_last = m->stage == m->n_stages - 1;
+    for (int32_t i = 0; i < b->n_sequences; i++) {
+        s->any_capture |= b->captures[i];
+        if (b->context_len[i] > max_context_len)
+            max_context_len = b->context_len[i];
+        for (int32_t r = b->query_start[i]; r < b->query_start[i + 1]; r++)
+            m->sequence_of[r] = i;
+    }
+    if (b->n_tokens == b->n_sequences && !s->any_capture)
+        s->graph = step_graphs_find(&m->graphs, b->n_sequences, max_context_len, &n_padded);
+    size_t n_bytes =
+        set_inputs(s, s->graph ? n_padded : b->n_tokens, n_padded, b->n_pages, max_context_len);
+    fill_inputs(s, n_padded);
+    op_upload(m->backend, m->scratch.inputs, m->host_inputs, n_bytes);
+    set_tensors(s);
+    kv_cache_copy_pages(&m->kv, b->copy_src, b->copy_dst, b->n_copies);
 }
 
 /* ---- the model ---- */
@@ -284,27 +320,19 @@ static void embed(struct step *s)
     struct backend *b = m->backend;
     const struct batch *batch = s->batch;
     int64_t dim = m->config->hidden_size;
-    int32_t n = 0, first_row = (int32_t)m->cut.vocab.start;
-    upload(m, m->scratch.ids, batch->token_ids, s->n);
+    int32_t n = s->n_from_features, first_row = (int32_t)m->cut.vocab.start;
     if (m->embedding_codes.packed)
-        op_embed_quantized(b, &s->x, &m->embedding_codes, m->scratch.ids, first_row);
+        op_embed_quantized(b, &s->x, &m->embedding_codes, s->inputs.ids, first_row);
     else
-        op_embed(b, &s->x, &m->embedding, m->scratch.ids, first_row);
+        op_embed(b, &s->x, &m->embedding, s->inputs.ids, first_row);
     all_reduce(s, &s->x);
-    for (int32_t r = 0; r < batch->n_tokens; r++)
-        if (batch->feature_rows[r] >= 0) {
-            m->feature_tokens[n] = r;
-            m->feature_from[n++] = batch->feature_rows[r];
-        }
     if (n) {
         struct tensor features = tensor_2d(m->scratch.features, DTYPE_F32, batch->n_features, dim);
         struct tensor chosen = tensor_2d(m->scratch.sum, DTYPE_F32, n, dim);
         op_upload(b, features.data, batch->features,
                   (size_t)batch->n_features * (size_t)dim * sizeof(float));
-        upload(m, m->scratch.rows, m->feature_from, n);
-        op_gather_rows(b, &chosen, &features, m->scratch.rows);
-        upload(m, m->scratch.rows, m->feature_tokens, n);
-        op_scatter_rows(b, &s->x, &chosen, m->scratch.rows);
+        op_gather_rows(b, &chosen, &features, s->inputs.feature_from);
+        op_scatter_rows(b, &s->x, &chosen, s->inputs.feature_tokens);
     }
     capture_rows(s, CAPTURE_EMBEDS, &s->x, "inputs_embeds");
 }
@@ -336,7 +364,7 @@ static void attention(struct step *s, const struct language_layer *l, struct kv_
         norm_heads(s, &k, l->k_norm);
     }
     op_kv_write(b, kv, &s->layout, &k, &v,
-                &(struct rotation){.q = &q, .cos = m->scratch.cos, .sin = m->scratch.sin});
+                &(struct rotation){.q = &q, .cos = s->inputs.cos, .sin = s->inputs.sin});
     capture_cache(s, &k, i, "key");
     capture_cache(s, &v, i, "value");
     capture_attentions(s, &q, kv, i, l->window);
@@ -421,10 +449,8 @@ static void run_layers(struct step *s)
 /* Of `rows` sequences with a new token each, of up to context_len tokens. */
 static struct step decode_step(struct language_model *m, int32_t rows, int32_t context_len)
 {
-    const struct language_scratch *t = &m->scratch;
     struct step s = {.m = m, .n = rows};
-    s.layout = (struct paged_layout){rows,           rows,          context_len, t->query_start,
-                                     t->context_len, t->page_start, t->pages};
+    set_inputs(&s, rows, rows, 0, context_len);
     set_tensors(&s);
     return s;
 }
@@ -441,6 +467,17 @@ static void record_rows(struct language_model *m, int i)
         run_layers(&s);
         g->graphs[i][j] = op_graph_end(m->backend);
     }
+}
+
+/* Inputs of nobody's rows, however many. */
+static void upload_zeros(struct language_model *m)
+{
+    const struct step_graphs *g = &m->graphs;
+    int32_t most = g->rows[g->n_row_sizes - 1];
+    struct step s = {.m = m};
+    size_t n_bytes = set_inputs(&s, most, most, 0, 0);
+    memset(m->host_inputs, 0, n_bytes);
+    op_upload(m->backend, m->scratch.inputs, m->host_inputs, n_bytes);
 }
 
 static void replay(struct step *s)
@@ -469,8 +506,7 @@ void language_record(struct language_model *m)
      * long: all meet here first. */
     all_gather(m, m->scratch.x, m->scratch.sum, 1);
     op_sync(m->backend);
-    memset(m->query_start, 0, (size_t)(limits->max_sequences + 1) * sizeof(int32_t));
-    upload(m, m->scratch.query_start, m->query_start, limits->max_sequences + 1); // nobody's rows
+    upload_zeros(m);
     for (int i = 0; i < g->n_row_sizes; i++)
         record_rows(m, i);
     op_sync(m->backend); /* ready means that nothing is left to run */
@@ -480,23 +516,6 @@ void language_record(struct language_model *m)
 }
 
 /* ---- the last stage ---- */
-
-/* Rows whose logits somebody wants, ascending, into m->needed. */
-static int32_t find_needed(struct step *s)
-{
-    struct language_model *m = s->m;
-    const struct batch *b = s->batch;
-    int32_t n = 0;
-    memset(m->needed, 0, (size_t)s->n * sizeof(int32_t)); // marks first
-    for (int32_t i = 0; i < b->n_samples; i++)
-        m->needed[b->samples[i].row] = 1;
-    for (int32_t r = 0; r < b->n_tokens; r++) {
-        int captured = b->want_logits[r] && (b->captures[m->sequence_of[r]] & CAPTURE_LOGITS);
-        if (m->needed[r] || captured || b->targets[r] >= 0)
-            m->needed[n++] = r; // n <= r: only marks already read are overwritten
-    }
-    return n;
-}
 
 /* Logits of needed[first, first + n): row j of shard t begins at (t * n + j) * vocab.n. */
 static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
@@ -531,24 +550,22 @@ static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
     s->out->n_targets += n_targets;
 }
 
-/* Draws what the best of rows `needed` [n] of the gathered logits suffice for. Returns 1 when
- * anything wants the rows themselves. */
-static int finish_from_best(struct step *s, const int32_t *needed, int32_t n)
+/* Draws what the best of needed[first, first + n), whose logits are gathered, suffice for. Returns
+ * 1 when anything wants the rows themselves. */
+static int finish_from_best(struct step *s, int32_t first, int32_t n)
 {
     struct language_model *m = s->m;
     struct backend *b = m->backend;
     const struct batch *batch = s->batch;
+    const int32_t *needed = s->host.needed + first;
     int captured = 0;
-    for (int32_t j = 0; j < n; j++) {
-        m->host_temperature[j] = draw_temperature(batch, needed[j]);
+    for (int32_t j = 0; j < n; j++)
         captured |= batch->want_logits[needed[j]] &&
                     (batch->captures[m->sequence_of[needed[j]]] & CAPTURE_LOGITS);
-    }
-    op_upload(b, m->scratch.temperature, m->host_temperature, (size_t)n * sizeof(float));
     op_top_k(b, m->scratch.best, m->scratch.gathered, m->n_shards, n, (int32_t)m->cut.vocab.n,
-             m->config->vocab_size, m->scratch.temperature);
+             m->config->vocab_size, s->inputs.temperature + first);
     op_download(b, m->host_best, m->scratch.best, (size_t)n * sizeof(*m->host_best));
-    return draw_from_best(batch, needed, n, m->host_best, m->host_temperature,
+    return draw_from_best(batch, needed, n, m->host_best, s->host.temperature + first,
                           m->config->vocab_size, m->samples, m->drawn) ||
            captured;
 }
@@ -561,7 +578,6 @@ static void finish(struct step *s)
     int64_t part = m->cut.vocab.n, dim = m->config->hidden_size;
     op_rms_norm(b, &s->normed, &s->x, m->final_norm, m->config->rms_norm_eps);
     capture_hidden(s, &s->normed, m->config->n_layers);
-    int32_t n_needed = find_needed(s);
     if (batch->n_samples > m->samples_capacity) {
         m->samples_capacity = batch->n_samples;
         m->samples = xrealloc(m->samples, (size_t)m->samples_capacity, sizeof(*m->samples));
@@ -569,23 +585,22 @@ static void finish(struct step *s)
     }
     if (m->drawn)
         memset(m->drawn, 0, (size_t)m->samples_capacity);
-    for (int32_t first = 0; first < n_needed; first += LANGUAGE_LOGIT_ROWS) {
-        int32_t n = n_needed - first;
+    for (int32_t first = 0; first < s->n_needed; first += LANGUAGE_LOGIT_ROWS) {
+        int32_t n = s->n_needed - first;
         n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
         struct tensor chosen = tensor_2d(m->scratch.sum, b->activation_dtype, n, dim);
         struct tensor logits = tensor_2d(m->scratch.logits, DTYPE_F32, n, part);
         size_t n_bytes = (size_t)n * (size_t)part * sizeof(float);
-        upload(m, m->scratch.rows, m->needed + first, n);
-        op_gather_rows(b, &chosen, &s->normed, m->scratch.rows);
+        op_gather_rows(b, &chosen, &s->normed, s->inputs.needed + first);
         op_matmul(b, &logits, &chosen, &m->lm_head, NULL);
         all_gather(m, m->scratch.gathered, logits.data, n * part);
         if (m->shard != 0)
             continue;
-        if (b->ops->top_k && !finish_from_best(s, m->needed + first, n))
+        if (b->ops->top_k && !finish_from_best(s, first, n))
             continue;
         op_download(b, m->host_logits, m->scratch.gathered, n_bytes * (size_t)m->n_shards);
         uint64_t begin_ns = trace_begin();
-        finish_chunk(s, m->needed + first, n);
+        finish_chunk(s, s->host.needed + first, n);
         trace_end("sample", begin_ns, "rows", n);
     }
     if (m->shard != 0)
@@ -603,7 +618,6 @@ void language_forward(struct language_model *m, const struct batch *batch,
     if (batch->n_tokens == 0)
         return;
     begin(&s);
-    prepare_rope(&s);
     size_t n_bytes = (size_t)tensor_n_elements(&s.x) * sizeof(float);
     if (s.is_first)
         embed(&s);

@@ -23,6 +23,7 @@
 #include "daemon/model/kv_cache.h"
 #include "daemon/model/model_comm.h"
 #include "daemon/model/step_graphs.h"
+#include "daemon/model/step_inputs.h"
 #include "daemon/model/weights.h"
 #include "kernels/backend.h"
 #include "parallel/batch.h"
@@ -54,14 +55,11 @@ struct language_scratch { // void: of the back end's activation_dtype
     void *gate_up;        // [max_tokens, 2 * columns]
     void *gated;          // [max_tokens, columns]
     struct expert_scratch experts;
-    float *cos, *sin;    // [max_tokens, head_dim / 2]
-    float *features;     // [max_tokens, dim]
-    float *logits;       // [n_logit_rows, vocab.n] of this shard
-    float *gathered;     // [T, n_logit_rows, vocab.n]
-    float *temperature;  // [n_logit_rows]
-    struct top_k *best;  // [n_logit_rows]
-    int32_t *ids, *rows; // [max_tokens]
-    int32_t *query_start, *context_len, *page_start, *pages; // struct paged_layout
+    void *inputs;       // struct step_inputs of the largest step
+    float *features;    // [max_tokens, dim]
+    float *logits;      // [n_logit_rows, vocab.n] of this shard
+    float *gathered;    // [T, n_logit_rows, vocab.n]
+    struct top_k *best; // [n_logit_rows]
 };
 
 struct language_model {
@@ -87,19 +85,16 @@ struct language_model {
     size_t scratch_bytes, weight_bytes;
 
     /* Host memory of a step. */
-    float *host_cos, *host_sin;    // [max_tokens, head_dim / 2]
+    void *host_inputs;             // as scratch.inputs
     float *inv_freq, *grown_freq;  // [head_dim / 2] of short sequences; of one long one
     float rope_scale;              // of cos and sin
     float *host_logits;            // [T, n_logit_rows, vocab.n]
-    float *host_temperature;       // [n_logit_rows]
     struct top_k *host_best;       // [n_logit_rows]
     uint8_t *drawn;                // [samples_capacity] 1: the sample has its token
     struct token_logprob *targets; // [targets_capacity]
     int32_t targets_capacity;
-    int32_t *needed, *feature_tokens, *feature_from; // [max_tokens]
-    int32_t *sequence_of;                            // [max_tokens]
-    int32_t *query_start;                            // [max_sequences + 1]
-    struct sample_result *samples;                   // [samples_capacity]
+    int32_t *sequence_of;          // [max_tokens]
+    struct sample_result *samples; // [samples_capacity]
     int32_t samples_capacity;
     struct draw draw;
 };

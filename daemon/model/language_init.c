@@ -13,15 +13,24 @@ static int64_t logit_rows(const struct language_limits *limits)
     return limits->max_tokens < LANGUAGE_LOGIT_ROWS ? limits->max_tokens : LANGUAGE_LOGIT_ROWS;
 }
 
+/* Of the largest step. */
+static size_t inputs_bytes(const struct text_config *t, const struct language_limits *limits)
+{
+    int64_t pages_each = (limits->max_model_len + limits->page_size - 1) / limits->page_size;
+    struct step_size size = {limits->max_tokens, limits->max_sequences,
+                             limits->max_sequences * pages_each, t->head_dim / 2};
+    struct step_inputs in;
+    return step_inputs_lay_out(&in, NULL, &size);
+}
+
 static void lay_out(struct language_scratch *s, struct carve *c, const struct text_config *t,
                     const struct weight_cut *cut, int n_shards, int is_last,
                     const struct language_limits *limits, enum dtype activation)
 {
     size_t size = dtype_size(activation);
-    int64_t n = limits->max_tokens, sequences = limits->max_sequences, dim = t->hidden_size;
+    int64_t n = limits->max_tokens, dim = t->hidden_size;
     int64_t d = t->head_dim, q_dim = cut->dense.heads.n * d, kv_dim = cut->dense.kv_heads.n * d;
     int64_t columns = cut->dense.columns.n, rows = is_last ? logit_rows(limits) : 0;
-    int64_t pages_each = (limits->max_model_len + limits->page_size - 1) / limits->page_size;
     s->x = carve(c, n * dim, sizeof(float));
     s->normed = carve(c, n * dim, size);
     s->sum = carve(c, n * dim, sizeof(float));
@@ -30,19 +39,11 @@ static void lay_out(struct language_scratch *s, struct carve *c, const struct te
     s->gate_up = carve(c, 2 * n * columns, size);
     s->gated = carve(c, n * columns, size);
     expert_scratch_lay_out(&s->experts, c, t, cut, n, activation);
-    s->cos = carve(c, n * d / 2, sizeof(float));
-    s->sin = carve(c, n * d / 2, sizeof(float));
+    s->inputs = carve(c, (int64_t)inputs_bytes(t, limits), 1);
     s->features = carve(c, n * dim, sizeof(float));
     s->logits = carve(c, rows * cut->vocab.n, sizeof(float));
     s->gathered = carve(c, rows * cut->vocab.n * n_shards, sizeof(float));
-    s->temperature = carve(c, rows, sizeof(float));
     s->best = carve(c, rows, sizeof(*s->best));
-    s->ids = carve(c, n, sizeof(int32_t));
-    s->rows = carve(c, n, sizeof(int32_t));
-    s->query_start = carve(c, sequences + 1, sizeof(int32_t));
-    s->context_len = carve(c, sequences, sizeof(int32_t));
-    s->page_start = carve(c, sequences + 1, sizeof(int32_t));
-    s->pages = carve(c, sequences * pages_each, sizeof(int32_t));
 }
 
 size_t language_scratch_bytes(const struct text_config *t, const struct weight_cut *cut,
@@ -58,13 +59,12 @@ size_t language_scratch_bytes(const struct text_config *t, const struct weight_c
 size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,
                            int samples, const struct language_limits *limits, int n_threads)
 {
-    size_t n = (size_t)limits->max_tokens, vocab = (size_t)cut->vocab.n * (size_t)n_shards;
-    size_t n_bytes = n * (size_t)t->head_dim * sizeof(float) + 4 * n * sizeof(int32_t) +
-                     ((size_t)limits->max_sequences + 1) * sizeof(int32_t);
+    size_t vocab = (size_t)cut->vocab.n * (size_t)n_shards;
+    size_t n_bytes = inputs_bytes(t, limits) + (size_t)limits->max_tokens * sizeof(int32_t);
     n_bytes += expert_scratch_host_bytes(t, limits->max_tokens);
     if (samples)
         n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
-                   (size_t)logit_rows(limits) * (sizeof(float) + sizeof(struct top_k)) +
+                   (size_t)logit_rows(limits) * sizeof(struct top_k) +
                    draw_bytes(t->vocab_size, n_threads) +
                    (size_t)limits->max_sequences * sizeof(struct sample_result);
     return n_bytes;
@@ -145,22 +145,16 @@ static void allocate_host(struct language_model *m)
 {
     size_t n = (size_t)m->limits.max_tokens, half = (size_t)m->config->head_dim / 2;
     size_t rows = (size_t)logit_rows(&m->limits);
-    m->host_cos = xcalloc(n * half, sizeof(float));
-    m->host_sin = xcalloc(n * half, sizeof(float));
+    m->host_inputs = xcalloc(inputs_bytes(m->config, &m->limits), 1);
     expert_scratch_allocate_host(&m->scratch.experts, m->config, m->limits.max_tokens);
     m->inv_freq = xcalloc(half, sizeof(float));
     m->grown_freq = xcalloc(half, sizeof(float));
     m->rope_scale = rope_frequencies(&m->config->rope, m->config->head_dim, 1, m->inv_freq);
-    m->feature_tokens = xcalloc(n, sizeof(int32_t));
-    m->feature_from = xcalloc(n, sizeof(int32_t));
     m->sequence_of = xcalloc(n, sizeof(int32_t));
-    m->query_start = xcalloc((size_t)m->limits.max_sequences + 1, sizeof(int32_t));
-    m->needed = xcalloc(n, sizeof(int32_t));
     if (m->stage != m->n_stages - 1 || m->shard != 0)
         return;
     m->host_logits = op_alloc_host(m->backend, rows * (size_t)m->cut.vocab.n * (size_t)m->n_shards *
                                                    sizeof(float));
-    m->host_temperature = xcalloc(rows, sizeof(float));
     m->host_best = xcalloc(rows, sizeof(*m->host_best));
     m->samples_capacity = m->limits.max_sequences;
     m->drawn = xcalloc((size_t)m->samples_capacity, sizeof(*m->drawn));
@@ -217,10 +211,8 @@ void language_release(struct language_model *m)
     if (!b)
         return;
     draw_release(&m->draw);
-    void *host[] = {m->host_temperature, m->host_best,      m->drawn,       m->samples,
-                    m->targets,          m->needed,         m->sequence_of, m->query_start,
-                    m->feature_from,     m->feature_tokens, m->inv_freq,    m->grown_freq,
-                    m->host_sin,         m->host_cos,       m->kv_of_head};
+    void *host[] = {m->host_best, m->drawn,      m->samples,     m->targets,   m->sequence_of,
+                    m->inv_freq,  m->grown_freq, m->host_inputs, m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
     op_free_host(b, m->host_logits);

@@ -198,12 +198,13 @@ static void test_shards_add_up(void **state)
     backend_close(b);
 }
 
-/* Weights packed one behind the other pass through few halves of staging memory: each must have
- * been read before the next part is put there. */
+/* Weights packed one behind the other, of more than the staging memory holds: each must have been
+ * read before another part is put in its place. */
 static void test_packed_in_a_row(void **state)
 {
-    enum { N_WEIGHTS = 5, M = 2, N = 48, K = 64, FIRST = 2 * LINEAR_PACK_ROWS };
+    enum { N_WEIGHTS = 5, M = 2, N = 1040, K = 1024, FIRST = 2 * LINEAR_PACK_ROWS };
     (void)state;
+    assert_true(N_WEIGHTS * N * K * sizeof(float) > CUDA_STAGING_BYTES);
     struct backend *b = case_open(DTYPE_F32, 0);
     struct tensor w[N_WEIGHTS];
     struct linear l[N_WEIGHTS];

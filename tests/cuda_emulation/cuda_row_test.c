@@ -247,29 +247,24 @@ static void check_copy_pages(struct backend *b, enum dtype t)
     case_clear(b);
 }
 
-/* Blocks of several parts of the staging memory, and of none: what the source held when upload
- * returned arrives, though it changes after and the next block follows at once. */
-static void test_transfers(void **state)
+/* Blocks of several parts of the staging memory, and of none: what the source, pinned or not, held
+ * when upload returned arrives, though it changes after and the next block follows at once. */
+static void check_transfers(struct backend *b, uint32_t *source, const size_t *sizes, uint32_t n)
 {
-    static const size_t sizes[] = {
-        0, 1, 4000, ((size_t)1 << 20) - 1, (size_t)1 << 20, ((size_t)40 << 20) + 13};
-    enum { N = sizeof(sizes) / sizeof(sizes[0]) };
-    size_t largest = sizes[N - 1];
-    struct backend *b = case_open(DTYPE_F32, 0);
-    uint32_t *source = xcalloc(largest / 4 + 1, 4), *got = op_alloc_host(b, largest);
-    void *devices[N];
+    size_t largest = sizes[n - 1];
+    uint32_t *got = op_alloc_host(b, largest);
+    void **devices = xcalloc(n, sizeof(*devices));
 
-    (void)state;
     for (size_t i = 0; i < largest / 4; i++)
         assert_int_equal(got[i], 0);
-    for (uint32_t k = 0; k < N; k++) {
+    for (uint32_t k = 0; k < n; k++) {
         for (size_t i = 0; i <= sizes[k] / 4; i++)
             source[i] = (uint32_t)i * 0x9e3779b1u + k;
         devices[k] = op_alloc(b, sizes[k]);
         op_upload(b, devices[k], source, sizes[k]);
         memset(source, 0x55, sizes[k]);
     }
-    for (uint32_t k = 0; k < N; k++) {
+    for (uint32_t k = 0; k < n; k++) {
         op_download(b, got, devices[k], sizes[k]);
         for (size_t i = 0; i < sizes[k] / 4; i++)
             assert_int_equal(got[i], (uint32_t)i * 0x9e3779b1u + k);
@@ -279,6 +274,25 @@ static void test_transfers(void **state)
         op_free(b, devices[k]);
     }
     op_free_host(b, got);
+    free(devices);
+}
+
+static void test_transfers(void **state)
+{
+    enum { LARGEST = (40 << 20) + 13, N = 6, N_SMALL = 5000, SMALL = 4000 };
+    static const size_t sizes[N] = {0, 1, SMALL, (1 << 20) - 1, 1 << 20, LARGEST};
+    static size_t small[N_SMALL];
+    struct backend *b = case_open(DTYPE_F32, 0);
+    uint32_t *source = xcalloc(LARGEST / 4 + 1, 4), *pinned = op_alloc_host(b, LARGEST + 4);
+
+    (void)state;
+    assert_true((size_t)N_SMALL * SMALL > CUDA_STAGING_BYTES);
+    for (int i = 0; i < N_SMALL; i++)
+        small[i] = SMALL;
+    check_transfers(b, source, sizes, N);
+    check_transfers(b, pinned, sizes, N);
+    check_transfers(b, pinned, small, N_SMALL);
+    op_free_host(b, pinned);
     op_free_host(b, NULL);
     free(source);
     backend_close(b);

@@ -4,7 +4,7 @@
 
 What each rank has allocated of its GPU at most is never above its plan, and below it by less than 1 %: not of all, for
 with so small a model that is mostly the back end's own memory, but of the rest. Once the daemon is ready nothing is
-allocated any more.
+allocated any more, and a step without features is one upload to each language rank.
 """
 
 import os
@@ -18,6 +18,7 @@ from support import Client, Picture, chat
 
 BACK_END_BYTES = 288 << 20  # scratch and cuBLASLt's workspace
 SHARE = 0.01
+N_STEPS = 5  # of an answer: so many tokens, the prompt being one chunk
 PRINTED_BYTES = 0.05 * (1 << 20)  # --plan rounds to tenths of a MiB
 PICTURE = daemon.EXAMPLES / "scene-two.png"
 CASES = [("1x1x1", "bfloat16", ()), ("2x2x1", "bfloat16", ("--deterministic",)),
@@ -26,13 +27,12 @@ CASES = [("1x1x1", "bfloat16", ()), ("2x2x1", "bfloat16", ("--deterministic",)),
 
 
 def usage(folder, ranks):
-    """{rank: (peak bytes, calls of cudaMalloc)} of the ranks that have any."""
+    """{rank: (peak bytes, calls of cudaMalloc, uploads)} of the ranks that have any."""
     found = {}
     for rank, pid in ranks.items():
         file = pathlib.Path(folder) / str(pid)
         if file.exists():
-            _, peak, n_allocations = struct.unpack("QQQ", file.read_bytes())
-            found[rank] = peak, n_allocations
+            found[rank] = struct.unpack("QQQQ", file.read_bytes())[1:]
     return found
 
 
@@ -46,8 +46,10 @@ def check(layout, dtype, options):
             plan, ranks = daemon.planned(*d.command[1:]), d.ranks()
             ready = usage(folder, ranks)
             client = Client(d.address)
-            for prompt in (chat("What is it?", Picture(PICTURE.read_bytes())), chat("Say one word.")):
-                client.generate(prompt, timeout=300, temperature=0, max_tokens=3)
+            client.generate(chat("What is it?", Picture(PICTURE.read_bytes())), timeout=300, temperature=0, max_tokens=3)
+            before = usage(folder, ranks)
+            for sampling in (dict(temperature=0), dict(temperature=1, top_p=0.5, seed=1)):
+                client.generate(chat("Say one word."), timeout=300, max_tokens=N_STEPS, ignore_eos=True, **sampling)
             client.close()
             end = usage(folder, ranks)
         for rank, planned in enumerate(plan):
@@ -56,7 +58,7 @@ def check(layout, dtype, options):
                 if rank in end or n_bytes:
                     failures.append("the gateway has memory of a GPU")
                 continue
-            peak, n_allocations = end[rank]
+            peak, n_allocations, n_uploads = end[rank]
             who = f"{layout} {' '.join((dtype, *options))}: rank {rank} ({planned['role']})"
             print(f"  {who}: {n_bytes / (1 << 20):.1f} MiB planned, {peak / (1 << 20):.2f} taken by {n_allocations} "
                   "allocations", flush=True)
@@ -66,6 +68,9 @@ def check(layout, dtype, options):
                 failures.append(f"{who} has taken {peak} bytes, much less than the {n_bytes:.0f} planned")
             if n_allocations != ready[rank][1]:
                 failures.append(f"{who} has allocated {n_allocations - ready[rank][1]} times since READY")
+            n_uploads -= before[rank][2]
+            if n_uploads != (2 * N_STEPS if planned["role"] == "language" else 0):
+                failures.append(f"{who} was sent {n_uploads} uploads in {2 * N_STEPS} steps")
     return failures
 
 

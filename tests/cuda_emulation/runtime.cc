@@ -142,10 +142,10 @@ static cudaError_t fail(cudaError_t e)
     return e;
 }
 
-/* ---- how much is allocated ---- */
+/* ---- how much is allocated, and how often the host sends something ---- */
 
 struct usage {
-    uint64_t bytes, peak_bytes, n_allocations;
+    uint64_t bytes, peak_bytes, n_allocations, n_uploads;
 };
 
 /* With INTERNVLD_EMULATION_MEMORY=DIR the process's struct usage is the file DIR/PID. */
@@ -168,9 +168,16 @@ static struct usage *usage_open(void)
     return (struct usage *)p;
 }
 
-static void account(size_t n_bytes, int is_freed)
+static struct usage *usage_of_process(void)
 {
     static struct usage *u = usage_open();
+
+    return u;
+}
+
+static void account(size_t n_bytes, int is_freed)
+{
+    struct usage *u = usage_of_process();
 
     if (is_freed) {
         u->bytes -= n_bytes;
@@ -516,6 +523,7 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t n_bytes, enum cud
         return fail(cudaErrorInvalidValue);
     if (!n_bytes)
         return cudaSuccess;
+    usage_of_process()->n_uploads += to_device && !from_device;
     if (!from_device && !lies_in(pinned, src)) {
         if (s && s->capture)
             return fail(cudaErrorStreamCaptureUnsupported);
