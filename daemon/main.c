@@ -115,6 +115,21 @@ static enum device_kind planned_device(const struct options *o)
                : DEVICE_CPU;
 }
 
+/* What --activation-quantization fp8 needs beside FP8 weights. */
+static int check_activations(const struct settings *s, enum device_kind device, struct error *err)
+{
+    if (!s->model.quantization.fp8_activations)
+        return 0;
+    if (device != DEVICE_CUDA)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--activation-quantization fp8: it needs --device cuda, this is the CPU");
+    if (s->dtype != DTYPE_BF16)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--activation-quantization fp8: it needs --dtype bfloat16, this is %s",
+                         dtype_name(s->dtype));
+    return 0;
+}
+
 static int settings_make(struct settings *s, struct error *err)
 {
     const struct options *o = &s->options;
@@ -130,8 +145,12 @@ static int settings_make(struct settings *s, struct error *err)
     if (model_config_load(&s->model, o->model, err) ||
         model_dtype_parse(&s->model, o->dtype, &s->dtype, err) ||
         quantization_parse(&s->model.quantization, o->quantization, o->quantization_group_size,
-                           err))
+                           err) ||
+        quantization_parse_activations(&s->model.quantization, o->activation_quantization, err))
         return -1;
+    if (strcmp(o->device, "auto") != 0 || o->plan) // else it is known when ranks meet
+        if (check_activations(s, device, err))
+            return -1;
     if (o->auth_token_file && auth_load(&s->auth, o->auth_token_file, err))
         return -1;
     s->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : s->model.text.max_positions);
@@ -334,6 +353,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
                                .index = s->device_index,
                                .deterministic = (int)s->options.deterministic,
                                .enforce_eager = (int)s->options.enforce_eager,
+                               .fp8_activations = s->model.quantization.fp8_activations,
                                .one_shot = !s->options.disable_custom_all_reduce};
     struct control *control;
     int status = 1;
@@ -386,6 +406,8 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
         job_choose_threads(all, &s->options, t, s->device_kind);
         rc = hosts_check(all, world, err);
     }
+    if (rc == 0)
+        rc = check_activations(s, s->device_kind, err);
     if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
         s->n_threads = all[rank].n_threads;

@@ -35,6 +35,7 @@ static const struct options defaults = {
     .device = "auto",
     .quantization = "none",
     .quantization_group_size = 128,
+    .activation_quantization = "none",
     .tensor_parallel_size = 1,
     .pipeline_parallel_size = 1,
     .vision_ranks = 1,
@@ -80,6 +81,12 @@ static const struct option table[] = {
      "are known by their quantization_config and take no other."},
     {NULL, "--quantization-group-size", NULL, OPTION_NUMBER, FIELD(quantization_group_size),
      "32|64|128", 32, 128, "Columns of a row that share a scale, with --quantization int4."},
+    {NULL, "--activation-quantization", NULL, OPTION_CHOICE, FIELD(activation_quantization),
+     "none|fp8", 0, 0,
+     "With cuda, bfloat16 and FP8 weights that have a scale a matrix or a row: round what is "
+     "multiplied with these to FP8 (E4M3) too, with a scale for each token. Products are then in "
+     "FP8, less exact, and need GPUs of compute capability 8.9 or newer. none: activations are "
+     "never rounded to fewer bits than --dtype's."},
     {NULL, "--max-model-len", NULL, OPTION_NUMBER, FIELD(max_model_len), "TOKENS", 2, INT32_MAX / 4,
      "Most tokens of one prompt and its answer together. Default: the checkpoint's "
      "max_position_embeddings."},

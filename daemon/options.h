@@ -15,7 +15,7 @@
 /* Texts are borrowed from argv. Numbers that were not given and have no fixed default are 0. */
 struct options {
     const char *model;
-    const char *dtype, *load_format, *device, *quantization;
+    const char *dtype, *load_format, *device, *quantization, *activation_quantization;
     int64_t quantization_group_size;
     int64_t tensor_parallel_size, pipeline_parallel_size, vision_ranks, threads;
     int64_t max_model_len, max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory_bytes;

@@ -159,6 +159,8 @@ for step in $steps; do
         # shellcheck disable=SC2046
         run daemon-graphs daemon cuda_emulation/daemon_graphs.py $(layouts)
         run daemon-quantized quantized
+        # shellcheck disable=SC2046
+        run daemon-fp8 daemon parity/daemon/fp8_activations.py $(layouts)
         run daemon-sums sums
         ;;
     sanitizer)

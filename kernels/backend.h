@@ -58,6 +58,9 @@ struct linear {
     int64_t n_groups, group_size, group_phase;
     int has_zeros;
     int32_t *group_of; // opaque to all but the back end, or NULL
+    /* 1: products round x to E4M3 (kernels/quantized.h). Set by the caller, as its dims are, of a
+     * bfloat16 linear of WEIGHT_FP8 with one scale a row, where the back end has_fp8. */
+    int x_in_fp8;
 };
 
 /* What happens to a matmul's result before it is stored: y = residual + scale * act(x W^T + bias).
@@ -232,6 +235,7 @@ struct backend {
     enum dtype activation_dtype; // F32 on the CPU
     int kv_in_pairs;             // how bfloat16 pages are laid out (struct kv_pages)
     int replays;                 // steps are to be recorded and replayed as graphs
+    int has_fp8;                 // products of E4M3 with E4M3 (struct linear's x_in_fp8)
     int n_threads;               // on the host
     void *state;                 // the back end's own
 };

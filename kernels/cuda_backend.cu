@@ -301,6 +301,7 @@ extern "C" struct backend *backend_cuda_open(const struct cuda_options *o)
     b->ops = &cuda_ops;
     b->activation_dtype = o->activation_dtype;
     b->replays = !o->enforce_eager;
+    b->has_fp8 = p.major > 8 || p.minor >= 9;
     b->n_threads = o->n_threads > 0 ? o->n_threads : 1;
     s->team = b->n_threads > 1 ? cpu_team_open(b->n_threads) : NULL;
     b->state = s;

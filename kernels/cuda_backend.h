@@ -25,6 +25,8 @@
 #define CUDA_STAGING_BYTES ((size_t)16 << 20)
 #define CUDA_BLOCK_BYTES 256
 
+/* Rows of FP8 codes come in whole sixteens (kernels/cuda_codes.h). */
+#define CUDA_FP8_ROWS 16
 /* Of one lane of a row of codes of so many bits: whole steps (kernels/cuda_codes.h). */
 #define CUDA_STEP_BYTES 64
 static inline size_t cuda_codes_lane_bytes(int bits, int64_t n_columns)

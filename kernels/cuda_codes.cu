@@ -57,21 +57,6 @@ __device__ __forceinline__ void unit_values(uint32_t w[4], const struct codes &c
         w[i] = pack_bf16(v[2 * i], v[2 * i + 1]);
 }
 
-/* Columns [k, k + UNIT) of a row of x, of which `n` are there (0 or less: none); zeros behind
- * them. whole: a unit can be read at once. */
-__device__ __forceinline__ uint4 unit_of_x(const bf16 *x, int n, int whole)
-{
-    uint32_t pairs[4] = {0, 0, 0, 0};
-
-    if (whole && n >= UNIT)
-        return *(const uint4 *)x;
-#pragma unroll
-    for (int i = 0; i < UNIT; i++)
-        if (i < n)
-            pairs[i / 2] |= (uint32_t)x[i].bits << i % 2 * 16;
-    return {pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-
 /* ---- one range of a lane ---- */
 
 /* The part of a product that a warp has: 16 OUTS outputs from first_out on, 8 ROWS rows of x from
@@ -323,9 +308,7 @@ void cuda_codes_multiply(struct cuda_state *s, const struct linear *l,
                          const struct codes_product *p)
 {
     const struct codes c = cuda_codes_of(s, l);
-    int whole = ((uintptr_t)p->x | (uintptr_t)p->x_stride * sizeof(bf16)) % 16 == 0;
+    int whole = units_are_whole(c, p->x, p->x_stride);
 
-    for (int i = 0; i < c.n_lanes; i++)
-        whole &= c.lane_start[i] % UNIT == 0;
     WITH_KIND(c.kind, KIND, multiply<KIND>(s, c, *p, whole));
 }

@@ -10,6 +10,9 @@
  * with zeros behind its last column. A step is dealt in units of UNIT columns to the four threads
  * that share a row in mma's fragments: thread q's 16 bytes are the step's units q, q + 4, …, so
  * that it reads them at once and the x beside them lies together for the four.
+ *
+ * cuBLASLt multiplies FP8 codes in that order as well (cuda_fp8.cu): x is brought into the same
+ * one. It wants whole sixteens of rows, the last of them zeros.
  */
 #ifndef INTERNVLD_KERNELS_CUDA_CODES_H
 #define INTERNVLD_KERNELS_CUDA_CODES_H
@@ -17,6 +20,7 @@
 #include "kernels/cuda_internal.h"
 
 #define STEP_BYTES CUDA_STEP_BYTES
+#define FP8_ROWS CUDA_FP8_ROWS
 #define UNIT 8 // columns: 4 bytes of codes of 4 bits, the even column in the low half, or 8
 
 enum code_kind { CODES_INT8, CODES_FP8, CODES_INT4, CODES_TABLE };
@@ -34,6 +38,7 @@ struct codes {
     const int32_t *group_of; // or NULL
     enum code_kind kind;
     int64_t row_bytes;
+    int n_rows; // that are held: out_dim, of FP8 rounded up to FP8_ROWS
     int out_dim, in_dim, n_groups, group_size, group_phase;
     int group_shift;                     // group_size = 1 << group_shift, or -1
     int groups_of_units;                 // 1: a unit's columns are all of one group
@@ -63,6 +68,31 @@ __device__ __forceinline__ int group_at(const struct codes &c, int k)
         return c.group_of[k];
     return c.group_shift >= 0 ? (k + c.group_phase) >> c.group_shift
                               : (k + c.group_phase) / c.group_size;
+}
+
+/* Columns [k, k + UNIT) of a row of x, of which `n` are there (0 or less: none); zeros behind
+ * them. whole: a unit can be read at once. */
+__device__ __forceinline__ uint4 unit_of_x(const bf16 *x, int n, int whole)
+{
+    uint32_t pairs[4] = {0, 0, 0, 0};
+
+    if (whole && n >= UNIT)
+        return *(const uint4 *)x;
+#pragma unroll
+    for (int i = 0; i < UNIT; i++)
+        if (i < n)
+            pairs[i / 2] |= (uint32_t)x[i].bits << i % 2 * 16;
+    return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+/* 1 where every lane's units can be. */
+static inline int units_are_whole(const struct codes &c, const bf16 *x, int64_t x_stride)
+{
+    int whole = ((uintptr_t)x | (uintptr_t)x_stride * sizeof(bf16)) % 16 == 0;
+
+    for (int i = 0; i < c.n_lanes; i++)
+        whole &= c.lane_start[i] % UNIT == 0;
+    return whole;
 }
 
 struct scaling {

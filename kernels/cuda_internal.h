@@ -143,6 +143,20 @@ __device__ __forceinline__ float block_sum(float v)
     return warp_sum(lane < n_warps ? partial[lane] : 0.0f);
 }
 
+/* The largest, likewise. */
+__device__ __forceinline__ float block_max(float v)
+{
+    CUDA_SHARED(float, partial, 32);
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+
+    v = warp_max(v);
+    __syncthreads(); // a former call may still be read
+    if (lane == 0)
+        partial[warp] = v;
+    __syncthreads();
+    return warp_max(lane < n_warps ? partial[lane] : -INFINITY);
+}
+
 /* The lanes' binary tree over N values `stride` apart: ((p0 + p1) + (p2 + p3)) + … */
 template <int N, class P> __device__ __forceinline__ float tree_of(const P *p, size_t stride)
 {
@@ -226,6 +240,16 @@ void cuda_weight_alloc(struct backend *b, struct linear *l, size_t n_bytes,
 void cuda_linear_free(struct backend *b, struct linear *l);
 void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
                  const struct linear *l, const struct epilogue *e);
+/* One product by cuBLASLt: y [m, n] <- x [m, k] w[n, k]^T (+ bias [n] of y's type) (+ residual,
+ * strided as y); in float32 where x and w are E4M3. */
+struct product {
+    int64_t m, n, k, ld_w, ld_x, ld_y; // elements
+    int64_t n_whole;                   // outputs of the weight, whose these n are of
+    enum dtype type, type_y;
+    const void *w, *x, *bias, *residual;
+    void *y;
+};
+void cuda_blas_multiply(struct cuda_state *s, const struct product *p);
 /* cuda_quantized.cu */
 void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                                 const struct tensor *bias);
@@ -237,7 +261,8 @@ const float *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t f
 void cuda_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
                           const int32_t *ids, int32_t first_row);
 /* cuda_codes.cu: of a quantised bfloat16 linear, y <- x W^T and what follows it but an activation;
- * or, where it has several sums, those. */
+ * or, where it has several sums, those. cuda_fp8.cu: of one with x_in_fp8, y and all that follows,
+ * with so many bytes of scratch memory for each row. */
 struct codes_product {
     const bf16 *x; // [n_rows, in_dim], rows x_stride apart
     void *y;       // [n_rows, out_dim], or sums [cuda_n_sums(), n_rows, out_dim] of float32
@@ -247,6 +272,9 @@ struct codes_product {
 };
 void cuda_codes_multiply(struct cuda_state *s, const struct linear *l,
                          const struct codes_product *p);
+size_t cuda_fp8_row_bytes(const struct cuda_state *s, const struct linear *l);
+void cuda_fp8_multiply(struct cuda_state *s, const struct linear *l, const struct codes_product *p,
+                       char *scratch);
 /* cuda_rows.cu */
 void cuda_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
                 int32_t first_row);

@@ -14,9 +14,12 @@
  *
  * Which of a call's parts cuBLASLt does itself: the bias where nothing but a plain store follows,
  * the residual (as C) where nothing else does. Everything else is combine_kernel's; or, where codes
- * are multiplied, of one lane and without an activation, that kernel's.
+ * are multiplied, of one lane and without an activation, that kernel's; or cuda_fp8.cu's, which has
+ * x_in_fp8 products whole and cuBLASLt by cuda_blas_multiply().
  */
 #include "kernels/cuda_internal.h"
+
+#define PARTS_MAX 4 // of the scratch memory of one call, each rounded()
 
 static const int64_t PLAN_TOKENS = 128, PLAN_OUT = 1024;
 
@@ -122,17 +125,8 @@ void cuda_linear_free(struct backend *b, struct linear *l)
 
 static cudaDataType_t blas_type(enum dtype t)
 {
-    return t == DTYPE_F32 ? CUDA_R_32F : CUDA_R_16BF;
+    return t == DTYPE_F32 ? CUDA_R_32F : t == DTYPE_F8_E4M3 ? CUDA_R_8F_E4M3 : CUDA_R_16BF;
 }
-
-/* y [m, n] <- x [m, k] w[n, k]^T (+ bias [n] of y's type) (+ residual, strided as y) */
-struct product {
-    int64_t m, n, k, ld_w, ld_x, ld_y; // elements
-    int64_t n_whole;                   // outputs of the weight that these n are of
-    enum dtype type, type_y;
-    const void *w, *x, *bias, *residual;
-    void *y;
-};
 
 /* The alignment in bytes, up to 16, that all operands of a product keep. */
 static int product_alignment(const struct product *p)
@@ -232,7 +226,7 @@ static const struct cuda_plan *plan_for(struct cuda_state *s, const struct produ
     return &s->plans[s->n_plans++];
 }
 
-static void multiply(struct cuda_state *s, const struct product *p)
+void cuda_blas_multiply(struct cuda_state *s, const struct product *p)
 {
     const struct cuda_plan *plan = plan_for(s, p);
     cublasLtMatmulDescOpaque_t desc;
@@ -287,18 +281,20 @@ struct matmul_call {
     const struct epilogue *e;
     int n_lanes;         // sums of the reduced dimension: l->n_lanes, or 1
     int converted;       // x must be brought to the weights' type first
-    int by_codes;        // cuda_codes.cu multiplies, not cuBLASLt
+    int by_codes;        // cuda_codes.cu multiplies, or cuda_fp8.cu
     int direct;          // the product's result is y, finished
     int into_y;          // the product writes y, combine_kernel finishes it in place
     enum dtype sum_type; // of what the product writes
 };
 
-static size_t scratch_per_row(const struct matmul_call *c)
+static size_t scratch_per_row(const struct cuda_state *s, const struct matmul_call *c)
 {
     size_t n = 0;
 
     if (c->converted)
         n += (size_t)c->l->in_dim * dtype_size(c->l->dtype);
+    if (c->l->x_in_fp8)
+        n += cuda_fp8_row_bytes(s, c->l);
     if (!c->direct && !c->into_y)
         n += (size_t)c->n_lanes * (size_t)c->l->out_dim * dtype_size(c->sum_type);
     return n;
@@ -324,7 +320,7 @@ static void multiply_lanes(struct cuda_state *s, const struct matmul_call *c,
         part.x = (const char *)p->x + (size_t)start * dtype_size(l->dtype);
         part.y = (char *)p->y + (size_t)(lane * stride) * dtype_size(c->sum_type);
         if (part.k > 0)
-            multiply(s, &part);
+            cuda_blas_multiply(s, &part);
         else // only of several, whose rows lie one behind the other: what is between is this lane's
             CUDA_CHECK(cudaMemsetAsync(
                 part.y, 0, (size_t)((p->m - 1) * p->ld_y + p->n) * sizeof(float), s->stream));
@@ -367,7 +363,7 @@ static struct finish finish_of(const struct matmul_call *c, int64_t first)
 }
 
 static void multiply_codes(struct cuda_state *s, const struct matmul_call *c,
-                           const struct product *p, int64_t first)
+                           const struct product *p, int64_t first, char *free_scratch)
 {
     struct codes_product by_codes = {};
 
@@ -380,7 +376,10 @@ static void multiply_codes(struct cuda_state *s, const struct matmul_call *c,
     if (c->direct)
         by_codes.finish = finish_of(c, first);
     by_codes.finish.y_stride = p->ld_y;
-    cuda_codes_multiply(s, c->l, &by_codes);
+    if (c->l->x_in_fp8)
+        cuda_fp8_multiply(s, c->l, &by_codes, free_scratch);
+    else
+        cuda_codes_multiply(s, c->l, &by_codes);
 }
 
 static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t first, int64_t n)
@@ -415,7 +414,7 @@ static void matmul_rows(struct backend *b, const struct matmul_call *c, int64_t 
     if (c->direct && c->e && c->e->residual)
         p.residual = row_at(c->e->residual, first);
     if (c->by_codes)
-        multiply_codes(s, c, &p, first);
+        multiply_codes(s, c, &p, first, free_scratch);
     else
         multiply_whole(s, c, &p);
     if (c->direct)
@@ -446,12 +445,13 @@ void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
     c.n_lanes = cuda_n_sums(s, l);
     c.converted = x->dtype != l->dtype;
     c.by_codes = l->format != WEIGHT_FLOAT && l->dtype == DTYPE_BF16;
-    c.direct = c.n_lanes == 1 && !act && (c.by_codes || (!scale && plain_type && as_c));
+    c.direct =
+        l->x_in_fp8 || (c.n_lanes == 1 && !act && (c.by_codes || (!scale && plain_type && as_c)));
     c.into_y = !c.direct && c.n_lanes == 1 && y->dtype == DTYPE_F32 && !add;
     c.sum_type = c.direct || c.into_y ? y->dtype : DTYPE_F32;
-    size_t per_row = scratch_per_row(&c);
+    size_t per_row = scratch_per_row(s, &c);
     if (per_row) {
-        step = (int64_t)((s->scratch_bytes - 512) / per_row);
+        step = (int64_t)((s->scratch_bytes - PARTS_MAX * CUDA_BLOCK_BYTES) / per_row);
         if (step < 1)
             BUG("%zu bytes of scratch do not hold one row of a product (%zu bytes)",
                 s->scratch_bytes, per_row);

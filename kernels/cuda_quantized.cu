@@ -66,7 +66,8 @@ struct codes cuda_codes_of(const struct cuda_state *s, const struct linear *l)
     c.factor = l->format == WEIGHT_INT8_127 ? INT8_127_FACTOR : 1.0f;
     if (c.kind == CODES_TABLE)
         memcpy(c.table, weight_format_table(l->format, 0), sizeof(c.table));
-    c.scales_at = rounded((size_t)(l->out_dim * c.row_bytes));
+    c.n_rows = c.kind == CODES_FP8 ? (c.out_dim + FP8_ROWS - 1) / FP8_ROWS * FP8_ROWS : c.out_dim;
+    c.scales_at = rounded((size_t)(c.n_rows * c.row_bytes));
     c.zeros_at = c.scales_at + rounded(n_scales * sizeof(float));
     c.n_bytes = c.zeros_at + (l->has_zeros ? rounded(n_scales) : 0);
     if (packed) {

@@ -119,19 +119,6 @@ template <class T> __global__ void plain_tile_kernel(const struct tile_params p)
         plain_store((T *)p.out + (token0 + row) * p.out_stride + column, &s, hd);
 }
 
-__device__ __forceinline__ float block_max(float v)
-{
-    CUDA_SHARED(float, partial, 32);
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
-
-    v = warp_max(v);
-    __syncthreads(); // a former call may still be read
-    if (lane == 0)
-        partial[warp] = v;
-    __syncthreads();
-    return warp_max(lane < n_warps ? partial[lane] : -INFINITY);
-}
-
 /* Grid (row, head, image tile): scores, softmax and products of one row; probs [tile, head, T, T].
  */
 template <class T>

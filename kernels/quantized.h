@@ -18,6 +18,11 @@
  * and each run but the last is whole units of 8 columns (codes of 4 bits) or 4 (of 8). CUDA always
  * rounds.
  *
+ * With x_in_fp8 (struct linear) x is rounded too, to E4M3: those columns of a row of x that one sum
+ * takes, a lane's or all, have the scale s = largest |x| / 448, at least 2^-126, and the codes that
+ * are nearest to x / s, ties to even, no larger than 448. The sum is (codes of x times codes of the
+ * weight, in float32) * s * the weight's scale of the row.
+ *
  * Sources: bitsandbytes (functional.py get_4bit_type, quantize_4bit of its default back end;
  * LLM.int8()), OCP 8-bit floating point E4M3.
  */

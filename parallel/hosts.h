@@ -23,7 +23,7 @@ enum device_use { DEVICE_USE_NONE, DEVICE_USE_OWN, DEVICE_USE_SHARED };
 /* Of one rank. Plain bytes without pointers; texts end with a zero. */
 struct rank_host {
     char host[64];
-    char settings[576];       // "NAME=VALUE NAME=VALUE …", must be equal on all ranks
+    char settings[640];       // "NAME=VALUE NAME=VALUE …", must be equal on all ranks
     uint64_t checkpoint_hash; // of what the model's directory holds
     int32_t n_cores;          // that this process may use
     uint64_t cores_hash;      // which these are

@@ -4,6 +4,7 @@
 #include "daemon/model/device.h"
 
 #include "kernels/cuda_backend.h"
+#include "kernels/log.h"
 #include "parallel/comm_nccl.h"
 
 int device_count(void)
@@ -56,6 +57,9 @@ void device_open(struct device *d, const struct device_options *o, const struct 
     int language = t->role == ROLE_LANGUAGE;
 
     *d = (struct device){.backend = t->role == ROLE_GATEWAY ? NULL : device_open_backend(o)};
+    if (d->backend && o->fp8_activations && !d->backend->has_fp8)
+        die("--activation-quantization fp8: %s has no products in FP8, sm_89 or newer is needed",
+            d->backend->ops->describe(d->backend));
     if (!layout_shares_tensors(&t->layout))
         return;
     d->comm.shards =

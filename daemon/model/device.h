@@ -16,13 +16,14 @@ enum device_kind { DEVICE_CPU, DEVICE_CUDA };
 
 struct device_options {
     enum device_kind kind;
-    enum dtype dtype;  // of the model's products, F32 or BF16: activations on CUDA have it
-    int n_threads;     // at least 1; CUDA: that read weights, copy and draw
-    const char *isa;   // CPU: NULL or "auto": CPUID
-    int index;         // CUDA: number among this host's devices
-    int deterministic; // CUDA: sums by lanes and tree, bitwise the same in every layout
-    int enforce_eager; // CUDA: no step is recorded and replayed
-    int one_shot;      // CUDA: short sums over CUDA IPC where that is possible
+    enum dtype dtype;    // of the model's products, F32 or BF16: activations on CUDA have it
+    int n_threads;       // at least 1; CUDA: that read weights, copy and draw
+    const char *isa;     // CPU: NULL or "auto": CPUID
+    int index;           // CUDA: number among this host's devices
+    int deterministic;   // CUDA: sums by lanes and tree, bitwise the same in every layout
+    int enforce_eager;   // CUDA: no step is recorded and replayed
+    int fp8_activations; // CUDA: products in FP8 are wanted
+    int one_shot;        // CUDA: short sums over CUDA IPC where that is possible
 };
 
 /* What the activations of a back end of `kind` are when products are of `dtype`. */
@@ -47,7 +48,7 @@ struct device {
 
 /* Collective over the job: every rank calls it once, right after launch_init() and before control
  * opens, in the same order. max_bytes bounds an all_reduce: max_num_batched_tokens * hidden_size *
- * 4. Dies when the device cannot be had. */
+ * 4. Dies when the device cannot be had, or cannot do what is wanted of it. */
 void device_open(struct device *d, const struct device_options *o, const struct topology *t,
                  size_t max_bytes);
 /* What was allocated on the back end is freed before. */

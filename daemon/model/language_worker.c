@@ -66,6 +66,7 @@ int language_worker_run(const struct worker_options *o, const struct topology *t
     if (weights_open(&w, o->model_dir, o->model, o->dummy_weights, &err) != 0)
         die("%s", err.msg);
     language_init(&m, o->model, &w, b, o->dtype, t, &o->device->comm, &limits);
+    worker_report_activations(&w);
     weights_release(&w);
     language_record(&m);
     worker_report_ready(t, c, b, m.weight_bytes, m.kv.n_bytes, m.scratch_bytes, start);

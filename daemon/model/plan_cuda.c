@@ -38,7 +38,10 @@ static uint64_t codes_bytes(const struct weight_spec *s, struct range rows, stru
         int64_t n = n_lanes > 1 ? lanes->start[i + 1] - lanes->start[i] : columns.n;
         row_bytes += cuda_codes_lane_bytes(weight_format_bits(s->format), n);
     }
-    uint64_t n_bytes = plan_cuda_block((uint64_t)rows.n * row_bytes) +
+    uint64_t n_rows = (uint64_t)rows.n;
+    if (s->format == WEIGHT_FP8)
+        n_rows = (n_rows + CUDA_FP8_ROWS - 1) / CUDA_FP8_ROWS * CUDA_FP8_ROWS;
+    uint64_t n_bytes = plan_cuda_block(n_rows * row_bytes) +
                        plan_cuda_block((uint64_t)rows.n * n_groups * sizeof(float));
     if (s->has_zeros)
         n_bytes += plan_cuda_block((uint64_t)rows.n * n_groups);

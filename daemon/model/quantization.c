@@ -51,13 +51,29 @@ int quantization_parse(struct quantization *q, const char *name, int64_t group_s
                      name);
 }
 
+int quantization_parse_activations(struct quantization *q, const char *name, struct error *err)
+{
+    char held[48];
+    if (strcmp(name, "fp8") != 0)
+        return 0;
+    if (q->format != WEIGHT_FP8 || q->group_size)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--activation-quantization fp8: the weights must be FP8, with a scale a "
+                         "matrix or a row; these are: %s",
+                         quantization_describe(q, held, sizeof(held)));
+    q->fp8_activations = 1;
+    return 0;
+}
+
 const char *quantization_describe(const struct quantization *q, char *buf, size_t n_bytes)
 {
     int n = snprintf(buf, n_bytes, "%s", names[q->method]);
     if (quantization_is_stored(q))
         n += snprintf(buf + n, n_bytes - (size_t)n, ", %s", weight_format_name(q->format));
     if (q->group_size && (q->method == QUANTIZATION_INT4 || quantization_is_stored(q)))
-        snprintf(buf + n, n_bytes - (size_t)n, " (groups of %lld)", (long long)q->group_size);
+        n += snprintf(buf + n, n_bytes - (size_t)n, " (groups of %lld)", (long long)q->group_size);
+    if (q->fp8_activations)
+        snprintf(buf + n, n_bytes - (size_t)n, ", activations too");
     return buf;
 }
 

@@ -50,6 +50,9 @@ struct quantization {
     int has_order;             // GPTQ's desc_act: columns of a group lie anywhere in the row
     int zeros_less_one;        // GPTQ's first format keeps zero points less one
     int with_vision;           // the vision tower and projector are quantised too
+    /* --activation-quantization fp8: products with FP8 weights of one scale a row round their
+     * input to FP8 too (struct linear's x_in_fp8). */
+    int fp8_activations;
 };
 
 enum weight_kind {
@@ -64,6 +67,9 @@ enum weight_kind {
  * Error: a name or size that there is not; a name, where the checkpoint is quantised already. */
 int quantization_parse(struct quantization *q, const char *name, int64_t group_size,
                        struct error *err);
+/* --activation-quantization, none or fp8, into what quantization_parse() left there. Error: fp8,
+ * where the weights are not FP8, or share scales in groups of columns. */
+int quantization_parse_activations(struct quantization *q, const char *name, struct error *err);
 /* 1 when the checkpoint's own files hold codes. */
 int quantization_is_stored(const struct quantization *q);
 /* "none", "int8", "int4 (groups of 128)", "gptq, int4 (groups of 128)", …: for logs, the plan and

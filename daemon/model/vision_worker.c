@@ -73,6 +73,7 @@ int vision_worker_run(const struct worker_options *o, const struct topology *t, 
     if (weights_open(&w, o->model_dir, o->model, o->dummy_weights, &err) != 0)
         die("%s", err.msg);
     vision_init(&m, o->model, &w, b, o->dtype, o->max_vision_tiles, o->pixel_mean, o->pixel_std);
+    worker_report_activations(&w);
     weights_release(&w);
     vision_record(&m);
     landing.capacity = (size_t)o->max_vision_tiles * (size_t)o->model->n_features_per_tile *

@@ -29,7 +29,7 @@ static int is_zero_bias(const struct safetensors_tensor *t)
 }
 
 /* Tensors that some files carry and nothing needs: scales of activations and of a KV cache in fewer
- * bits among them, for here both stay floats. */
+ * bits among them, for here both stay floats, or activations have scales of their own. */
 static int is_inert(const struct safetensors_tensor *t, const struct quantization *q)
 {
     static const char *const suffixes[] = {".input_scale", ".output_scale", ".input_zero_point",
@@ -145,7 +145,9 @@ static int check_files(struct weights *w, const struct model_config *c, struct e
 int weights_open(struct weights *w, const char *dir, const struct model_config *c, int dummy,
                  struct error *err)
 {
-    *w = (struct weights){.dummy = dummy, .has_lm_head = !c->tie_word_embeddings};
+    *w = (struct weights){.dummy = dummy,
+                          .has_lm_head = !c->tie_word_embeddings,
+                          .fp8_activations = c->quantization.fp8_activations};
     if (dummy && quantization_is_stored(&c->quantization))
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "--load-format dummy makes floats: it takes no quantised checkpoint "
@@ -444,6 +446,9 @@ static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
     const struct weight_spec *as = p->specs[0];
     struct quantized q = {0};
     int64_t row = 0;
+    /* Of the whole weight, for a shard may have columns of one group where another has of two. */
+    l->x_in_fp8 =
+        w->fp8_activations && as->format == WEIGHT_FP8 && as->group_size >= weight_spec_columns(as);
     weight_codes_init(&q, w, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
     for (int i = 0; i < p->n; row += p->rows[i++].n)
         w->read_bytes +=
@@ -473,5 +478,7 @@ void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum
     else
         pack_codes(w, b, l, &p, bias ? &bias_tensor : NULL);
     w->n_bytes += l->packed_bytes + (bias ? (uint64_t)p.out * sizeof(float) : 0);
+    w->n_linears++;
+    w->n_x_in_fp8 += l->x_in_fp8;
     free(bias);
 }

@@ -26,10 +26,12 @@ struct weights {
     struct safetensors files;
     struct weight_source *sources; // [list.n]
     int dummy;
-    int has_lm_head;     // else the embedding serves (tied)
-    uint64_t n_bytes;    // bound so far, in the back end's memory
-    uint64_t read_bytes; // taken from the files so far
-    void *staging;       // one weight on its way
+    int has_lm_head;           // else the embedding serves (tied)
+    uint64_t n_bytes;          // bound so far, in the back end's memory
+    uint64_t read_bytes;       // taken from the files so far
+    int fp8_activations;       // as struct quantization's
+    int n_linears, n_x_in_fp8; // bound so far; of these, with x_in_fp8
+    void *staging;             // one weight on its way
     size_t staging_bytes;
 };
 

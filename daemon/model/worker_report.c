@@ -48,6 +48,15 @@ void worker_report_ready(const struct topology *t, struct control *c, const stru
     control_reply(c, rank_info_pack(&info));
 }
 
+void worker_report_activations(const struct weights *w)
+{
+    if (w->fp8_activations)
+        log_info("model",
+                 "activations in fp8: %d of %d products; the other weights are floats or have "
+                 "scales of groups",
+                 w->n_x_in_fp8, w->n_linears);
+}
+
 void worker_report_trace(struct control *c)
 {
     const struct trace_span *spans;

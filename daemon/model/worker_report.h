@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "daemon/model/weights.h"
 #include "kernels/backend.h"
 #include "parallel/control.h"
 
@@ -13,6 +14,9 @@
 void worker_report_ready(const struct topology *t, struct control *c, const struct backend *b,
                          uint64_t weight_bytes, uint64_t kv_bytes, uint64_t scratch_bytes,
                          uint64_t start_ns);
+
+/* With --activation-quantization fp8, logs how many of the rank's matrices that is of. */
+void worker_report_activations(const struct weights *w);
 
 /* Sends what the timeline has recorded since; nothing without a timeline. */
 void worker_report_trace(struct control *c);

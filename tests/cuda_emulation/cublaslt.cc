@@ -4,10 +4,13 @@
  * the back end demands of the algorithms it picks.
  *
  * Checks what the real library would refuse: types, the TN form, alignment worse than promised to
- * the heuristic, an algorithm chosen for another shape, memory that is not the device's.
+ * the heuristic, an algorithm chosen for another shape, memory that is not the device's; of E4M3
+ * products (cublasLtMatmul()'s documentation, "FP8 kernels") a device older than sm_89, another
+ * compute type than float32, and pointers, strides and sides that are not multiples of 16 bytes.
  */
 #include "cublasLt.h"
 
+#include <math.h>
 #include <string.h>
 #include <vector>
 
@@ -18,9 +21,25 @@ struct emulated_cublaslt {
     int unused;
 };
 
+static int size_of(cudaDataType type)
+{
+    return type == CUDA_R_32F ? 4 : type == CUDA_R_16BF ? 2 : 1;
+}
+
+static float e4m3_to_f32(uint8_t code)
+{
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    float v =
+        exponent ? ldexpf(1.0f + (float)mantissa / 8, exponent - 7) : ldexpf((float)mantissa, -9);
+
+    return (code & 0x7f) == 0x7f ? NAN : code & 0x80 ? -v : v;
+}
+
 static float load(const void *p, cudaDataType type, int64_t i)
 {
-    return type == CUDA_R_32F ? ((const float *)p)[i] : bf16_to_f32(((const uint16_t *)p)[i]);
+    return type == CUDA_R_32F    ? ((const float *)p)[i]
+           : type == CUDA_R_16BF ? bf16_to_f32(((const uint16_t *)p)[i])
+                                 : e4m3_to_f32(((const uint8_t *)p)[i]);
 }
 
 static void store(void *p, cudaDataType type, int64_t i, float v)
@@ -34,7 +53,7 @@ static void store(void *p, cudaDataType type, int64_t i, float v)
 /* The largest power of two up to 256 that divides a pointer and a stride in bytes. */
 static uint32_t alignment_of(const void *p, cublasLtMatrixLayout_t l)
 {
-    uintptr_t bits = (uintptr_t)p | (uintptr_t)l->ld * (l->type == CUDA_R_32F ? 4 : 2) | 256;
+    uintptr_t bits = (uintptr_t)p | (uintptr_t)(l->ld * size_of(l->type)) | 256;
 
     return (uint32_t)(bits & ~(bits - 1));
 }
@@ -79,11 +98,26 @@ static void run(const product &p)
     }
 }
 
+/* What is asked of layouts beyond all others'. */
+static int fp8_is_sound(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+                        cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t d)
+{
+    struct cudaDeviceProp p;
+
+    cudaGetDeviceProperties(&p, 0);
+    return (p.major > 8 || p.minor >= 9) && desc->compute == CUBLAS_COMPUTE_32F &&
+           desc->epilogue == CUBLASLT_EPILOGUE_DEFAULT && a->rows % 16 == 0 && a->ld % 16 == 0 &&
+           b->ld % 16 == 0 && d->rows * (uint64_t)size_of(d->type) % 16 == 0 &&
+           d->ld * size_of(d->type) % 16 == 0;
+}
+
 static int sound(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                  cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d)
 {
     return desc->trans_a == CUBLAS_OP_T && desc->trans_b == CUBLAS_OP_N && a->type == b->type &&
-           c->type == d->type && (a->type == CUDA_R_16BF || d->type == CUDA_R_32F) &&
+           c->type == d->type && d->type != CUDA_R_8F_E4M3 &&
+           (a->type != CUDA_R_32F || d->type == CUDA_R_32F) &&
+           (a->type != CUDA_R_8F_E4M3 || fp8_is_sound(desc, a, b, d)) &&
            desc->scale == CUDA_R_32F && a->rows == b->rows && d->rows == a->cols &&
            d->cols == b->cols && c->rows == d->rows && c->cols == d->cols &&
            a->ld >= (int64_t)a->rows && b->ld >= (int64_t)b->rows && d->ld >= (int64_t)d->rows &&
@@ -177,6 +211,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
         return CUBLAS_STATUS_INVALID_VALUE;
     if (preference->reduction_mask != CUBLASLT_REDUCTION_SCHEME_NONE)
         emulated_die("cuBLASLt: split sums allowed: results would depend on the batch");
+    for (int i = 0; i < 4; i++)
+        if (a->type == CUDA_R_8F_E4M3 && preference->alignment[i] < 16)
+            return CUBLAS_STATUS_NOT_SUPPORTED;
     memset(&results[0], 0, sizeof(results[0]));
     results[0].algo.k = a->rows;
     results[0].algo.type = a->type;

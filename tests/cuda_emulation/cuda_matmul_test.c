@@ -17,12 +17,8 @@
 static struct linear linear_of(struct backend *b, const struct tensor *w, enum dtype dtype,
                                int n_lanes, const struct tensor *bias)
 {
-    struct linear l = {.out_dim = w->shape[0], .in_dim = w->shape[1], .dtype = dtype};
+    struct linear l = case_linear(w->shape[0], w->shape[1], n_lanes, dtype);
 
-    l.n_lanes = n_lanes;
-    for (int i = 1; i < n_lanes; i++)
-        l.lane_start[i] = l.in_dim * i / n_lanes / 8 * 8;
-    l.lane_start[n_lanes] = l.in_dim;
     op_linear_pack(b, &l, w, bias);
     return l;
 }

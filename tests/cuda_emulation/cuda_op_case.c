@@ -180,6 +180,16 @@ void case_report(void)
     memset(reports, 0, sizeof(reports));
 }
 
+struct linear case_linear(int64_t n, int64_t k, int n_lanes, enum dtype dtype)
+{
+    struct linear l = {.out_dim = n, .in_dim = k, .dtype = dtype, .n_lanes = n_lanes};
+
+    for (int i = 1; i < n_lanes; i++)
+        l.lane_start[i] = k * i / n_lanes / 8 * 8;
+    l.lane_start[n_lanes] = k;
+    return l;
+}
+
 struct backend *case_open(enum dtype activation_dtype, int deterministic)
 {
     struct cuda_options o = {.activation_dtype = activation_dtype, .deterministic = deterministic};
@@ -201,7 +211,7 @@ int main(int argc, char **argv)
     struct backend *b = case_open(DTYPE_F32, 0);
     printf("device: %s\n", b->ops->describe(b));
     backend_close(b);
-    return cuda_matmul_tests() + cuda_quantized_tests() + cuda_row_tests() +
+    return cuda_matmul_tests() + cuda_quantized_tests() + cuda_fp8_tests() + cuda_row_tests() +
                    cuda_attention_tests() + cuda_all_reduce_tests() + cuda_top_k_tests()
                ? 1
                : 0;

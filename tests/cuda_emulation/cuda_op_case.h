@@ -36,10 +36,14 @@ void case_same(struct backend *b, const struct tensor *x, const struct tensor *y
 void case_clear(struct backend *b);
 void case_report(void);
 
+/* A linear to pack, with lanes that begin at multiples of eight, as a model's do. */
+struct linear case_linear(int64_t n, int64_t k, int n_lanes, enum dtype dtype);
+
 struct backend *case_open(enum dtype activation_dtype, int deterministic);
 
 int cuda_matmul_tests(void);
 int cuda_quantized_tests(void);
+int cuda_fp8_tests(void);
 int cuda_row_tests(void);
 int cuda_attention_tests(void);
 int cuda_all_reduce_tests(void);

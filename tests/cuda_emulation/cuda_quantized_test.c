@@ -17,15 +17,9 @@
 #include "tests/op/op_naive.h"
 #include "tests/op/op_quantized_case.h"
 
-/* Lanes that begin at multiples of eight, as a model's do. */
 static struct linear linear_case(const struct quantized_shape *s, enum dtype dtype)
 {
-    struct linear l = {.out_dim = s->n, .in_dim = s->k, .dtype = dtype, .n_lanes = s->n_lanes};
-
-    for (int i = 1; i < s->n_lanes; i++)
-        l.lane_start[i] = l.in_dim * i / s->n_lanes / 8 * 8;
-    l.lane_start[s->n_lanes] = l.in_dim;
-    return l;
+    return case_linear(s->n, s->k, s->n_lanes, dtype);
 }
 
 static void check_product(struct backend *b, const struct quantized_shape *s, enum dtype dtype,

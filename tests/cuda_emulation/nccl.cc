@@ -25,7 +25,7 @@ static const int TAG = 30000, ID_KINDS = 1000, NOTICE_MS = 50;
 struct emulated_nccl {
     MPI_Comm comm;
     int size, rank, blocking;
-    std::atomic<int> questions; // until a call counts as done
+    std::atomic<int> questions;     // until a call counts as done
     std::atomic<int64_t> broken_ms; // when it broke, 0: it did not
 };
 

@@ -328,13 +328,15 @@ cudaError_t cudaDeviceGetPCIBusId(char *address, int n_bytes, int device)
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 {
-    const char *name = getenv("INTERNVLD_EMULATION_NAME");
+    const char *name = getenv("INTERNVLD_EMULATION_NAME"), *sm = getenv("INTERNVLD_EMULATION_SM");
+    int number = sm ? atoi(sm) : 90;
 
     (void)device;
     memset(p, 0, sizeof(*p));
-    snprintf(p->name, sizeof(p->name), "%s", name ? name : "emulated sm_80");
+    snprintf(p->name, sizeof(p->name), "%s", name ? name : "emulated");
     p->totalGlobalMem = DEVICE_BYTES;
-    p->major = 8;
+    p->major = number / 10;
+    p->minor = number % 10;
     p->multiProcessorCount = 4;
     return cudaSuccess;
 }

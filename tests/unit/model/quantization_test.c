@@ -52,6 +52,33 @@ static void formats_by_kind(void **state)
     assert_non_null(strstr(err.msg, "32, 64 or 128"));
 }
 
+/* Activations follow FP8 weights of one scale a row, and no others. */
+static void activations_follow_fp8(void **state)
+{
+    (void)state;
+    struct quantization q = {.method = QUANTIZATION_COMPRESSED_TENSORS, .format = WEIGHT_FP8};
+    struct error err;
+    char text[48];
+    assert_int_equal(quantization_parse_activations(&q, "none", &err), 0);
+    assert_int_equal(q.fp8_activations, 0);
+    assert_int_equal(quantization_parse_activations(&q, "fp8", &err), 0);
+    assert_int_equal(q.fp8_activations, 1);
+    assert_string_equal(quantization_describe(&q, text, sizeof(text)),
+                        "compressed-tensors, fp8, activations too");
+    const struct quantization others[] = {
+        {.method = QUANTIZATION_NONE},
+        {.method = QUANTIZATION_INT8},
+        {.method = QUANTIZATION_COMPRESSED_TENSORS, .format = WEIGHT_INT8},
+        {.method = QUANTIZATION_FP8, .format = WEIGHT_FP8, .group_size = 128, .group_rows = 128},
+    };
+    for (size_t i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
+        q = others[i];
+        assert_int_equal(quantization_parse_activations(&q, "fp8", &err), -1);
+        assert_non_null(strstr(err.msg, quantization_describe(&q, text, sizeof(text))));
+        assert_int_equal(q.fp8_activations, 0);
+    }
+}
+
 /* `columns` of rows [first, rows) of one recorded weight against bitsandbytes' values. */
 static void check_recorded(const struct safetensors *files, const char *name,
                            enum quantization_method method, int64_t first_row, struct range columns)
@@ -169,8 +196,8 @@ static void plan_is_what_is_taken(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(formats_by_kind),
-                                       cmocka_unit_test(bitsandbytes_values),
-                                       cmocka_unit_test(plan_is_what_is_taken)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(formats_by_kind), cmocka_unit_test(activations_follow_fp8),
+        cmocka_unit_test(bitsandbytes_values), cmocka_unit_test(plan_is_what_is_taken)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
