@@ -6,7 +6,7 @@
 # INTERNVLD_CUDA: AUTO offers cuda_real where nvcc is found; ON demands the toolkit and NCCL; OFF looks for nothing.
 set(INTERNVLD_CUDA AUTO CACHE STRING "AUTO, ON or OFF")
 set(INTERNVLD_CUDA_ARCHITECTURES 80 90a 100 120 CACHE STRING "sm_ numbers that the device code is compiled for")
-set(INTERNVLD_CUDA_SOURCES backend rows matmul quantized codes fp8 paged vision top_k all_reduce)
+set(INTERNVLD_CUDA_SOURCES backend rows matmul quantized codes fp8 paged vision top_k draw all_reduce)
 
 if(NOT INTERNVLD_CUDA STREQUAL OFF)
   find_program(NVCC nvcc PATHS /usr/local/cuda/bin)

@@ -341,6 +341,14 @@ void op_top_k(struct backend *b, struct top_k *out, const float *logits, int32_t
         b->ops->top_k(b, out, logits, n_parts, n_rows, part, vocab, temperature);
 }
 
+void op_draw(struct backend *b, struct drawn *out, const struct draw_params *params, int32_t n,
+             const struct top_k *best, int32_t first, int32_t n_rows, int32_t vocab)
+{
+    CHECK(b->ops->draw && n >= 0 && first >= 0 && n_rows >= 0 && vocab > 0);
+    if (n > 0 && n_rows > 0)
+        b->ops->draw(b, out, params, n, best, first, n_rows, vocab);
+}
+
 void op_graph_begin(struct backend *b)
 {
     CHECK(b->ops->graph_begin);

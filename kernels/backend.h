@@ -110,6 +110,25 @@ struct top_k {
     int32_t finite; // 0: a logit is NaN or infinite, and nothing else is known of the row
 };
 
+/* How a token is drawn from the best of its row; vLLM's names. */
+struct draw_params {
+    double u;          // uniform in [0, 1)
+    float temperature; // 0: greedy; else what the best of the row were found with
+    float top_p;       // 1: off
+    float min_p;       // 0: off
+    int32_t top_k;     // 0: off
+    int32_t row;       // -1: nothing is drawn
+};
+enum {
+    DRAWN_TOO_FEW = -1, // it takes more than the best: only the whole row can tell
+    DRAWN_NOT_FINITE = -2,
+};
+struct drawn {
+    int32_t id;    // or one of these, and then nothing else
+    int32_t rank;  // 1 = most likely
+    float logprob; // natural log, of the model's own distribution
+};
+
 struct backend;
 
 /* Ops recorded once and replayed as one. They must have run once before with the same shapes
@@ -222,6 +241,11 @@ struct backend_ops {
      * back-end memory. NULL where the host reads whole rows as fast. */
     void (*top_k)(struct backend *b, struct top_k *out, const float *logits, int32_t n_parts,
                   int32_t n_rows, int32_t part, int32_t vocab, const float *temperature);
+    /* out[i] <- a token drawn as params[i] says, for each i < n whose row is one of first …
+     * first + n_rows - 1, of which best [n_rows] were found; a function of these alone
+     * (kernels/draw_best.h). All in back-end memory. NULL where top_k is. */
+    void (*draw)(struct backend *b, struct drawn *out, const struct draw_params *params, int32_t n,
+                 const struct top_k *best, int32_t first, int32_t n_rows, int32_t vocab);
     /* NULL where nothing is ever recorded. Ops between are recorded, not run. */
     void (*graph_begin)(struct backend *b);
     struct graph *(*graph_end)(struct backend *b);
@@ -307,9 +331,11 @@ void op_upload(struct backend *b, void *dst, const void *host_src, size_t n_byte
 void op_download(struct backend *b, void *host_dst, const void *src, size_t n_bytes);
 void op_sync(struct backend *b);
 void op_parallel(struct backend *b, void (*work)(void *arg, int thread, int n_threads), void *arg);
-/* Of a back end that has it. */
+/* Of a back end that has them. */
 void op_top_k(struct backend *b, struct top_k *out, const float *logits, int32_t n_parts,
               int32_t n_rows, int32_t part, int32_t vocab, const float *temperature);
+void op_draw(struct backend *b, struct drawn *out, const struct draw_params *params, int32_t n,
+             const struct top_k *best, int32_t first, int32_t n_rows, int32_t vocab);
 /* Of a back end that can record, whether it is to (`replays`) or not. */
 void op_graph_begin(struct backend *b);
 struct graph *op_graph_end(struct backend *b); // the caller frees it, before the back end closes

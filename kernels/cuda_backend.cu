@@ -256,6 +256,7 @@ static struct backend_ops make_ops(void)
     ops.copy = cuda_copy;
     ops.copy_pages = cuda_copy_pages;
     ops.top_k = cuda_top_k;
+    ops.draw = cuda_draw;
     ops.graph_begin = graph_begin;
     ops.graph_end = graph_end;
     ops.graph_launch = graph_launch;

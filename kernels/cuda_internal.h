@@ -312,5 +312,8 @@ void cuda_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src,
 /* cuda_top_k.cu */
 void cuda_top_k(struct backend *b, struct top_k *out, const float *logits, int32_t n_parts,
                 int32_t n_rows, int32_t part, int32_t vocab, const float *temperature);
+/* cuda_draw.cu */
+void cuda_draw(struct backend *b, struct drawn *out, const struct draw_params *params, int32_t n,
+               const struct top_k *best, int32_t first, int32_t n_rows, int32_t vocab);
 
 #endif

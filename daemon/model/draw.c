@@ -57,30 +57,65 @@ const float *logits_row(const struct logits *l, int32_t j, float *row)
     return row;
 }
 
-float draw_temperature(const struct batch *b, int32_t row)
+static int by_number(const void *a, const void *b)
 {
-    for (int32_t i = 0; i < b->n_samples; i++)
-        if (b->samples[i].row == row && b->samples[i].sampling.temperature > 0)
-            return b->samples[i].sampling.temperature;
-    return 1;
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
 }
 
-int draw_from_best(const struct batch *b, const int32_t *rows, int32_t n, const struct top_k *best,
-                   const float *temperature, int32_t vocab, struct sample_result *samples,
-                   uint8_t *drawn)
+void draw_prepare(const struct batch *b, const int32_t *rows, int32_t n, float *temperature,
+                  struct draw_params *params)
+{
+    for (int32_t j = 0; j < n; j++)
+        temperature[j] = 0;
+    for (int32_t i = 0; i < b->n_samples; i++) {
+        const struct sample_row *row = &b->samples[i];
+        const int32_t *at = bsearch(&row->row, rows, (size_t)n, sizeof(*rows), by_number);
+        int32_t j = (int32_t)(at - rows);
+        float t = row->sampling.temperature;
+        params[i] = sampler_draw_params(row, j);
+        if (t > 0 && temperature[j] == 0)
+            temperature[j] = t;
+        if (t > 0 && temperature[j] != t)
+            params[i].row = -1;
+    }
+    for (int32_t j = 0; j < n; j++)
+        temperature[j] = temperature[j] > 0 ? temperature[j] : 1;
+}
+
+static int is_of(const struct sample_row *row, const int32_t *rows, int32_t n)
+{
+    return row->row >= rows[0] && row->row <= rows[n - 1];
+}
+
+enum draw_wish draw_wants(const struct batch *b, const int32_t *rows, int32_t n,
+                          const struct draw_params *params)
+{
+    enum draw_wish most = DRAW_NOTHING;
+    for (int32_t i = 0; i < b->n_samples; i++) {
+        if (!is_of(&b->samples[i], rows, n) || params[i].row < 0)
+            continue;
+        if (b->samples[i].sampling.n_logprobs > 0)
+            return DRAW_TOKENS_AND_BEST;
+        most = DRAW_TOKENS;
+    }
+    return most;
+}
+
+int draw_take(const struct batch *b, const int32_t *rows, int32_t first, int32_t n,
+              const struct draw_params *params, const struct drawn *drawn, const struct top_k *best,
+              struct sample_result *samples, uint8_t *is_drawn)
 {
     int more = 0;
-    for (int32_t j = 0; j < n; j++) {
+    for (int32_t j = 0; j < n; j++)
         more |= b->targets[rows[j]] >= 0;
-        for (int32_t i = 0; i < b->n_samples; i++) {
-            const struct sample_row *row = &b->samples[i];
-            float t = row->sampling.temperature;
-            if (row->row != rows[j])
-                continue;
-            drawn[i] = (uint8_t)((t == 0 || t == temperature[j]) &&
-                                 sampler_draw_best(&samples[i], &best[j], vocab, row));
-            more |= !drawn[i];
-        }
+    for (int32_t i = 0; i < b->n_samples; i++) {
+        if (!is_of(&b->samples[i], rows, n))
+            continue;
+        is_drawn[i] = params[i].row >= 0 && drawn[i].id != DRAWN_TOO_FEW;
+        if (is_drawn[i])
+            sampler_take(&samples[i], &b->samples[i], &drawn[i], &best[params[i].row - first]);
+        more |= !is_drawn[i];
     }
     return more;
 }
@@ -100,7 +135,7 @@ struct rows_job {
     const struct batch *batch;
     const int32_t *rows;
     const struct logits *logits;
-    const uint8_t *drawn;
+    const uint8_t *is_drawn;
     struct sample_result *samples;
     struct token_logprob *targets;
     atomic_int next;
@@ -119,7 +154,7 @@ static void draw_row(const struct rows_job *job, struct drawer *d, int32_t j)
                       b->targets[row]);
     }
     for (int32_t i = 0; i < b->n_samples; i++)
-        if (b->samples[i].row == row && !job->drawn[i])
+        if (b->samples[i].row == row && !job->is_drawn[i])
             sampler_draw(&d->sampler, &job->samples[i], logits, &b->samples[i], b);
 }
 
@@ -134,14 +169,14 @@ static void draw_work(void *arg, int thread, int n_threads)
 }
 
 void draw_rows(struct draw *d, struct backend *backend, const struct batch *b, const int32_t *rows,
-               const struct logits *l, const uint8_t *drawn, struct sample_result *samples,
+               const struct logits *l, const uint8_t *is_drawn, struct sample_result *samples,
                struct token_logprob *targets)
 {
     struct rows_job job = {.draw = d,
                            .batch = b,
                            .rows = rows,
                            .logits = l,
-                           .drawn = drawn,
+                           .is_drawn = is_drawn,
                            .samples = samples,
                            .targets = targets};
     if (l->n == 1 || (int64_t)l->n * l->vocab < PARALLEL_MIN_LOGITS)

@@ -41,15 +41,26 @@ void draw_release(struct draw *d); // accepts a zeroed struct
 /* Row j [vocab]: where it lies, or put together in `row` [vocab]. */
 const float *logits_row(const struct logits *l, int32_t j, float *row);
 
-/* The temperature for op_top_k() of a row of the batch: its first sample's, 1 where that is greedy.
+/* For op_top_k() and op_draw() over rows [n] of the batch, ascending, which are all that it draws
+ * from: temperature [n] of each row's first sample, 1 where that is greedy; params [n_samples of
+ * the batch], .row the place in `rows`, or -1 where the whole row is needed. */
+void draw_prepare(const struct batch *b, const int32_t *rows, int32_t n, float *temperature,
+                  struct draw_params *params);
+/* What the samples of rows [n], a run of those, want of the device. */
+enum draw_wish {
+    DRAW_NOTHING,
+    DRAW_TOKENS,
+    DRAW_TOKENS_AND_BEST, // for n_logprobs
+};
+enum draw_wish draw_wants(const struct batch *b, const int32_t *rows, int32_t n,
+                          const struct draw_params *params);
+/* Takes what op_draw() gave for the samples of rows [n], a run of those that begins with the
+ * first-th, and their best [n] where draw_wants() them; marks in is_drawn [n_samples of the batch]
+ * who has a token. Returns 1 when another sample or a target of these rows asks for the whole row.
  */
-float draw_temperature(const struct batch *b, int32_t row);
-/* Draws the samples of rows [n] of the batch that the best of their rows suffice for, found with
- * temperature [n]; marks them in `drawn` [n_samples of the batch]. Returns 1 when a sample or a
- * target of these rows asks for the whole row. */
-int draw_from_best(const struct batch *b, const int32_t *rows, int32_t n, const struct top_k *best,
-                   const float *temperature, int32_t vocab, struct sample_result *samples,
-                   uint8_t *drawn);
+int draw_take(const struct batch *b, const int32_t *rows, int32_t first, int32_t n,
+              const struct draw_params *params, const struct drawn *drawn, const struct top_k *best,
+              struct sample_result *samples, uint8_t *is_drawn);
 
 /* How many token_logprobs the targets of these rows [n] of the batch give. */
 int32_t draw_n_targets(const struct batch *b, const int32_t *rows, int32_t n);
@@ -57,7 +68,7 @@ int32_t draw_n_targets(const struct batch *b, const int32_t *rows, int32_t n);
  * of the batch in that row that is not yet drawn, and, in order of rows, to `targets`
  * [draw_n_targets()]. */
 void draw_rows(struct draw *d, struct backend *backend, const struct batch *b, const int32_t *rows,
-               const struct logits *l, const uint8_t *drawn, struct sample_result *samples,
+               const struct logits *l, const uint8_t *is_drawn, struct sample_result *samples,
                struct token_logprob *targets);
 
 #endif

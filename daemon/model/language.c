@@ -188,12 +188,12 @@ static void check_limits(const struct language_model *m, const struct batch *b)
 {
     int64_t pages_each = (m->limits.max_model_len + m->limits.page_size - 1) / m->limits.page_size;
     if (b->n_tokens > m->limits.max_tokens || b->n_sequences > m->limits.max_sequences ||
-        b->n_pages > pages_each * m->limits.max_sequences || b->n_features > m->limits.max_tokens)
-        die("batch %llu: %d tokens, %d sequences, %d pages, %d features are past this rank's "
-            "limits "
-            "(%d tokens, %d sequences)",
+        b->n_pages > pages_each * m->limits.max_sequences || b->n_features > m->limits.max_tokens ||
+        b->n_samples > m->limits.max_sequences)
+        die("batch %llu: %d tokens, %d sequences, %d pages, %d features, %d samples are past this "
+            "rank's limits (%d tokens, %d sequences)",
             (unsigned long long)b->step_id, b->n_tokens, b->n_sequences, b->n_pages, b->n_features,
-            m->limits.max_tokens, m->limits.max_sequences);
+            b->n_samples, m->limits.max_tokens, m->limits.max_sequences);
     if (b->n_features && b->feature_dim != m->config->hidden_size)
         die("batch %llu: features of %d columns, the model takes %d",
             (unsigned long long)b->step_id, b->feature_dim, m->config->hidden_size);
@@ -210,10 +210,11 @@ static void set_tensors(struct step *s)
 
 /* Where the inputs of so large a step are. Returns their bytes. */
 static size_t set_inputs(struct step *s, int32_t n_tokens, int32_t n_sequences, int32_t n_pages,
-                         int32_t max_context_len)
+                         int32_t n_samples, int32_t max_context_len)
 {
     struct language_model *m = s->m;
-    const struct step_size size = {n_tokens, n_sequences, n_pages, m->config->head_dim / 2};
+    const struct step_size size = {n_tokens, n_sequences, n_pages, n_samples,
+                                   m->config->head_dim / 2};
     step_inputs_lay_out(&s->inputs, m->scratch.inputs, &size);
     s->layout = (struct paged_layout){n_sequences,           n_tokens,
                                       max_context_len,       s->inputs.query_start,
@@ -242,8 +243,8 @@ static void fill_rope(struct step *s)
     }
 }
 
-/* Rows whose logits somebody wants, ascending, and with what temperature the best of each are
- * found. */
+/* Rows whose logits somebody wants, ascending; and how tokens are drawn from them, where the device
+ * draws. */
 static void fill_needed(struct step *s)
 {
     const struct batch *b = s->batch;
@@ -256,8 +257,8 @@ static void fill_needed(struct step *s)
         if (needed[r] || captured || b->targets[r] >= 0)
             needed[n++] = r; // n <= r: only marks already read are overwritten
     }
-    for (int32_t j = 0; j < n && s->m->backend->ops->top_k; j++)
-        s->host.temperature[j] = draw_temperature(b, needed[j]);
+    if (s->m->backend->ops->draw)
+        draw_prepare(b, needed, n, s->host.temperature, s->host.draws);
     s->n_needed = n;
 }
 
@@ -302,8 +303,8 @@ static void begin(struct step *s)
     }
     if (b->n_tokens == b->n_sequences && !s->any_capture)
         s->graph = step_graphs_find(&m->graphs, b->n_sequences, max_context_len, &n_padded);
-    size_t n_bytes =
-        set_inputs(s, s->graph ? n_padded : b->n_tokens, n_padded, b->n_pages, max_context_len);
+    size_t n_bytes = set_inputs(s, s->graph ? n_padded : b->n_tokens, n_padded, b->n_pages,
+                                b->n_samples, max_context_len);
     fill_inputs(s, n_padded);
     op_upload(m->backend, m->scratch.inputs, m->host_inputs, n_bytes);
     set_tensors(s);
@@ -450,7 +451,7 @@ static void run_layers(struct step *s)
 static struct step decode_step(struct language_model *m, int32_t rows, int32_t context_len)
 {
     struct step s = {.m = m, .n = rows};
-    set_inputs(&s, rows, rows, 0, context_len);
+    set_inputs(&s, rows, rows, 0, 0, context_len);
     set_tensors(&s);
     return s;
 }
@@ -475,7 +476,7 @@ static void upload_zeros(struct language_model *m)
     const struct step_graphs *g = &m->graphs;
     int32_t most = g->rows[g->n_row_sizes - 1];
     struct step s = {.m = m};
-    size_t n_bytes = set_inputs(&s, most, most, 0, 0);
+    size_t n_bytes = set_inputs(&s, most, most, 0, 0, 0);
     memset(m->host_inputs, 0, n_bytes);
     op_upload(m->backend, m->scratch.inputs, m->host_inputs, n_bytes);
 }
@@ -545,28 +546,36 @@ static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
         m->targets_capacity = 2 * (s->out->n_targets + n_targets);
         m->targets = xrealloc(m->targets, (size_t)m->targets_capacity, sizeof(*m->targets));
     }
-    draw_rows(&m->draw, m->backend, b, needed, &l, m->drawn, m->samples,
+    draw_rows(&m->draw, m->backend, b, needed, &l, m->is_drawn, m->samples,
               m->targets + s->out->n_targets);
     s->out->n_targets += n_targets;
 }
 
-/* Draws what the best of needed[first, first + n), whose logits are gathered, suffice for. Returns
- * 1 when anything wants the rows themselves. */
-static int finish_from_best(struct step *s, int32_t first, int32_t n)
+/* The device draws what the best of needed[first, first + n), whose logits are gathered, suffice
+ * for. Returns 1 when anything wants the rows themselves. */
+static int finish_on_device(struct step *s, int32_t first, int32_t n)
 {
     struct language_model *m = s->m;
     struct backend *b = m->backend;
     const struct batch *batch = s->batch;
-    const int32_t *needed = s->host.needed + first;
+    const int32_t *needed = s->host.needed + first, vocab = m->config->vocab_size;
+    enum draw_wish wish = draw_wants(batch, needed, n, s->host.draws);
     int captured = 0;
+    if (wish == DRAW_NOTHING)
+        return 1;
     for (int32_t j = 0; j < n; j++)
         captured |= batch->want_logits[needed[j]] &&
                     (batch->captures[m->sequence_of[needed[j]]] & CAPTURE_LOGITS);
     op_top_k(b, m->scratch.best, m->scratch.gathered, m->n_shards, n, (int32_t)m->cut.vocab.n,
-             m->config->vocab_size, s->inputs.temperature + first);
-    op_download(b, m->host_best, m->scratch.best, (size_t)n * sizeof(*m->host_best));
-    return draw_from_best(batch, needed, n, m->host_best, s->host.temperature + first,
-                          m->config->vocab_size, m->samples, m->drawn) ||
+             vocab, s->inputs.temperature + first);
+    op_draw(b, m->scratch.drawn, s->inputs.draws, batch->n_samples, m->scratch.best, first, n,
+            vocab);
+    if (wish == DRAW_TOKENS_AND_BEST)
+        op_download(b, m->host_best, m->scratch.best, (size_t)n * sizeof(*m->host_best));
+    op_download(b, m->host_drawn, m->scratch.drawn,
+                (size_t)batch->n_samples * sizeof(*m->host_drawn));
+    return draw_take(batch, needed, first, n, s->host.draws, m->host_drawn, m->host_best,
+                     m->samples, m->is_drawn) ||
            captured;
 }
 
@@ -578,13 +587,8 @@ static void finish(struct step *s)
     int64_t part = m->cut.vocab.n, dim = m->config->hidden_size;
     op_rms_norm(b, &s->normed, &s->x, m->final_norm, m->config->rms_norm_eps);
     capture_hidden(s, &s->normed, m->config->n_layers);
-    if (batch->n_samples > m->samples_capacity) {
-        m->samples_capacity = batch->n_samples;
-        m->samples = xrealloc(m->samples, (size_t)m->samples_capacity, sizeof(*m->samples));
-        m->drawn = xrealloc(m->drawn, (size_t)m->samples_capacity, sizeof(*m->drawn));
-    }
-    if (m->drawn)
-        memset(m->drawn, 0, (size_t)m->samples_capacity);
+    if (m->shard == 0)
+        memset(m->is_drawn, 0, (size_t)m->limits.max_sequences);
     for (int32_t first = 0; first < s->n_needed; first += LANGUAGE_LOGIT_ROWS) {
         int32_t n = s->n_needed - first;
         n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
@@ -596,7 +600,7 @@ static void finish(struct step *s)
         all_gather(m, m->scratch.gathered, logits.data, n * part);
         if (m->shard != 0)
             continue;
-        if (b->ops->top_k && !finish_from_best(s, first, n))
+        if (b->ops->draw && !finish_on_device(s, first, n))
             continue;
         op_download(b, m->host_logits, m->scratch.gathered, n_bytes * (size_t)m->n_shards);
         uint64_t begin_ns = trace_begin();

@@ -29,7 +29,7 @@
 #include "parallel/batch.h"
 
 struct language_limits {
-    int32_t max_tokens, max_sequences; // of one batch
+    int32_t max_tokens, max_sequences; // of one batch, which has no more samples than sequences
     int32_t max_model_len;             // tokens of one sequence
     int32_t page_size, n_pages;
 };
@@ -55,11 +55,12 @@ struct language_scratch { // void: of the back end's activation_dtype
     void *gate_up;        // [max_tokens, 2 * columns]
     void *gated;          // [max_tokens, columns]
     struct expert_scratch experts;
-    void *inputs;       // struct step_inputs of the largest step
-    float *features;    // [max_tokens, dim]
-    float *logits;      // [n_logit_rows, vocab.n] of this shard
-    float *gathered;    // [T, n_logit_rows, vocab.n]
-    struct top_k *best; // [n_logit_rows]
+    void *inputs;        // struct step_inputs of the largest step
+    float *features;     // [max_tokens, dim]
+    float *logits;       // [n_logit_rows, vocab.n] of this shard
+    float *gathered;     // [T, n_logit_rows, vocab.n]
+    struct top_k *best;  // [n_logit_rows]
+    struct drawn *drawn; // [max_sequences]
 };
 
 struct language_model {
@@ -90,12 +91,12 @@ struct language_model {
     float rope_scale;              // of cos and sin
     float *host_logits;            // [T, n_logit_rows, vocab.n]
     struct top_k *host_best;       // [n_logit_rows]
-    uint8_t *drawn;                // [samples_capacity] 1: the sample has its token
+    struct drawn *host_drawn;      // [max_sequences]
+    uint8_t *is_drawn;             // [max_sequences] 1: the sample has its token
     struct token_logprob *targets; // [targets_capacity]
     int32_t targets_capacity;
     int32_t *sequence_of;          // [max_tokens]
-    struct sample_result *samples; // [samples_capacity]
-    int32_t samples_capacity;
+    struct sample_result *samples; // [max_sequences]
     struct draw draw;
 };
 

@@ -18,7 +18,8 @@ static size_t inputs_bytes(const struct text_config *t, const struct language_li
 {
     int64_t pages_each = (limits->max_model_len + limits->page_size - 1) / limits->page_size;
     struct step_size size = {limits->max_tokens, limits->max_sequences,
-                             limits->max_sequences * pages_each, t->head_dim / 2};
+                             limits->max_sequences * pages_each, limits->max_sequences,
+                             t->head_dim / 2};
     struct step_inputs in;
     return step_inputs_lay_out(&in, NULL, &size);
 }
@@ -44,6 +45,7 @@ static void lay_out(struct language_scratch *s, struct carve *c, const struct te
     s->logits = carve(c, rows * cut->vocab.n, sizeof(float));
     s->gathered = carve(c, rows * cut->vocab.n * n_shards, sizeof(float));
     s->best = carve(c, rows, sizeof(*s->best));
+    s->drawn = carve(c, is_last ? limits->max_sequences : 0, sizeof(*s->drawn));
 }
 
 size_t language_scratch_bytes(const struct text_config *t, const struct weight_cut *cut,
@@ -66,7 +68,8 @@ size_t language_host_bytes(const struct text_config *t, const struct weight_cut 
         n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
                    (size_t)logit_rows(limits) * sizeof(struct top_k) +
                    draw_bytes(t->vocab_size, n_threads) +
-                   (size_t)limits->max_sequences * sizeof(struct sample_result);
+                   (size_t)limits->max_sequences *
+                       (sizeof(struct sample_result) + sizeof(struct drawn) + 1);
     return n_bytes;
 }
 
@@ -144,7 +147,7 @@ static void bind_lm_head(struct language_model *m, struct weights *w, enum dtype
 static void allocate_host(struct language_model *m)
 {
     size_t n = (size_t)m->limits.max_tokens, half = (size_t)m->config->head_dim / 2;
-    size_t rows = (size_t)logit_rows(&m->limits);
+    size_t rows = (size_t)logit_rows(&m->limits), n_samples = (size_t)m->limits.max_sequences;
     m->host_inputs = xcalloc(inputs_bytes(m->config, &m->limits), 1);
     expert_scratch_allocate_host(&m->scratch.experts, m->config, m->limits.max_tokens);
     m->inv_freq = xcalloc(half, sizeof(float));
@@ -155,10 +158,10 @@ static void allocate_host(struct language_model *m)
         return;
     m->host_logits = op_alloc_host(m->backend, rows * (size_t)m->cut.vocab.n * (size_t)m->n_shards *
                                                    sizeof(float));
-    m->host_best = xcalloc(rows, sizeof(*m->host_best));
-    m->samples_capacity = m->limits.max_sequences;
-    m->drawn = xcalloc((size_t)m->samples_capacity, sizeof(*m->drawn));
-    m->samples = xcalloc((size_t)m->samples_capacity, sizeof(*m->samples));
+    m->host_best = op_alloc_host(m->backend, rows * sizeof(*m->host_best));
+    m->host_drawn = op_alloc_host(m->backend, n_samples * sizeof(*m->host_drawn));
+    m->is_drawn = xcalloc(n_samples, sizeof(*m->is_drawn));
+    m->samples = xcalloc(n_samples, sizeof(*m->samples));
     draw_init(&m->draw, m->config->vocab_size, m->backend->n_threads);
 }
 
@@ -211,11 +214,13 @@ void language_release(struct language_model *m)
     if (!b)
         return;
     draw_release(&m->draw);
-    void *host[] = {m->host_best, m->drawn,      m->samples,     m->targets,   m->sequence_of,
-                    m->inv_freq,  m->grown_freq, m->host_inputs, m->kv_of_head};
+    void *host[] = {m->is_drawn, m->samples,    m->targets,     m->sequence_of,
+                    m->inv_freq, m->grown_freq, m->host_inputs, m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
     op_free_host(b, m->host_logits);
+    op_free_host(b, m->host_best);
+    op_free_host(b, m->host_drawn);
     expert_scratch_free_host(&m->scratch.experts);
     step_graphs_release(&m->graphs, b);
     op_free(b, m->scratch_base);

@@ -344,122 +344,38 @@ void sampler_draw(struct sampler *s, struct sample_result *out, const float *log
 
 /* ---- from the best alone ---- */
 
-/* The candidates so far: in the order of before(), and the sum of their weights. `closed`: there
- * are no others. */
-struct shortlist {
-    struct sampler_candidate best[TOP_K];
-    double total;
-    int32_t n;
-    int closed;
-};
-
-static void close_list(struct shortlist *c, int32_t n)
-{
-    c->n = n;
-    c->closed = 1;
-    c->total = 0;
-    for (int32_t i = 0; i < n; i++)
-        c->total += c->best[i].weight;
-}
-
-/* The best with their weights, as make_candidates(): logits apart may have equal weights, which
- * stand by id. Of those equal to the last, others may be missing: they are left out. */
-static void list_best(struct shortlist *c, const struct top_k *best, const struct sampling *p,
-                      int32_t vocab_size)
-{
-    float max = best->values[0] / p->temperature;
-    int32_t n = 0;
-    for (; n < best->n; n++) {
-        double weight = exp((double)(best->values[n] / p->temperature) - max);
-        struct sampler_candidate next = {weight, best->ids[n]};
-        int32_t at = n;
-        if (!(weight > 0) || weight < p->min_p)
-            break;
-        for (; at > 0 && before(&next, &c->best[at - 1]); at--)
-            c->best[at] = c->best[at - 1];
-        c->best[at] = next;
-    }
-    if (n < best->n || n == vocab_size) {
-        close_list(c, n);
-        return;
-    }
-    for (double last = c->best[n - 1].weight; n > 0 && c->best[n - 1].weight == last;)
-        n--;
-    c->n = n;
-    c->total = best->weight_sum;
-    c->closed = 0;
-}
-
-/* The list after min_p and top_k, as keep_top_k(). Returns 0 when that takes more tokens. */
-static int shorten(struct shortlist *c, const struct top_k *best, const struct sampling *p,
-                   int32_t vocab_size)
-{
-    int32_t k = p->top_k;
-    list_best(c, best, p, vocab_size);
-    if (!c->closed && p->min_p > 0)
-        return 0;
-    if (k <= 0 || (c->closed && k >= c->n))
-        return 1;
-    if (k >= c->n)
-        return 0;
-    while (k < c->n && c->best[k].weight == c->best[k - 1].weight)
-        k++;
-    close_list(c, k);
-    return 1;
-}
-
-/* draw() from the best; -1 when it takes more tokens than there are. */
-static int32_t draw_best(const struct top_k *best, const struct sample_row *row, int32_t vocab_size)
+struct draw_params sampler_draw_params(const struct sample_row *row, int32_t place)
 {
     const struct sampling *p = &row->sampling;
-    struct shortlist c;
-    double sum = 0;
-    if (!shorten(&c, best, p, vocab_size))
-        return -1;
-    if (p->top_p < 1) { // the nucleus: tokens with less than top_p before them
-        int32_t n = 0;
-        while (n < c.n && (n == 0 || sum < p->top_p * c.total))
-            sum += c.best[n++].weight;
-        if (!c.closed && (n == 0 || sum < p->top_p * c.total))
-            return -1;
-        close_list(&c, n);
-    }
-    double u =
-        sampler_uniform(row->sampling.seed, (uint32_t)row->candidate, (uint32_t)row->position);
-    sum = 0;
-    for (int32_t i = 0; i < c.n; i++) {
-        sum += c.best[i].weight;
-        if (sum > u * c.total)
-            return c.best[i].id;
-    }
-    return c.closed ? c.best[c.n - 1].id : -1;
+    int is_plain = !row->n_banned && !row->n_bias && p->n_beam_best <= 0 &&
+                   p->repetition_penalty == 1 && p->frequency_penalty == 0 &&
+                   p->presence_penalty == 0;
+    return (struct draw_params){
+        .u = sampler_uniform(p->seed, (uint32_t)row->candidate, (uint32_t)row->position),
+        .temperature = p->temperature,
+        .top_p = p->top_p,
+        .min_p = p->min_p,
+        .top_k = p->top_k,
+        .row = is_plain ? place : -1};
 }
 
-int sampler_draw_best(struct sample_result *out, const struct top_k *best, int32_t vocab_size,
-                      const struct sample_row *row)
+void sampler_take(struct sample_result *out, const struct sample_row *row, const struct drawn *d,
+                  const struct top_k *best)
 {
     const struct sampling *p = &row->sampling;
-    if (row->n_banned || row->n_bias || p->n_beam_best > 0 || p->repetition_penalty != 1 ||
-        p->frequency_penalty != 0 || p->presence_penalty != 0)
-        return 0;
     memset(out, 0, sizeof(*out));
     out->sequence = row->sequence;
-    out->not_finite = !best->finite;
-    if (!best->finite)
-        return 1;
-    int32_t id = p->temperature == 0 ? best->ids[0] : draw_best(best, row, vocab_size);
-    if (id < 0)
-        return 0;
-    out->token.id = id;
-    if (p->n_logprobs < 0)
-        return 1;
-    int32_t k = p->n_logprobs < TOP_LOGPROBS_MAX ? p->n_logprobs : TOP_LOGPROBS_MAX;
-    for (int32_t i = 0; i < best->n; i++) {
-        struct token_logprob t = {best->ids[i], (float)(best->values[i] - best->log_sum), i + 1};
-        if (i < k)
-            out->top[out->n_top++] = t;
-        if (best->ids[i] == id)
-            out->token = t;
+    if (d->id == DRAWN_NOT_FINITE) {
+        out->not_finite = 1;
+        return;
     }
-    return 1;
+    out->token.id = d->id;
+    if (p->n_logprobs < 0)
+        return;
+    out->token.logprob = d->logprob;
+    out->token.rank = d->rank;
+    int32_t k = p->n_logprobs < TOP_LOGPROBS_MAX ? p->n_logprobs : TOP_LOGPROBS_MAX;
+    for (int32_t i = 0; i < k && i < best->n; i++)
+        out->top[out->n_top++] =
+            (struct token_logprob){best->ids[i], (float)(best->values[i] - best->log_sum), i + 1};
 }

@@ -40,12 +40,13 @@ void sampler_release(struct sampler *s); // accepts a zeroed struct
 void sampler_draw(struct sampler *s, struct sample_result *out, const float *logits,
                   const struct sample_row *row, const struct batch *b);
 
-/* The same from the best of the row alone, of a vocabulary of vocab_size, `best` made with the
- * row's temperature (1 when greedy). 0: they do not suffice, and only sampler_draw() can tell.
- * Whether they do is a function of the row and its settings; then the token is sampler_draw()'s,
- * but for the last bits of sums that were added in another order. */
-int sampler_draw_best(struct sample_result *out, const struct top_k *best, int32_t vocab_size,
-                      const struct sample_row *row);
+/* How op_draw() is to draw for `row` from the best of the place-th row of logits, found with its
+ * temperature; .row is -1 where that cannot be, and only sampler_draw() can tell. The token is then
+ * sampler_draw()'s, but for the last bits of sums that were added in another order. */
+struct draw_params sampler_draw_params(const struct sample_row *row, int32_t place);
+/* out <- what was drawn so, not DRAWN_TOO_FEW. `best` is read where the row wants the best too. */
+void sampler_take(struct sample_result *out, const struct sample_row *row, const struct drawn *d,
+                  const struct top_k *best);
 
 /* out[0] is `id`, out[1 … k] are the k best of logits [n], k <= n; of the model's own distribution.
  * NaN, all of them, when a logit is NaN or infinite or `id` is outside the vocabulary. */

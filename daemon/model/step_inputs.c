@@ -19,6 +19,7 @@ size_t step_inputs_lay_out(struct step_inputs *in, void *base, const struct step
     in->query_start = carve(&c, n_sequences + 1, sizeof(*in->query_start));
     in->context_len = carve(&c, n_sequences, sizeof(*in->context_len));
     in->page_start = carve(&c, n_sequences + 1, sizeof(*in->page_start));
-    in->pages = carve(&c, size->n_pages, sizeof(*in->pages)); // the last: its length varies most
+    in->pages = carve(&c, size->n_pages, sizeof(*in->pages));
+    in->draws = carve(&c, size->n_samples, sizeof(*in->draws));
     return c.used_bytes;
 }

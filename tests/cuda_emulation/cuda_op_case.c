@@ -212,7 +212,8 @@ int main(int argc, char **argv)
     printf("device: %s\n", b->ops->describe(b));
     backend_close(b);
     return cuda_matmul_tests() + cuda_quantized_tests() + cuda_fp8_tests() + cuda_row_tests() +
-                   cuda_attention_tests() + cuda_all_reduce_tests() + cuda_top_k_tests()
+                   cuda_attention_tests() + cuda_all_reduce_tests() + cuda_top_k_tests() +
+                   cuda_draw_tests()
                ? 1
                : 0;
 }

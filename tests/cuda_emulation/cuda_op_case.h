@@ -48,5 +48,6 @@ int cuda_row_tests(void);
 int cuda_attention_tests(void);
 int cuda_all_reduce_tests(void);
 int cuda_top_k_tests(void);
+int cuda_draw_tests(void);
 
 #endif

@@ -7,14 +7,12 @@ with so small a model that is mostly the back end's own memory, but of the rest.
 allocated any more, and a step without features is one upload to each language rank.
 """
 
-import os
-import pathlib
-import struct
 import sys
 import tempfile
 
 import daemon
 from support import Client, Picture, chat
+from usage import count_in, usage
 
 BACK_END_BYTES = 288 << 20  # scratch and cuBLASLt's workspace
 SHARE = 0.01
@@ -26,20 +24,10 @@ CASES = [("1x1x1", "bfloat16", ()), ("2x2x1", "bfloat16", ("--deterministic",)),
          ("1x1x1", "float32", ("--quantization", "int8"))]  # whose values become dense
 
 
-def usage(folder, ranks):
-    """{rank: (peak bytes, calls of cudaMalloc, uploads)} of the ranks that have any."""
-    found = {}
-    for rank, pid in ranks.items():
-        file = pathlib.Path(folder) / str(pid)
-        if file.exists():
-            found[rank] = struct.unpack("QQQQ", file.read_bytes())[1:]
-    return found
-
-
 def check(layout, dtype, options):
     failures = []
     with tempfile.TemporaryDirectory(prefix="internvld-memory-") as folder:
-        os.environ["INTERNVLD_EMULATION_MEMORY"] = folder
+        count_in(folder)
         extra = ("--device", "cuda", "--max-model-len", 512, "--max-num-seqs", 4, "--kv-cache-memory-bytes", "2M",
                  *options)
         with daemon.Daemon(dtype=dtype, **daemon.layout_of(layout), extra=extra) as d:
@@ -58,7 +46,7 @@ def check(layout, dtype, options):
                 if rank in end or n_bytes:
                     failures.append("the gateway has memory of a GPU")
                 continue
-            peak, n_allocations, n_uploads = end[rank]
+            peak, n_allocations = end[rank].peak, end[rank].n_allocations
             who = f"{layout} {' '.join((dtype, *options))}: rank {rank} ({planned['role']})"
             print(f"  {who}: {n_bytes / (1 << 20):.1f} MiB planned, {peak / (1 << 20):.2f} taken by {n_allocations} "
                   "allocations", flush=True)
@@ -66,9 +54,9 @@ def check(layout, dtype, options):
                 failures.append(f"{who} has taken {peak} bytes, more than the {n_bytes:.0f} planned")
             if n_bytes - peak > SHARE * (n_bytes - BACK_END_BYTES) + PRINTED_BYTES:
                 failures.append(f"{who} has taken {peak} bytes, much less than the {n_bytes:.0f} planned")
-            if n_allocations != ready[rank][1]:
-                failures.append(f"{who} has allocated {n_allocations - ready[rank][1]} times since READY")
-            n_uploads -= before[rank][2]
+            if n_allocations != ready[rank].n_allocations:
+                failures.append(f"{who} has allocated {n_allocations - ready[rank].n_allocations} times since READY")
+            n_uploads = end[rank].n_uploads - before[rank].n_uploads
             if n_uploads != (2 * N_STEPS if planned["role"] == "language" else 0):
                 failures.append(f"{who} was sent {n_uploads} uploads in {2 * N_STEPS} steps")
     return failures

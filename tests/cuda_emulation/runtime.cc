@@ -142,10 +142,10 @@ static cudaError_t fail(cudaError_t e)
     return e;
 }
 
-/* ---- how much is allocated, and how often the host sends something ---- */
+/* ---- how much is allocated and copied (usage.py reads it) ---- */
 
 struct usage {
-    uint64_t bytes, peak_bytes, n_allocations, n_uploads;
+    uint64_t bytes, peak_bytes, n_allocations, n_uploads, downloaded_bytes;
 };
 
 /* With INTERNVLD_EMULATION_MEMORY=DIR the process's struct usage is the file DIR/PID. */
@@ -526,6 +526,7 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t n_bytes, enum cud
     if (!n_bytes)
         return cudaSuccess;
     usage_of_process()->n_uploads += to_device && !from_device;
+    usage_of_process()->downloaded_bytes += to_device ? 0 : n_bytes;
     if (!from_device && !lies_in(pinned, src)) {
         if (s && s->capture)
             return fail(cudaErrorStreamCaptureUnsupported);

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "kernels/draw_best.h"
 #include "kernels/log.h"
 
 static const float *row(const struct tensor *t, int64_t i)
@@ -138,4 +139,12 @@ struct top_k naive_top_k(const float *logits, int vocab, float temperature)
     best.log_sum = best.values[0] + log(sum);
     free(taken);
     return best;
+}
+
+struct drawn naive_draw(const struct draw_params *p, const struct top_k *best, int vocab)
+{
+    struct draw_list list;
+    for (int32_t k = 0; p->temperature > 0 && k < best->n; k++)
+        list.weights[k] = draw_weight(best, k, p->temperature);
+    return draw_best(&list, p, best, vocab);
 }

@@ -1,7 +1,8 @@
 /*
  * The definition of each op: a plain loop in double precision, one screen each at most.
  *
- * op_test holds every back end to these. They share nothing with the back ends but the structs.
+ * op_test holds every back end to these. They share nothing with the back ends but the structs,
+ * naive_draw() aside.
  */
 #ifndef INTERNVLD_TESTS_OP_NAIVE_H
 #define INTERNVLD_TESTS_OP_NAIVE_H
@@ -24,5 +25,8 @@ void naive_attend(float *out, float *probs, const float *q, const float *k, cons
                   int64_t n, int64_t stride, int head_dim, double scale);
 /* Of logits [vocab], all finite. */
 struct top_k naive_top_k(const float *logits, int vocab, float temperature);
+/* What p draws from the best of its row: kernels/draw_best.h itself, which sampler_test holds to
+ * the sampler. */
+struct drawn naive_draw(const struct draw_params *p, const struct top_k *best, int vocab);
 
 #endif

@@ -143,33 +143,54 @@ static void whatever_the_shards_and_threads(void **state)
             check(&c, n_shards, n_threads);
 }
 
-/* Half of the samples want more than the best of their rows: those are left, the others are the
- * sampler's, and no thread draws them again. */
+/* Half of the samples want more than the best of their rows: those are left, the others get what
+ * the device drew, which is the sampler's, and no thread draws them again. Rows are taken in two
+ * runs, as a step takes them. */
 static void from_the_best_where_they_suffice(void **state)
 {
+    enum { SPLIT = 7 };
     static struct case_batch c;
     static struct sample_result want[N_SAMPLES], got[N_SAMPLES];
     struct token_logprob targets[N_TARGETS * (1 + TOPS)] = {0};
     struct top_k best[N_ROWS];
+    struct draw_params params[N_SAMPLES];
+    struct drawn drawn[N_SAMPLES];
     float temperature[N_ROWS];
-    uint8_t drawn[N_SAMPLES] = {0};
+    uint8_t is_drawn[N_SAMPLES] = {0};
     int n_drawn = 0;
     (void)state;
     make_batch(&c);
     for (int i = 0; i < N_SAMPLES; i++)
         c.samples[i].n_banned = i % 2;
+    c.samples[N_ROWS + 1].sampling.temperature = 0.1f; // another than the first of its row
+    c.samples[N_ROWS + 1].n_banned = 0;
     whole[3][17] = 1; // nothing that is not finite
-    for (int j = 0; j < N_ROWS; j++) {
-        temperature[j] = draw_temperature(&c.b, c.rows[j]);
+    draw_prepare(&c.b, c.rows, N_ROWS, temperature, params);
+    assert_int_equal(params[N_ROWS + 1].row, -1);
+    for (int j = 0; j < N_ROWS; j++)
         best[j] = naive_top_k(whole[j], VOCAB, temperature[j]);
-    }
     draw_whole(&c, want, targets);
-    assert_int_equal(draw_from_best(&c.b, c.rows, N_ROWS, best, temperature, VOCAB, got, drawn), 1);
+    for (int i = 0; i < N_SAMPLES; i++)
+        if (params[i].row >= 0) {
+            assert_int_equal(c.rows[params[i].row], c.samples[i].row);
+            drawn[i] = naive_draw(&params[i], &best[params[i].row], VOCAB);
+        }
+    assert_int_equal(draw_take(&c.b, c.rows, 0, SPLIT, params, drawn, best, got, is_drawn), 1);
+    for (int i = SPLIT; i < N_ROWS; i++)
+        assert_int_equal(is_drawn[i], 0);
+    assert_int_equal(draw_take(&c.b, c.rows + SPLIT, SPLIT, N_ROWS - SPLIT, params, drawn,
+                               best + SPLIT, got, is_drawn),
+                     1);
     for (int i = 0; i < N_SAMPLES; i++) {
-        n_drawn += drawn[i];
-        assert_true(!drawn[i] || c.samples[i].n_banned == 0);
-        if (drawn[i])
-            assert_int_equal(got[i].token.id, want[i].token.id);
+        n_drawn += is_drawn[i];
+        assert_true(!is_drawn[i] || c.samples[i].n_banned == 0);
+        if (!is_drawn[i])
+            continue;
+        assert_int_equal(got[i].token.id, want[i].token.id);
+        assert_int_equal(got[i].token.rank, want[i].token.rank);
+        assert_int_equal(got[i].n_top, want[i].n_top);
+        for (int32_t k = 0; k < want[i].n_top; k++)
+            assert_int_equal(got[i].top[k].id, want[i].top[k].id);
     }
     assert_in_range(n_drawn, 1, N_SAMPLES / 2);
     struct backend *backend = backend_cpu_open(1, "scalar");
@@ -177,18 +198,42 @@ static void from_the_best_where_they_suffice(void **state)
     struct draw d;
     draw_init(&d, VOCAB, 1);
     for (int i = 0; i < N_SAMPLES; i++)
-        if (drawn[i])
+        if (is_drawn[i])
             got[i].token.id = -7; // whoever draws it again overwrites that
-    draw_rows(&d, backend, &c.b, c.rows, &l, drawn, got, targets);
+    draw_rows(&d, backend, &c.b, c.rows, &l, is_drawn, got, targets);
     for (int i = 0; i < N_SAMPLES; i++)
-        assert_int_equal(got[i].token.id, drawn[i] ? -7 : want[i].token.id);
+        assert_int_equal(got[i].token.id, is_drawn[i] ? -7 : want[i].token.id);
     draw_release(&d);
     backend_close(backend);
+}
+
+/* What the host has to fetch is known before: nothing, tokens, or the best too. */
+static void what_rows_want(void **state)
+{
+    static struct case_batch c;
+    struct draw_params params[N_SAMPLES];
+    float temperature[N_ROWS];
+    (void)state;
+    make_batch(&c);
+    c.b.n_samples = N_ROWS; // one a row
+    for (int i = 0; i < N_ROWS; i++) {
+        c.samples[i] = (struct sample_row){.row = c.rows[i],
+                                           .sampling = {.top_p = 1, .repetition_penalty = 1}};
+        c.samples[i].sampling.n_logprobs = i < 10 ? -1 : i < 12 ? 0 : 1;
+        c.samples[i].n_bias = i < 5;
+    }
+    draw_prepare(&c.b, c.rows, N_ROWS, temperature, params);
+    assert_int_equal(draw_wants(&c.b, c.rows, 5, params), DRAW_NOTHING);
+    assert_int_equal(draw_wants(&c.b, c.rows, 6, params), DRAW_TOKENS);
+    assert_int_equal(draw_wants(&c.b, c.rows + 6, 6, params), DRAW_TOKENS);
+    assert_int_equal(draw_wants(&c.b, c.rows + 6, 7, params), DRAW_TOKENS_AND_BEST);
+    assert_int_equal(draw_wants(&c.b, c.rows + 12, N_ROWS - 12, params), DRAW_TOKENS_AND_BEST);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(whatever_the_shards_and_threads),
+                                       cmocka_unit_test(what_rows_want),
                                        cmocka_unit_test(from_the_best_where_they_suffice)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -320,7 +320,7 @@ static void extreme_logits(void **state)
     assert_true(r.token.logprob == 0);
 }
 
-/* ---- sampler_draw_best ---- */
+/* ---- from the best alone ---- */
 
 enum { WIDE = 300 }; // a vocabulary of which TOP_K is a part
 
@@ -351,6 +351,21 @@ static struct sampling setting(uint32_t i)
     return p;
 }
 
+/* As op_draw() and what follows on the host: 0 where only the whole row can tell. */
+static int draw_from_best(struct sample_result *out, const struct top_k *best, int32_t vocab,
+                          const struct sample_row *row)
+{
+    struct draw_params p = sampler_draw_params(row, 5);
+    if (p.row < 0)
+        return 0;
+    assert_int_equal(p.row, 5);
+    struct drawn d = naive_draw(&p, best, vocab);
+    if (d.id == DRAWN_TOO_FEW)
+        return 0;
+    sampler_take(out, row, &d, best);
+    return 1;
+}
+
 /* Whenever the best suffice the answer is the whole row's; and they suffice often. */
 static void test_best_draw_what_the_row_draws(void **state)
 {
@@ -370,7 +385,7 @@ static void test_best_draw_what_the_row_draws(void **state)
             logits[j] = nextafterf(logits[j + 1], INFINITY);
         float t = row.sampling.temperature > 0 ? row.sampling.temperature : 1;
         struct top_k best = naive_top_k(logits, WIDE, t);
-        if (!sampler_draw_best(&short_one, &best, WIDE, &row))
+        if (!draw_from_best(&short_one, &best, WIDE, &row))
             continue;
         n_sufficed++;
         sampler_draw(&wide, &whole, logits, &row, &b);
@@ -400,30 +415,30 @@ static void test_best_that_do_not_suffice(void **state)
     struct sample_row row = {
         .sampling = {.temperature = 1, .top_p = 1, .repetition_penalty = 1, .n_logprobs = -1}};
     row.sampling.top_p = 0.9f;
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0); // the nucleus is larger
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 0); // the nucleus is larger
     row.sampling.top_p = 1;
     row.sampling.min_p = 0.5f; // most of the row
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 0);
     row.sampling.min_p = 0;
     row.sampling.top_k = TOP_K + 1;
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 0);
     row.sampling.top_k = 2;
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 1);
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 1);
     row.n_bias = 1;
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 0);
     row.n_bias = 0;
     row.sampling.presence_penalty = 0.5f;
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 0);
     row.sampling.presence_penalty = 0;
     best.finite = 0;
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 1);
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 1);
     assert_true(out.not_finite);
     for (int32_t i = 0; i < WIDE; i++)
         flat[i] = 1; // top_k keeps ties, and these may go on
     best = naive_top_k(flat, WIDE, 1);
-    assert_int_equal(sampler_draw_best(&out, &best, WIDE, &row), 0);
+    assert_int_equal(draw_from_best(&out, &best, WIDE, &row), 0);
     best = naive_top_k(flat, VOCAB, 1); // a vocabulary that the best hold whole
-    assert_int_equal(sampler_draw_best(&out, &best, VOCAB, &row), 1);
+    assert_int_equal(draw_from_best(&out, &best, VOCAB, &row), 1);
 }
 
 int main(void)
