@@ -45,8 +45,12 @@ struct tile {
     const void *const *blocks;     // NULL, or where each block begins
     const struct tile_part *parts; // NULL, or what b and n_k are of each of n_parts, in order
     int n_parts;
-    int prefetch_bytes; // this far ahead of b, where it is read from end to end; 0: not
-    float *c;           // [n_rows] rows of c_row
+    /* Of b from memory: with up to TILE_ROWS_APART rows each step also fetches what lies this far
+     * ahead (0: nothing); with more a line from each of `ahead`, which move by ahead_step bytes
+     * then (0: nothing of use). */
+    int prefetch_bytes, ahead_step;
+    const char *ahead[2];
+    float *c; // [n_rows] rows of c_row
     int64_t c_row;
     int64_t n_k; // steps; pairs for TILE_BF16_PAIRS
     int accumulate;

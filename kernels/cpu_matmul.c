@@ -296,13 +296,31 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int
 
 /* Further than the processor's own prefetch reaches across pages of memory. */
 #define PREFETCH_BYTES 2048
+#define LINE_BYTES 64 // a step of one block
 
 /* One panel, and the blocks that it is multiplied with. */
 struct product {
-    const uint32_t *x; // the panel's, packed
+    const uint32_t *x; // packed
+    int64_t panel;
     int n_rows;
     const struct blocks *blocks;
 };
+
+/* The blocks after these are fetched while these are used, each during another panel, so that
+ * memory and arithmetic are both busy all the time; the last panel fetches what is left. */
+static void fetch_ahead(struct tile *t, const struct matmul_job *job, const struct product *p)
+{
+    const struct blocks *blocks = p->blocks;
+    const char *next = (const char *)t->b + (size_t)blocks->n * blocks->block_bytes;
+    int64_t last = p->panel == job->n_panels - 1 ? blocks->n - 1 : p->panel;
+    t->ahead[0] = t->ahead[1] = t->b;
+    t->ahead_step = 0;
+    if (blocks->memory || p->panel >= blocks->n)
+        return;
+    t->ahead[0] = next + (size_t)p->panel * blocks->block_bytes;
+    t->ahead[1] = next + (size_t)last * blocks->block_bytes;
+    t->ahead_step = LINE_BYTES;
+}
 
 /* sums [n_rows, n_blocks * 16] <- columns [first, first + n_k) of a lane; first is of a whole
  * step. */
@@ -328,6 +346,7 @@ static void compute_columns(const struct matmul_job *job, const struct product *
         t.n_k = end - at;
         if (blocks->dense) {
             t.b = blocks->dense + (size_t)(at * t.b_step) * element;
+            fetch_ahead(&t, job, p);
         } else {
             int64_t done = (at - start) * step, left = n_k - done;
             t.n_k = t.n_k < job->chunk ? t.n_k : job->chunk;
@@ -383,8 +402,10 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
     const struct linear *l = job->l;
     const int64_t row = panel_start(job, panel), block = blocks->first;
     const int n_rows = (int)(panel_start(job, panel + 1) - row), n_blocks = blocks->n;
-    const struct product p = {
-        .x = packed_x + row * job->steps.n * job->factor.words, .n_rows = n_rows, .blocks = blocks};
+    const struct product p = {.x = packed_x + row * job->steps.n * job->factor.words,
+                              .panel = panel,
+                              .n_rows = n_rows,
+                              .blocks = blocks};
     float sums[4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     int depth = 0;
     for (int r = 0; r < n_rows; r++) // y's lines come while the tile is computed

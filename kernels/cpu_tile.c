@@ -77,11 +77,18 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
     for (int i = 0; i < n_blocks; i++)
         b[i] = t->blocks ? t->blocks[first + i]
                          : (const char *)part->b + (size_t)((first + i) * t->b_block) * element;
+    const char *ahead[2] = {t->ahead[0], t->ahead[1]};
     for (int64_t k = 0; k < part->n_k; k++) {
         vf v[TILE_BLOCKS_MAX * BLOCK_VECTORS];
+        if (n_rows > TILE_ROWS_APART) {
+            for (int i = 0; i < 2; i++) {
+                __builtin_prefetch(ahead[i], 0, 2);
+                ahead[i] += t->ahead_step;
+            }
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++) {
-            if (n_rows <= 4)
+            if (n_rows <= TILE_ROWS_APART)
                 __builtin_prefetch(b[i] + t->prefetch_bytes);
             if (source == TILE_BF16_PAIRS)
                 load_half_block(v + i * BLOCK_VECTORS, b[i], 1);

@@ -28,11 +28,18 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
     for (int j = 0; j < n_blocks; j++)
         b[j] =
             t->blocks ? t->blocks[first + j] : (const uint16_t *)part->b + (first + j) * t->b_block;
+    const char *ahead[2] = {t->ahead[0], t->ahead[1]};
     for (int64_t k = 0; k < part->n_k; k++) {
         __m512bh v[TILE_BLOCKS_MAX];
+        if (n_rows > TILE_ROWS_APART) {
+            for (int i = 0; i < 2; i++) {
+                __builtin_prefetch(ahead[i], 0, 2);
+                ahead[i] += t->ahead_step;
+            }
+        }
 #pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++) {
-            if (n_rows <= 4)
+            if (n_rows <= TILE_ROWS_APART)
                 __builtin_prefetch((const char *)b[j] + t->prefetch_bytes);
             v[j] = (__m512bh)_mm512_loadu_si512(b[j]);
             b[j] += t->b_step;

@@ -122,11 +122,10 @@ static void measure_weight(const struct bench *bench, const struct weight *w, co
             continue;
         struct matmul_case c = {.b = bench->b};
         pack(bench, &c, w, &formats[f]);
-        for (int i = 0; i < n_rows; i++) {
-            if (bench->only_rows && bench->only_rows != rows[i])
-                continue;
+        if (bench->only_rows)
+            measure_rows(bench, &c, w, &formats[f], bench->only_rows);
+        for (int i = 0; i < n_rows && !bench->only_rows; i++)
             measure_rows(bench, &c, w, &formats[f], rows[i]);
-        }
         for (int i = 1; i < c.n_copies; i++)
             op_free(bench->b, c.l[i].packed);
         op_linear_free(bench->b, &c.l[0]);
