@@ -3,11 +3,13 @@
  *
  * Weights are random. The language model decodes with 1, 8 and 64 sequences of 4096 tokens and
  * takes a prompt of 8192; the vision tower takes 1 and 13 tiles. int4 is --quantization int4: the
- * vision tower and lm_head are int8 then. fp8 has a scale a row and leaves lm_head as it is. Each
- * round measures the device's own limits (gpu_limits.h) and then the model; a line has the medians
- * and the share of the limit: of the time that the weights and the cache take to be read, or the
- * float operations to be done, whichever is longer. Reading alone can pass a copy's speed by a
- * little. Figures, no verdicts. In an emulated build nothing is timed. Status 77: no device.
+ * vision tower and lm_head are int8 then. fp8 has a scale a row and leaves lm_head as it is;
+ * fp8-fp8 rounds activations too (--activation-quantization fp8), and its limit is of products in
+ * FP8. Each round measures the device's own limits (gpu_limits.h) and then the model; a line has
+ * the medians and the share of the limit: of the time that the weights and the cache take to be
+ * read, or the float operations to be done, whichever is longer. Reading alone can pass a copy's
+ * speed by a little. Figures, no verdicts. In an emulated build nothing is timed. Status 77: no
+ * device.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -26,15 +28,16 @@ static const int is_emulated = GPU_BENCH_EMULATED;
 
 static const char usage[] =
     "usage: gpu_bench [--model DIR] [--shards N] [--layers N] [--part language|vision]\n"
-    "                 [--format bfloat16|fp8|int4] [--rounds N] [--device N] [--csv FILE] "
-    "[--small]\n\n"
+    "                 [--format bfloat16|fp8|fp8-fp8|int4] [--rounds N] [--device N] [--csv FILE]\n"
+    "                 [--small]\n\n"
     "Times a shard of the language model (decode, prefill) and the vision tower with random\n"
     "weights on a GPU, beside the limits of that GPU measured in the same rounds.\n\n"
     "    --model DIR     its config.json gives the shapes [InternVL3-78B]\n"
     "    --shards N      tensor parallelism; shard 0 of so many is measured [8]\n"
     "    --layers N      of the language model, to save memory and time [all]\n"
     "    --part NAME     language or vision [both]\n"
-    "    --format NAME   bfloat16, fp8 or int4 [all, one after the other]\n"
+    "    --format NAME   bfloat16, fp8, fp8-fp8 (activations too) or int4 [all, one after the "
+    "other]\n"
     "    --rounds N      [7]\n"
     "    --device N      number of the GPU [0]\n"
     "    --csv FILE      a table with a line a case\n"
@@ -44,18 +47,23 @@ static const char usage[] =
 
 int gpu_bench_wants(const struct gpu_bench *bench, const struct gpu_format *f)
 {
-    return !bench->only_format || strcmp(bench->only_format, f->name) == 0;
+    if (bench->only_format && strcmp(bench->only_format, f->name) != 0)
+        return 0;
+    if (f->quantization.fp8_activations && !bench->b->has_fp8)
+        printf("skipped: %s: %s has no products in FP8\n", f->name, bench->device);
+    return !f->quantization.fp8_activations || bench->b->has_fp8;
 }
 
 void gpu_case_add(struct gpu_case *c, const struct linear *l, int64_t rows)
 {
-    c->flops += 2.0 * (double)rows * (double)l->out_dim * (double)l->in_dim;
+    double flops = 2.0 * (double)rows * (double)l->out_dim * (double)l->in_dim;
+    *(l->x_in_fp8 ? &c->fp8_flops : &c->flops) += flops;
     c->bytes += (double)l->packed_bytes;
 }
 
 /* Medians over the rounds. */
 struct figures {
-    double time_s, bytes_per_s, flops_per_s; // of the case; the device's limits
+    double time_s, bytes_per_s, flops_per_s; // of the case; the device's limits for it
     double share;
     const char *bound; // "memory" or "arithmetic"
 };
@@ -73,22 +81,25 @@ static struct figures measure_rounds(struct gpu_bench *bench, const struct gpu_c
         c->run(c->arg);
         times[i] = (double)(clock_now_ns() - begun) * 1e-9;
         bytes[i] = r.bytes_per_s;
-        flops[i] = r.flops_per_s;
-        double memory_s = c->bytes / bytes[i], arithmetic_s = c->flops / flops[i];
+        double memory_s = c->bytes / bytes[i], arithmetic_s = c->flops / r.flops_per_s;
+        if (c->fp8_flops > 0)
+            arithmetic_s += c->fp8_flops / r.fp8_flops_per_s;
+        flops[i] = (c->flops + c->fp8_flops) / arithmetic_s;
         shares[i] = (memory_s > arithmetic_s ? memory_s : arithmetic_s) / times[i];
     }
     f.time_s = bench_median(times, bench->n_rounds);
     f.bytes_per_s = bench_median(bytes, bench->n_rounds);
     f.flops_per_s = bench_median(flops, bench->n_rounds);
     f.share = bench_median(shares, bench->n_rounds);
-    f.bound = c->bytes / f.bytes_per_s > c->flops / f.flops_per_s ? "memory" : "arithmetic";
+    double memory_s = c->bytes / f.bytes_per_s;
+    f.bound = memory_s > (c->flops + c->fp8_flops) / f.flops_per_s ? "memory" : "arithmetic";
     return f;
 }
 
 void gpu_bench_measure(struct gpu_bench *bench, const struct gpu_case *c)
 {
     struct figures f = measure_rounds(bench, c);
-    double gb = c->bytes * 1e-9, tflop = c->flops * 1e-12;
+    double gb = c->bytes * 1e-9, tflop = (c->flops + c->fp8_flops) * 1e-12;
 
     printf("%-8s %-14s %-8s %5lld of %5lld %9.3f GB %9.4f TFLOP", c->part, c->what, c->format,
            (long long)c->n, (long long)c->context, gb, tflop);
@@ -123,11 +134,19 @@ static int number(const char *text, long least, long most)
     return (int)n;
 }
 
-static const char *one_of(const char *text, const char *a, const char *b, const char *c)
+static const char *part(const char *text)
 {
-    if (strcmp(text, a) != 0 && strcmp(text, b) != 0 && strcmp(text, c) != 0)
-        die("%s: it must be one of %s, %s, %s", text, a, b, c);
+    if (strcmp(text, "language") != 0 && strcmp(text, "vision") != 0 && strcmp(text, "both") != 0)
+        die("%s: it must be one of language, vision, both", text);
     return text;
+}
+
+static const char *format(const char *text)
+{
+    for (int i = 0; i < n_gpu_formats; i++)
+        if (strcmp(text, gpu_formats[i].name) == 0)
+            return text;
+    die("%s: no such format (--help)", text);
 }
 
 static void parse(struct gpu_bench *bench, struct device_options *device, int *n_layers, int argc,
@@ -153,9 +172,9 @@ static void parse(struct gpu_bench *bench, struct device_options *device, int *n
         else if (strcmp(name, "--layers") == 0)
             *n_layers = number(value, 1, 1024);
         else if (strcmp(name, "--part") == 0)
-            bench->only_part = one_of(value, "language", "vision", "both");
+            bench->only_part = part(value);
         else if (strcmp(name, "--format") == 0)
-            bench->only_format = one_of(value, "bfloat16", "fp8", "int4");
+            bench->only_format = format(value);
         else if (strcmp(name, "--rounds") == 0)
             bench->n_rounds = number(value, 1, N_ROUNDS_MAX);
         else if (strcmp(name, "--device") == 0)
@@ -198,7 +217,7 @@ int main(int argc, char **argv)
     bench.b = device_open_backend(&device);
     printf("device: %s%s\n", bench.b->ops->describe(bench.b), is_emulated ? ", emulated" : "");
     gpu_limits_open(&bench.limits, bench.b, bench.is_small ? 1 << 20 : (size_t)512 << 20,
-                    bench.is_small ? 128 : 8192);
+                    bench.is_small ? 256 : 8192);
     if (bench.csv)
         fprintf(bench.csv,
                 "device,model,shards,layers,part,what,format,n,context,rounds,gb,tflop,ms,"

@@ -32,14 +32,16 @@ struct gpu_case {
     const char *part, *what, *format; // "language", "decode", "int4"
     int64_t n, context;               // sequences and tokens of each; or new tokens; or tiles
     int n_layers;
-    double flops, bytes; // of one run: float operations; what has to cross the memory bus
+    /* Of one run: float operations, those of products in FP8 apart; what has to cross the memory
+     * bus. */
+    double flops, fp8_flops, bytes;
     void (*run)(void *arg);
     void *arg;
 };
 
 /* Rounds of the limits and the case in turn; prints a line, and one of CSV. */
 void gpu_bench_measure(struct gpu_bench *bench, const struct gpu_case *c);
-/* Whether --format lets this one be measured. */
+/* Whether --format and the device let this one be measured. */
 int gpu_bench_wants(const struct gpu_bench *bench, const struct gpu_format *f);
 
 /* Adds one product with `rows` rows to the case: its operations, and its weight's bytes. */

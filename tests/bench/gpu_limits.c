@@ -18,7 +18,7 @@
 struct gpu_product {
     cublasLtHandle_t handle;
     cublasLtMatmulDescOpaque_t desc;
-    cublasLtMatrixLayoutOpaque_t matrix; // all three are alike
+    cublasLtMatrixLayoutOpaque_t matrix, result; // w and x are alike; y is bfloat16
     cublasLtMatmulAlgo_t algorithm;
 };
 
@@ -35,7 +35,7 @@ static void check_blas(cublasStatus_t s, const char *what)
 }
 
 /* y = x w^T, in the row-major form of kernels/cuda_matmul.cu. */
-static struct gpu_product *describe(int64_t side)
+static struct gpu_product *describe(int64_t side, cudaDataType_t type)
 {
     struct gpu_product *p = xcalloc(1, sizeof(*p));
     const int32_t transposed = CUBLAS_OP_T, plain = CUBLAS_OP_N;
@@ -53,7 +53,8 @@ static struct gpu_product *describe(int64_t side)
     check_blas(cublasLtMatmulDescSetAttribute(&p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &plain,
                                               sizeof(plain)),
                "a product's form");
-    check_blas(cublasLtMatrixLayoutInit(&p->matrix, CUDA_R_16BF, n, n, side), "a matrix");
+    check_blas(cublasLtMatrixLayoutInit(&p->matrix, type, n, n, side), "a matrix");
+    check_blas(cublasLtMatrixLayoutInit(&p->result, CUDA_R_16BF, n, n, side), "a matrix");
     check_blas(cublasLtMatmulPreferenceInit(&preference), "preferences");
     check_blas(cublasLtMatmulPreferenceSetAttribute(&preference,
                                                     CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -64,7 +65,7 @@ static struct gpu_product *describe(int64_t side)
                                                     &no_split, sizeof(no_split)),
                "the reduction");
     check_blas(cublasLtMatmulAlgoGetHeuristic(p->handle, &p->desc, &p->matrix, &p->matrix,
-                                              &p->matrix, &p->matrix, &preference, 1, &best,
+                                              &p->result, &p->result, &preference, 1, &best,
                                               &n_found),
                "choosing an algorithm");
     if (n_found < 1)
@@ -73,7 +74,8 @@ static struct gpu_product *describe(int64_t side)
     return p;
 }
 
-/* Device memory of random bfloat16 values in [-1, 1): what a product draws depends on its data. */
+/* Device memory of random bfloat16 values in [-1, 1): what a product draws depends on its data. As
+ * E4M3, of which none is a NaN either, its bytes are as random. */
 static void *random_matrix(struct backend *b, int64_t side)
 {
     size_t n = (size_t)(side * side);
@@ -84,6 +86,8 @@ static void *random_matrix(struct backend *b, int64_t side)
     for (size_t i = 0; i < n; i++) {
         state = state * 1664525u + 1013904223u;
         host[i] = f32_to_bf16((float)(int32_t)state / 2147483648.0f);
+        if ((host[i] & 0x7f) == 0x7f)
+            host[i] ^= 1;
     }
     op_upload(b, p, host, n * sizeof(*host));
     op_sync(b);
@@ -100,7 +104,8 @@ void gpu_limits_open(struct gpu_limits *l, struct backend *b, size_t copy_bytes,
     l->w = random_matrix(b, side);
     l->y = op_alloc(b, (size_t)(side * side) * sizeof(uint16_t));
     l->workspace = op_alloc(b, WORKSPACE_BYTES);
-    l->product = describe(side);
+    l->bfloat16 = describe(side, CUDA_R_16BF);
+    l->fp8 = b->has_fp8 ? describe(side, CUDA_R_8F_E4M3) : NULL;
 }
 
 static void copy(struct gpu_limits *l)
@@ -110,15 +115,24 @@ static void copy(struct gpu_limits *l)
                "copying on the device");
 }
 
-static void multiply(struct gpu_limits *l)
+static void multiply(struct gpu_limits *l, struct gpu_product *p)
 {
-    struct gpu_product *p = l->product;
     const float one = 1, zero = 0;
 
     check_blas(cublasLtMatmul(p->handle, &p->desc, &one, l->w, &p->matrix, l->x, &p->matrix, &zero,
-                              l->y, &p->matrix, l->y, &p->matrix, &p->algorithm, l->workspace,
+                              l->y, &p->result, l->y, &p->result, &p->algorithm, l->workspace,
                               WORKSPACE_BYTES, backend_cuda_stream(l->b)),
                "a product");
+}
+
+static void multiply_bfloat16(struct gpu_limits *l)
+{
+    multiply(l, l->bfloat16);
+}
+
+static void multiply_fp8(struct gpu_limits *l)
+{
+    multiply(l, l->fp8);
 }
 
 /* Seconds of one call, of N_CALLS in a row. */
@@ -134,10 +148,11 @@ static double time_of(struct gpu_limits *l, void (*run)(struct gpu_limits *))
 
 struct gpu_limits_rates gpu_limits_measure(struct gpu_limits *l)
 {
-    double side = (double)l->side;
+    double side = (double)l->side, flops = 2.0 * side * side * side;
     return (struct gpu_limits_rates){.bytes_per_s = 2.0 * (double)l->copy_bytes / time_of(l, copy),
-                                     .flops_per_s =
-                                         2.0 * side * side * side / time_of(l, multiply)};
+                                     .flops_per_s = flops / time_of(l, multiply_bfloat16),
+                                     .fp8_flops_per_s =
+                                         l->fp8 ? flops / time_of(l, multiply_fp8) : 0};
 }
 
 void gpu_limits_close(struct gpu_limits *l)
@@ -147,6 +162,9 @@ void gpu_limits_close(struct gpu_limits *l)
     op_sync(l->b);
     for (size_t i = 0; i < sizeof(memory) / sizeof(memory[0]); i++)
         op_free(l->b, memory[i]);
-    check_blas(cublasLtDestroy(l->product->handle), "destroy");
-    free(l->product);
+    struct gpu_product *products[] = {l->bfloat16, l->fp8};
+    for (int i = 0; i < 2 && products[i]; i++) {
+        check_blas(cublasLtDestroy(products[i]->handle), "destroy");
+        free(products[i]);
+    }
 }

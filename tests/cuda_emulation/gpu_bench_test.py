@@ -15,6 +15,7 @@ import tempfile
 
 ROW_BYTES = 64
 T, CONTEXT, PREFILL, BATCHES, TILES = 2, 40, 32, (1, 2, 3), (1, 2)
+FORMATS = ("bfloat16", "fp8", "fp8-fp8", "int4")
 TIMED = ("ms", "gb_per_s", "limit_gb_per_s", "tflop_per_s", "limit_tflop_per_s", "bound", "share")
 
 
@@ -24,7 +25,7 @@ def rounded(n, to=256):
 
 def held(format, n_out, n_in, kind, has_bias=False, row_bytes=1):
     """Bytes of a matrix on the device: codes or bfloat16, scales of rows or groups, a bfloat16 bias."""
-    if format == "bfloat16" or (format == "fp8" and kind == "lm_head"):
+    if format == "bfloat16" or (format in ("fp8", "fp8-fp8") and kind == "lm_head"):
         n = rounded(2 * n_out * n_in)
     else:
         is_int4 = format == "int4" and kind == "language"
@@ -68,14 +69,14 @@ def vision(c, format, n, row_bytes):
 
 
 def expected(c, row_bytes):
-    for format in ("bfloat16", "fp8", "int4"):
+    for format in FORMATS:
         for n in BATCHES:
             for what, n_sampled in (("decode", 0), ("decode_sampled", n)):
                 yield (("language", what, format, n, CONTEXT),
                        language(c, format, n, n * CONTEXT, n * CONTEXT, n_sampled, row_bytes))
         yield (("language", "prefill", format, PREFILL, PREFILL),
                language(c, format, PREFILL, PREFILL * (PREFILL + 1) // 2, PREFILL, 0, row_bytes))
-    for format in ("bfloat16", "fp8", "int4"):
+    for format in FORMATS:
         for n in TILES:
             yield ("vision", "encode", format, n, 65), vision(c, format, n, row_bytes)
 
