@@ -71,10 +71,11 @@ static const struct option table[] = {
     {NULL, "--load-format", NULL, OPTION_CHOICE, FIELD(load_format), "auto|dummy", 0, 0,
      "dummy makes random weights of the real shapes instead of reading safetensors."},
     {NULL, "--quantization", "-q", OPTION_CHOICE, FIELD(quantization),
-     "none|int8|int4|bitsandbytes-fp4|bitsandbytes-nf4", 0, 0,
+     "none|int8|int4|fp8|bitsandbytes-fp4|bitsandbytes-nf4", 0, 0,
      "Hold the matrices in fewer bits, made from the checkpoint's floats while loading. int8: a "
      "scale a row. int4: the language model's in groups of --quantization-group-size, the vision "
-     "tower's, the projector's, lm_head and the embeddings as int8. bitsandbytes: its 4-bit "
+     "tower's, the projector's, lm_head and the embeddings as int8. fp8: E4M3 with a scale a row, "
+     "lm_head and embeddings as they are. bitsandbytes: its 4-bit "
      "formats "
      "in groups of 64, lm_head and embeddings as they are; fp4 is what load_in_4bit=True means. "
      "Checkpoints that are quantised already (AWQ, GPTQ, bitsandbytes, compressed-tensors, FP8) "

@@ -105,7 +105,7 @@ daemon() { # SCRIPT ARGUMENT...
 }
 quantized() {
     [ "$n_gpus" -ge 2 ] || { skip "T=2 needs two GPUs, this machine has $n_gpus"; return; }
-    daemon cuda_emulation/daemon_quantized.py int8 int4 bitsandbytes-fp4 bitsandbytes-nf4
+    daemon cuda_emulation/daemon_quantized.py int8 int4 fp8 bitsandbytes-fp4 bitsandbytes-nf4
 }
 sums() {
     [ "$n_gpus" -ge 2 ] || { skip "T=2 needs two GPUs, this machine has $n_gpus"; return; }

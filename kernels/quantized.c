@@ -5,8 +5,11 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #include "kernels/log.h"
+
+#define E4M3_MAX 448.0f
 
 static const float int4_table[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 static const float code_table[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -133,6 +136,27 @@ static float quantize_int4(const float *w, int64_t n, uint8_t *codes)
     return scale;
 }
 
+/* The nearest, ties to even; of the largest where x is above it. */
+static uint8_t f32_to_fp8_e4m3(float x)
+{
+    float magnitude = fminf(fabsf(x), E4M3_MAX);
+    uint8_t sign = signbit(x) ? 0x80 : 0;
+    uint32_t bits;
+    memcpy(&bits, &magnitude, sizeof(bits));
+    if (magnitude < 0x1p-6f) // without a leading 1: in steps of the smallest
+        return sign | (uint8_t)lrintf(magnitude * 0x1p9f);
+    bits += 0x7ffff + (bits >> 20 & 1); // three bits of the mantissa stay
+    return sign | (uint8_t)((bits >> 20) - (127 - 7) * 8);
+}
+
+static float quantize_fp8(const float *w, int64_t n, uint8_t *codes)
+{
+    float scale = fabsf(largest_magnitude(w, n)) / E4M3_MAX;
+    for (int64_t i = 0; i < n; i++)
+        codes[i] = scale > 0 ? f32_to_fp8_e4m3(w[i] / scale) : 0;
+    return scale;
+}
+
 /* Index of the nearest value of a sorted table, the lower of two as near. */
 static int nearest(const float midpoints[15], float x)
 {
@@ -168,6 +192,8 @@ float quantize_group(enum weight_format f, const float *w, int64_t n, int is_res
     switch (f) {
     case WEIGHT_INT8:
         return quantize_int8(w, n, codes);
+    case WEIGHT_FP8:
+        return quantize_fp8(w, n, codes);
     case WEIGHT_INT4:
         return quantize_int4(w, n, codes);
     case WEIGHT_NF4:

@@ -75,6 +75,7 @@ float quantized_value(const struct quantized *q, int64_t n, int64_t k);
 
 /* The scale and codes [n] of one group of floats w [n].
  *   INT8  scale = largest |w| / 127, code = w / scale to the nearest integer, ties to even
+ *   FP8   scale = largest |w| / 448, code = the nearest to w / scale, ties to even
  *   INT4  scale = the w of largest magnitude / -8, so that all sixteen codes serve
  *   NF4, FP4  scale = largest |w|, code = the nearest of the table, the lower of two as near;
  *         `is_rest`: bitsandbytes divides where it multiplies by the reciprocal elsewhere, in the

@@ -10,6 +10,7 @@ static const char *const names[] = {
     [QUANTIZATION_NONE] = "none",
     [QUANTIZATION_INT8] = "int8",
     [QUANTIZATION_INT4] = "int4",
+    [QUANTIZATION_FP8] = "fp8",
     [QUANTIZATION_BITSANDBYTES_FP4] = "bitsandbytes-fp4",
     [QUANTIZATION_BITSANDBYTES_NF4] = "bitsandbytes-nf4",
     [QUANTIZATION_AWQ] = "awq",
@@ -17,7 +18,7 @@ static const char *const names[] = {
     [QUANTIZATION_BITSANDBYTES_4BIT] = "bitsandbytes",
     [QUANTIZATION_BITSANDBYTES_8BIT] = "bitsandbytes",
     [QUANTIZATION_COMPRESSED_TENSORS] = "compressed-tensors",
-    [QUANTIZATION_FP8] = "fp8",
+    [QUANTIZATION_STORED_FP8] = "fp8",
 };
 
 int quantization_is_stored(const struct quantization *q)
@@ -46,7 +47,7 @@ int quantization_parse(struct quantization *q, const char *name, int64_t group_s
         return 0;
     }
     return error_set(err, ERROR_INVALID_ARGUMENT,
-                     "--quantization %.64s: one of none, int8, int4, bitsandbytes-fp4, "
+                     "--quantization %.64s: one of none, int8, int4, fp8, bitsandbytes-fp4, "
                      "bitsandbytes-nf4 is expected",
                      name);
 }
@@ -54,9 +55,10 @@ int quantization_parse(struct quantization *q, const char *name, int64_t group_s
 int quantization_parse_activations(struct quantization *q, const char *name, struct error *err)
 {
     char held[48];
+    int64_t group, row = 1 << 20; // of any weight
     if (strcmp(name, "fp8") != 0)
         return 0;
-    if (q->format != WEIGHT_FP8 || q->group_size)
+    if (quantization_format(q, KIND_LANGUAGE_LINEAR, row, &group) != WEIGHT_FP8 || group != row)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "--activation-quantization fp8: the weights must be FP8, with a scale a "
                          "matrix or a row; these are: %s",
@@ -103,6 +105,8 @@ enum weight_format quantization_format(const struct quantization *q, enum weight
             return WEIGHT_INT8;
         *group_size = q->group_size;
         return WEIGHT_INT4;
+    case QUANTIZATION_FP8:
+        return kind == KIND_LM_HEAD || kind == KIND_EMBEDDING ? WEIGHT_FLOAT : WEIGHT_FP8;
     case QUANTIZATION_BITSANDBYTES_FP4:
     case QUANTIZATION_BITSANDBYTES_NF4:
         if (kind == KIND_LM_HEAD || kind == KIND_EMBEDDING)

@@ -10,6 +10,7 @@
  *     method              language linears   vision, projector   lm_head, embedding
  *     int8                int8 a row         int8 a row          int8 a row
  *     int4                int4 a group       int8 a row          int8 a row
+ *     fp8                 fp8 a row          fp8 a row           as --dtype, as vLLM's fp8 has them
  *     bitsandbytes-nf4    nf4                nf4                 as --dtype: not converted by
  *     bitsandbytes-fp4    fp4                fp4                 Transformers' default either
  *
@@ -29,6 +30,7 @@ enum quantization_method {
     QUANTIZATION_NONE,
     QUANTIZATION_INT8,
     QUANTIZATION_INT4,
+    QUANTIZATION_FP8,
     QUANTIZATION_BITSANDBYTES_FP4,
     QUANTIZATION_BITSANDBYTES_NF4,
     QUANTIZATION_AWQ, // this and those below: the checkpoint's own
@@ -36,7 +38,7 @@ enum quantization_method {
     QUANTIZATION_BITSANDBYTES_4BIT,
     QUANTIZATION_BITSANDBYTES_8BIT,
     QUANTIZATION_COMPRESSED_TENSORS,
-    QUANTIZATION_FP8,
+    QUANTIZATION_STORED_FP8,
 };
 
 struct quantization {

@@ -123,7 +123,7 @@ static void read_block(struct quantization *q, const struct reader *r, const cha
 static void read_fp8(struct quantization *q, const struct reader *r)
 {
     static const char *const formats[] = {"e4m3", "float8_e4m3fn", NULL};
-    q->method = QUANTIZATION_FP8;
+    q->method = QUANTIZATION_STORED_FP8;
     q->format = WEIGHT_FP8;
     q->bits = 8;
     reader_word(r, "fmt", formats, "e4m3");

@@ -13,13 +13,8 @@
 
 const struct gpu_format gpu_formats[] = {
     {"bfloat16", {.method = QUANTIZATION_NONE}},
-    {"fp8", {.method = QUANTIZATION_FP8, .format = WEIGHT_FP8, .bits = 8, .with_vision = 1}},
-    {"fp8-fp8",
-     {.method = QUANTIZATION_FP8,
-      .format = WEIGHT_FP8,
-      .bits = 8,
-      .with_vision = 1,
-      .fp8_activations = 1}},
+    {"fp8", {.method = QUANTIZATION_FP8}},
+    {"fp8-fp8", {.method = QUANTIZATION_FP8, .fp8_activations = 1}},
     {"int4", {.method = QUANTIZATION_INT4, .group_size = 128}},
 };
 const int n_gpu_formats = (int)(sizeof(gpu_formats) / sizeof(gpu_formats[0]));

@@ -21,6 +21,7 @@ PRINTED_BYTES = 0.05 * (1 << 20)  # --plan rounds to tenths of a MiB
 PICTURE = daemon.EXAMPLES / "scene-two.png"
 CASES = [("1x1x1", "bfloat16", ()), ("2x2x1", "bfloat16", ("--deterministic",)),
          ("2x1x1", "bfloat16", ("--quantization", "int4")), ("2x1x1", "bfloat16", ("--disable-custom-all-reduce",)),
+         ("2x1x1", "bfloat16", ("--deterministic", "--quantization", "fp8", "--activation-quantization", "fp8")),
          ("1x1x1", "float32", ("--quantization", "int8"))]  # whose values become dense
 
 

@@ -269,10 +269,12 @@ static void test_packed_bytes(void **state)
 static void test_quantize_group(void **state)
 {
     (void)state;
-    static const enum weight_format formats[] = {WEIGHT_INT8, WEIGHT_INT4, WEIGHT_NF4, WEIGHT_FP4};
-    static const float widest_step[] = {1.0f / 127, 1.0f / 8, 0.304f, 0.334f}; // of the largest |w|
+    static const enum weight_format formats[] = {WEIGHT_INT8, WEIGHT_INT4, WEIGHT_NF4, WEIGHT_FP4,
+                                                 WEIGHT_FP8};
+    /* of the largest |w| */
+    static const float widest_step[] = {1.0f / 127, 1.0f / 8, 0.304f, 0.334f, 1.0f / 14};
     op_case_seed(6);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         for (int round = 0; round < 200; round++) {
             uint8_t codes[64];
             int n = 1 + op_case_integer(64);
@@ -297,12 +299,47 @@ static void test_quantize_group(void **state)
     }
 }
 
+/* Of a positive E4M3 code, as its definition says. */
+static float e4m3(int code)
+{
+    return code < 8 ? (float)code / 512 : ldexpf((float)(8 + code % 8), code / 8 - 10);
+}
+
+/* The code of w beside 448, which makes the scale 1. */
+static int fp8_code_of(float w)
+{
+    const float group[2] = {w, 448};
+    uint8_t codes[2];
+    assert_true(quantize_group(WEIGHT_FP8, group, 2, 0, codes) == 1);
+    assert_int_equal(codes[1], 126);
+    return codes[0];
+}
+
+/* Every value has its code; the middle of two goes to the even one, and what is next to it to the
+ * nearer. */
+static void test_fp8_codes(void **state)
+{
+    (void)state;
+    for (int sign = 0; sign < 256; sign += 128)
+        for (int code = 0; code < 127; code++) {
+            float v = sign ? -e4m3(code) : e4m3(code);
+            float next = sign ? -e4m3(code + 1) : e4m3(code + 1), middle = (v + next) / 2;
+            assert_int_equal(fp8_code_of(v), sign + code);
+            if (code == 126)
+                continue;
+            assert_int_equal(fp8_code_of(middle), sign + code + code % 2);
+            assert_int_equal(fp8_code_of(nextafterf(middle, v)), sign + code);
+            assert_int_equal(fp8_code_of(nextafterf(middle, next)), sign + code + 1);
+        }
+}
+
 int op_quantized_tests(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_products),     cmocka_unit_test(test_shards),
         cmocka_unit_test(test_precision),    cmocka_unit_test(test_embed),
         cmocka_unit_test(test_packed_bytes), cmocka_unit_test(test_quantize_group),
+        cmocka_unit_test(test_fp8_codes),
     };
     return cmocka_run_group_tests_name("quantised weights", tests, NULL, NULL);
 }

@@ -66,7 +66,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         {.method = QUANTIZATION_GPTQ, .bits = 8, .format = WEIGHT_INT8, .zeros_less_one = 1},
         {.method = QUANTIZATION_BITSANDBYTES_4BIT, .bits = 4, .group_size = 64},
         {.method = QUANTIZATION_COMPRESSED_TENSORS, .bits = 4, .group_size = 16},
-        {.method = QUANTIZATION_FP8, .bits = 8, .group_size = 16, .group_rows = 8},
+        {.method = QUANTIZATION_STORED_FP8, .bits = 8, .group_size = 16, .group_rows = 8},
     };
     struct safetensors files;
     struct error err = {0};

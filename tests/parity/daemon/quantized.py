@@ -2,8 +2,8 @@
 
 The demo model is rewritten into the files of each format, and into float32 files of the values that these stand for
 (quantized_files.py). Answers and log-probabilities of both must be equal, at one shard and at four, where borders of
-shards cut groups; so must those of --quantization on the original, whose grids the files of int8, int4 and
-bitsandbytes repeat.
+shards cut groups; so must those of --quantization on the original, whose grids the files of fp8_of_rows, int8, int4
+and bitsandbytes repeat.
 """
 
 import pathlib
@@ -39,6 +39,8 @@ ROUND = dict(
           [4], None),
     fp8=(files.chosen(files.fp8, but=[K_PROJ]),
          dict(CT, format="float-quantized", ignore=["re:.*vision.*", "lm_head"], config_groups=groups(FP8)), {}, [2], None),
+    fp8_of_rows=(files.chosen(files.fp8_of_rows, files.fp8_of_rows),
+                 dict(CT, format="float-quantized", config_groups=groups(FP8)), {}, [2], ["fp8"]),
     int8=(files.chosen(files.int8, files.int8, files.int8),
           dict(CT, format="int-quantized", config_groups=groups(INT8)), {}, [2], ["int8"]),
     int4=(files.chosen(files.int4, files.int8, files.int8),

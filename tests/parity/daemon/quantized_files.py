@@ -83,15 +83,29 @@ def bitsandbytes(kind):
     return quantise
 
 
+def e4m3(weight, scales):
+    """Codes and values of weight / scales [out], to the nearest, ties to even."""
+    x = weight / scales[:, None]
+    middles = (E4M3[:-1] + E4M3[1:]) / 2
+    codes = numpy.searchsorted(middles, numpy.abs(x)).astype(numpy.uint8)
+    codes += (numpy.append(middles, numpy.inf)[codes] == numpy.abs(x)) & (codes % 2 == 1)
+    values = numpy.where(x < 0, -E4M3[codes], E4M3[codes]) * scales[:, None]
+    return ("F8_E4M3", codes | numpy.uint8(128) * (x < 0)), values
+
+
 def fp8(weight):
     scales = numpy.abs(weight).max(1) / numpy.float32(448)
     scales = (scales.view(numpy.uint32) + 0x8000 & 0xffff0000).view(numpy.float32)  # bfloat16
-    x = weight / scales[:, None]
-    codes = numpy.searchsorted((E4M3[:-1] + E4M3[1:]) / 2, numpy.abs(x)).astype(numpy.uint8)
-    values = numpy.where(x < 0, -E4M3[codes], E4M3[codes]) * scales[:, None]
-    return {"weight": ("F8_E4M3", codes | numpy.uint8(128) * (x < 0)),
-            "weight_scale": ("BF16", (scales.view(numpy.uint32) >> 16).astype(numpy.uint16)[:, None]),
+    codes, values = e4m3(weight, scales)
+    return {"weight": codes, "weight_scale": ("BF16", (scales.view(numpy.uint32) >> 16).astype(numpy.uint16)[:, None]),
             "input_scale": ("F32", numpy.ones(1, numpy.float32))}, values
+
+
+def fp8_of_rows(weight):
+    """On the grid of --quantization fp8."""
+    scales = numpy.abs(weight).max(1) / numpy.float32(448)
+    codes, values = e4m3(weight, scales)
+    return {"weight": codes, "weight_scale": ("F32", scales[:, None])}, values
 
 
 def int8(weight):

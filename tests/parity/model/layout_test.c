@@ -332,6 +332,7 @@ int main(void)
         failed += check_checkpoint(names[i], "none");
     failed += check_checkpoint("ln-1b-style", "int8");
     failed += check_checkpoint("rms-78b-style", "int4");
+    failed += check_checkpoint("ln-1b-style", "fp8");
     failed += check_checkpoint("ln-1b-style", "bitsandbytes-nf4");
     failed += check_checkpoint("rms-78b-style", "bitsandbytes-fp4");
     printf("%d comparisons failed\n", failed);

@@ -95,7 +95,7 @@ static const struct {
      "compressed-tensors, int4 (groups of 32)"},
     {"\"quant_method\": \"fp8\", \"weight_block_size\": [128, 64], "
      "\"activation_scheme\": \"dynamic\", \"modules_to_not_convert\": [\"visual\"]",
-     {.method = QUANTIZATION_FP8,
+     {.method = QUANTIZATION_STORED_FP8,
       .bits = 8,
       .group_size = 64,
       .group_rows = 128,

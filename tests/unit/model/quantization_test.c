@@ -19,8 +19,9 @@
 #include "kernels/log.h"
 #include "tests/unit/model/model_files.h"
 
-static const char *const methods[] = {"none", "int8", "int4", "bitsandbytes-fp4",
-                                      "bitsandbytes-nf4"};
+enum { N_METHODS = 6 };
+static const char *const methods[N_METHODS] = {
+    "none", "int8", "int4", "fp8", "bitsandbytes-fp4", "bitsandbytes-nf4"};
 
 static void formats_by_kind(void **state)
 {
@@ -30,13 +31,14 @@ static void formats_by_kind(void **state)
         {WEIGHT_FLOAT, WEIGHT_FLOAT, WEIGHT_FLOAT, WEIGHT_FLOAT},
         {WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8},
         {WEIGHT_INT4, WEIGHT_INT8, WEIGHT_INT8, WEIGHT_INT8},
+        {WEIGHT_FP8, WEIGHT_FP8, WEIGHT_FLOAT, WEIGHT_FLOAT},
         {WEIGHT_FP4, WEIGHT_FP4, WEIGHT_FLOAT, WEIGHT_FLOAT},
         {WEIGHT_NF4, WEIGHT_NF4, WEIGHT_FLOAT, WEIGHT_FLOAT},
     };
     struct quantization q = {0};
     struct error err;
     int64_t group;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < N_METHODS; i++) {
         assert_int_equal(quantization_parse(&q, methods[i], 32, &err), 0);
         for (int kind = 0; kind < 4; kind++)
             assert_int_equal(quantization_format(
@@ -65,11 +67,17 @@ static void activations_follow_fp8(void **state)
     assert_int_equal(q.fp8_activations, 1);
     assert_string_equal(quantization_describe(&q, text, sizeof(text)),
                         "compressed-tensors, fp8, activations too");
+    assert_int_equal(quantization_parse_activations(
+                         &(struct quantization){.method = QUANTIZATION_FP8}, "fp8", &err),
+                     0);
     const struct quantization others[] = {
         {.method = QUANTIZATION_NONE},
         {.method = QUANTIZATION_INT8},
         {.method = QUANTIZATION_COMPRESSED_TENSORS, .format = WEIGHT_INT8},
-        {.method = QUANTIZATION_FP8, .format = WEIGHT_FP8, .group_size = 128, .group_rows = 128},
+        {.method = QUANTIZATION_STORED_FP8,
+         .format = WEIGHT_FP8,
+         .group_size = 128,
+         .group_rows = 128},
     };
     for (size_t i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
         q = others[i];
@@ -146,7 +154,7 @@ static void check_plan(const char *dir, const struct model_config *config)
     static const float mean[3] = {0, 0, 0}, std[3] = {1, 1, 1};
     struct error err;
     struct model_config c = *config;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < N_METHODS; i++) {
         struct plan plan;
         struct weights w;
         struct vision_model vision;

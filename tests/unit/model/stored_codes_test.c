@@ -417,7 +417,7 @@ static void fp8_in_blocks(void **state)
 {
     (void)state;
     struct quantization q = {
-        .method = QUANTIZATION_FP8, .group_size = 8, .group_rows = 3, .format = WEIGHT_FP8};
+        .method = QUANTIZATION_STORED_FP8, .group_size = 8, .group_rows = 3, .format = WEIGHT_FP8};
     struct made m = {.header = ""};
     struct safetensors files;
     struct alone a;
