@@ -1,5 +1,6 @@
 /*
- * op_top_k: ids and values exactly those of a naive loop, sums within the rounding of float64.
+ * op_top_k: ids and values exactly those of a naive loop, sums within the rounding of float64; a
+ * row's bits are the same alone.
  */
 #include <math.h>
 #include <setjmp.h>
@@ -43,6 +44,26 @@ static void check_row(const struct top_k *got, const float *row, int vocab, floa
     assert_true(fabs(got->weight_sum - want.weight_sum) <= 1e-12 * want.weight_sum);
 }
 
+/* The bits of a row whose logits are `row` in a call of its own, of other parts. */
+static void check_alone(struct backend *b, const struct top_k *got, const float *row, int vocab,
+                        float temperature)
+{
+    struct top_k alone, *out = op_alloc(b, sizeof(*out));
+    int part = vocab / 3 + 1;
+    float *parts = in_parts(row, 3, 1, part, vocab);
+
+    op_top_k(b, out, case_upload(b, parts, 3 * part), 3, 1, part, vocab,
+             case_upload(b, &temperature, 1));
+    op_download(b, &alone, out, sizeof(alone));
+    assert_int_equal(alone.n, got->n);
+    assert_memory_equal(alone.ids, got->ids, (size_t)got->n * sizeof(got->ids[0]));
+    assert_memory_equal(alone.values, got->values, (size_t)got->n * sizeof(got->values[0]));
+    assert_memory_equal(&alone.log_sum, &got->log_sum, sizeof(alone.log_sum));
+    assert_memory_equal(&alone.weight_sum, &got->weight_sum, sizeof(alone.weight_sum));
+    op_free(b, out);
+    free(parts);
+}
+
 /* steps: logits are whole multiples of 1 / steps, so that there are ties; 0: as drawn. */
 static void check(struct backend *b, int n_parts, int n_rows, int part, int vocab, float steps)
 {
@@ -60,8 +81,10 @@ static void check(struct backend *b, int n_parts, int n_rows, int part, int voca
     op_top_k(b, out, case_upload(b, parts, n_parts * n_rows * part), n_parts, n_rows, part, vocab,
              case_upload(b, temperature, n_rows));
     op_download(b, got, out, (size_t)n_rows * sizeof(*got));
-    for (int r = 0; r < n_rows; r++)
+    for (int r = 0; r < n_rows; r++) {
         check_row(&got[r], rows + r * vocab, vocab, temperature[r]);
+        check_alone(b, &got[r], rows + r * vocab, vocab, temperature[r]);
+    }
     rows[vocab - 1] = INFINITY; // of the first row alone
     free(parts);
     parts = in_parts(rows, n_parts, n_rows, part, vocab);
@@ -86,7 +109,9 @@ static void test_top_k(void **state)
     check(b, 1, 3, 1000, 1000, 0);
     check(b, 1, 2, 1000, 1000, 4); // a handful of values: the best end within a tie
     check(b, 2, 3, 301, 601, 2);
-    check(b, 4, 2, 700, 2100, 0); // a part that nothing is left for
+    check(b, 4, 2, 700, 2100, 0);  // a part that nothing is left for
+    check(b, 1, 2, 9000, 9000, 0); // slices with more than the best
+    check(b, 2, 3, 5003, 10001, 3);
     check(b, 1, 2, TOP_K, TOP_K, 0);
     check(b, 1, 2, 7, 7, 3);
     backend_close(b);
