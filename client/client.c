@@ -377,6 +377,7 @@ void internvl_model_release(struct internvl_model *m)
     free(m->version);
     free(m->architecture);
     free(m->dtype);
+    free(m->kv_cache_dtype);
     free(m->quantization);
     memset(m, 0, sizeof(*m));
 }

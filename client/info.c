@@ -50,8 +50,8 @@ static void print_model(const struct internvl_model *m, enum internvl_health hea
     printf("  %-26s %u vision, %u stages x %u shards\n", "layout", m->vision_ranks,
            m->pipeline_parallel_size, m->tensor_parallel_size);
     printf("  %-26s %u running, %u waiting\n", "requests", m->load.running, m->load.waiting);
-    printf("  %-26s %u of %u, %u tokens each\n", "KV pages used", m->load.kv_pages_used,
-           m->load.kv_pages, m->page_size);
+    printf("  %-26s %u of %u, %u tokens each, %s\n", "KV pages used", m->load.kv_pages_used,
+           m->load.kv_pages, m->page_size, m->kv_cache_dtype);
     printf("  %-26s %.1f s\n", "uptime", (double)m->load.uptime_ms / 1000);
 }
 
@@ -182,6 +182,7 @@ static void write_json(const struct internvl_model *m, enum internvl_health heal
     json_string(j, "architecture", m->architecture);
     json_string(j, "dtype", m->dtype);
     json_string(j, "quantization", m->quantization);
+    json_string(j, "kv_cache_dtype", m->kv_cache_dtype);
     json_uint(j, "vocab_size", m->vocab_size);
     json_uint(j, "text_layers", m->text_layers);
     json_uint(j, "vision_layers", m->vision_layers);

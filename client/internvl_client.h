@@ -464,7 +464,7 @@ struct internvl_load {
     uint64_t uptime_ms;
 };
 struct internvl_model {
-    char *name, *version, *architecture, *dtype, *quantization;
+    char *name, *version, *architecture, *dtype, *quantization, *kv_cache_dtype;
     uint32_t vocab_size, text_layers, vision_layers, tile_height, tile_width, tokens_per_tile;
     uint32_t tensor_parallel_size, pipeline_parallel_size, vision_ranks, page_size;
     struct internvl_rank *ranks; // [n_ranks]

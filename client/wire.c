@@ -687,6 +687,7 @@ void wire_read_model(const Internvl__V1__GetModelResponse *m, struct internvl_mo
     out->architecture = own_string(m->architecture);
     out->dtype = own_string(m->dtype);
     out->quantization = own_string(m->quantization);
+    out->kv_cache_dtype = own_string(m->kv_cache_dtype);
     out->vocab_size = m->vocab_size;
     out->text_layers = m->text_layers;
     out->vision_layers = m->vision_layers;

@@ -103,7 +103,7 @@ static void write_settings(char *text, size_t n_bytes, const struct options *o, 
                      "--tensor-parallel-size=%lld --pipeline-parallel-size=%lld "
                      "--vision-ranks=%lld --max-model-len=%lld --max-num-seqs=%lld "
                      "--max-num-batched-tokens=%lld "
-                     "--block-size=%lld --max-vision-tiles=%lld KV-pages=%d",
+                     "--block-size=%lld --kv-cache-dtype=%s --max-vision-tiles=%lld KV-pages=%d",
                      dtype, o->device, (long long)o->deterministic, (long long)o->enforce_eager,
                      (long long)o->disable_custom_all_reduce, (long long)o->vision_share_gpu,
                      o->load_format, o->quantization, (long long)o->quantization_group_size,
@@ -111,7 +111,7 @@ static void write_settings(char *text, size_t n_bytes, const struct options *o, 
                      (long long)o->pipeline_parallel_size, (long long)o->vision_ranks,
                      (long long)o->max_model_len, (long long)o->max_num_seqs,
                      (long long)o->max_num_batched_tokens, (long long)o->block_size,
-                     (long long)o->max_vision_tiles, n_pages);
+                     o->kv_cache_dtype, (long long)o->max_vision_tiles, n_pages);
 
     if (n >= (int)n_bytes)
         BUG("settings of %d bytes", n);

@@ -45,7 +45,7 @@ struct settings {
     struct options options;
     struct model_config model;
     struct layout layout;
-    enum dtype dtype;
+    enum dtype dtype, kv_dtype;
     struct plan plan;
     int32_t max_model_len;
     struct auth auth;
@@ -130,6 +130,14 @@ static int check_activations(const struct settings *s, enum device_kind device, 
     return 0;
 }
 
+static int check_kv(const struct settings *s, enum device_kind device, struct error *err)
+{
+    if (device == DEVICE_CUDA && s->kv_dtype == DTYPE_I8)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--kv-cache-dtype int8 is on the CPU only: give --device cpu too");
+    return 0;
+}
+
 static int settings_make(struct settings *s, struct error *err)
 {
     const struct options *o = &s->options;
@@ -153,10 +161,14 @@ static int settings_make(struct settings *s, struct error *err)
             return -1;
     if (o->auth_token_file && auth_load(&s->auth, o->auth_token_file, err))
         return -1;
+    s->kv_dtype = strcmp(o->kv_cache_dtype, "int8") == 0 ? DTYPE_I8 : s->dtype;
+    if (check_kv(s, device, err))
+        return -1;
     s->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : s->model.text.max_positions);
     p = (struct plan_settings){
         .layout = s->layout,
         .dtype = s->dtype,
+        .kv_dtype = s->kv_dtype,
         .activation_dtype = device_activation_dtype(device, s->dtype),
         .on_cuda = device == DEVICE_CUDA,
         .deterministic = (int)o->deterministic,
@@ -203,6 +215,7 @@ static int run_gateway(const struct settings *s, const struct topology *t,
         .stream_interval = (int32_t)o->stream_interval,
         .drain_timeout_s = (int)o->drain_timeout,
         .dtype_name = dtype_name(s->dtype),
+        .kv_dtype_name = dtype_name(s->kv_dtype),
         .limits = *limits,
         .engine =
             {
@@ -256,6 +269,7 @@ static int run_worker(const struct settings *s, const struct topology *t, struct
         .model_dir = o->model,
         .model = &s->model,
         .dtype = s->dtype,
+        .kv_dtype = s->kv_dtype,
         .dummy_weights = strcmp(o->load_format, "dummy") == 0,
         .page_size = (int32_t)o->block_size,
         .n_pages = s->plan.n_pages,
@@ -407,7 +421,7 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
         rc = hosts_check(all, world, err);
     }
     if (rc == 0)
-        rc = check_activations(s, s->device_kind, err);
+        rc = check_activations(s, s->device_kind, err) ? -1 : check_kv(s, s->device_kind, err);
     if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
         s->n_threads = all[rank].n_threads;

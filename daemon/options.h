@@ -16,6 +16,7 @@
 struct options {
     const char *model;
     const char *dtype, *load_format, *device, *quantization, *activation_quantization;
+    const char *kv_cache_dtype;
     int64_t quantization_group_size;
     int64_t tensor_parallel_size, pipeline_parallel_size, vision_ranks, threads;
     int64_t max_model_len, max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory_bytes;

@@ -201,8 +201,10 @@ void op_gated_activation(struct backend *b, struct tensor *y, const struct tenso
 
 static int kv_is_sound(const struct kv_pages *kv)
 {
-    return (kv->dtype == DTYPE_F32 || kv->dtype == DTYPE_BF16) && kv->page_size > 0 &&
-           kv->page_size % 16 == 0 && kv->head_dim > 0 && kv->n_kv_heads > 0 && kv->n_pages > 0;
+    const int is_known = kv->dtype == DTYPE_F32 || kv->dtype == DTYPE_BF16 ||
+                         (kv->dtype == DTYPE_I8 && kv->head_dim % 16 == 0);
+    return is_known && kv->page_size > 0 && kv->page_size % 16 == 0 && kv->head_dim > 0 &&
+           kv->n_kv_heads > 0 && kv->n_pages > 0;
 }
 
 static int rotation_is_sound(const struct backend *b, const struct rotation *r,

@@ -20,6 +20,10 @@
  * queries, keys, values and the probabilities that values are multiplied with. CUDA holds what
  * products read as bfloat16 then; ops take the type from their tensors, and norms may change it.
  *
+ * Over int8 pages a score is the query times the codes, exact products summed in float32, and then
+ * times the key's scale; a probability is multiplied with the value's scale before it meets the
+ * codes. On the CPU queries and scaled probabilities are rounded to bfloat16 in both --dtype modes.
+ *
  * Letters in shapes: n_tokens rows of a step, dim the hidden size, n_heads/n_kv_heads the shard's
  * own heads.
  */
@@ -74,13 +78,27 @@ struct epilogue {
 /* One layer's keys and values of one shard. Page p, kv head h: keys [head_dim, page_size]
  * (transposed, so that one vector holds one dimension of a page's keys), values [page_size,
  * head_dim]; where the back end keeps pairs (kv_in_pairs), bfloat16 ones are keys [head_dim / 2,
- * page_size, 2] and values [page_size / 2, head_dim, 2], and head_dim is even. */
+ * page_size, 2] and values [page_size / 2, head_dim, 2], and head_dim is even.
+ *
+ * In int8 each key and each value vector of a token and kv head is codes [head_dim], a multiple of
+ * 16, and a float32 scale of its own: scale = largest |x| / 127 (0 where that is no normal number,
+ * NaN where x is not finite), code = x / scale rounded to the nearest, ties to even (0 without a
+ * scale), value = code * scale. So what is held of a token depends on nothing but the token. Codes
+ * lie as above, but in pairs keys are [head_dim / 2, page_size / 16, 2, 16] and values [page_size /
+ * 2, head_dim / 16, 2, 16]; behind those of each head of a page stand the scales [page_size]. */
 struct kv_pages {
-    void *k;          // [n_pages, n_kv_heads, head_dim * page_size]
-    void *v;          // [n_pages, n_kv_heads, page_size * head_dim]
-    enum dtype dtype; // F32 or BF16
+    void *k;          // [n_pages, n_kv_heads] of kv_head_bytes()
+    void *v;          // the same
+    enum dtype dtype; // F32, BF16 or I8
     int32_t n_pages, page_size /* tokens, a multiple of 16 */, n_kv_heads, head_dim;
 };
+
+/* Of the keys, or of the values, of one kv head of a page. */
+static inline size_t kv_head_bytes(int head_dim, int32_t page_size, enum dtype dtype)
+{
+    const size_t scale = dtype == DTYPE_I8 ? sizeof(float) : 0;
+    return (size_t)page_size * ((size_t)head_dim * dtype_size(dtype) + scale);
+}
 
 /* Who attends to what in one step; the arrays are in back-end memory. CSR as in FlashInfer's
  * page.cuh. */
@@ -257,7 +275,7 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     enum dtype activation_dtype; // F32 on the CPU
-    int kv_in_pairs;             // how bfloat16 pages are laid out (struct kv_pages)
+    int kv_in_pairs;             // how bfloat16 and int8 pages are laid out (struct kv_pages)
     int replays;                 // steps are to be recorded and replayed as graphs
     int has_fp8;                 // products of E4M3 with E4M3 (struct linear's x_in_fp8)
     int n_threads;               // on the host

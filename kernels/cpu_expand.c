@@ -87,20 +87,9 @@ ALWAYS_INLINE uint32_t bits_of_power(const int at)
 /* Sixteen zero points of a group as floats. */
 ALWAYS_INLINE void load_zeros(float *dst, const int8_t *zeros)
 {
-#if VF_N >= 8
-#pragma GCC unroll 2
-    for (int i = 0; i < 16; i += VF_N) {
-        const __m128i *bytes = (const __m128i *)(const void *)(zeros + i);
-#if VF_N == 16
-        vf_store(dst + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes))));
-#else
-        vf_store(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes))));
-#endif
-    }
-#else
-    for (int i = 0; i < 16; i++)
-        dst[i] = zeros[i];
-#endif
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += VF_N)
+        vf_store(dst + i, vf_load_i8(zeros + i));
 }
 
 /* What decodes a format. */

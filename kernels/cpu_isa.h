@@ -22,13 +22,14 @@
 enum tile_source {
     TILE_F32,        // b[k][16] float32
     TILE_BF16_PAIRS, // b[k / 2][16][2] bfloat16: rows k and k + 1 of a column lie together
+    TILE_I8_PAIRS,   // b[k / 2][2][16] int8, which bfloat16 holds exactly
 };
 
 /*
  * c[r][j] = (accumulate ? c[r][j] : 0) + sum over k, in order, of a[k][r] * b[k][j], each step one
  * fused multiply-add in float32. Steps are in elements of their own array. Columns come in blocks
- * of 16. For TILE_BF16_PAIRS one step is a pair, the odd k added before the even one (the order of
- * vdpbf16ps), and `a` holds float32 (two rows of a_step a pair) or, where the table says
+ * of 16. For the two sorts of pairs one step is a pair, the odd k added before the even one (the
+ * order of vdpbf16ps), and `a` holds float32 (two rows of a_step a pair) or, where the table says
  * takes_bf16, pairs of bfloat16 as uint32_t.
  */
 struct tile_part {
@@ -52,13 +53,13 @@ struct tile {
     const char *ahead[2];
     float *c; // [n_rows] rows of c_row
     int64_t c_row;
-    int64_t n_k; // steps; pairs for TILE_BF16_PAIRS
+    int64_t n_k; // steps; pairs where b is pairs
     int accumulate;
 };
 
 struct cpu_tile_ops {
     int max_rows;                   // largest n_rows of run()
-    int takes_bf16;                 // a of TILE_BF16_PAIRS is uint32_t pairs
+    int takes_bf16;                 // a of pairs is uint32_t pairs
     int (*wide_blocks)(int n_rows); // blocks that run() holds in registers at once
     void (*run)(const struct tile *t, int n_rows, int n_blocks, enum tile_source source);
 };
@@ -150,6 +151,12 @@ struct cpu_vector_ops {
     void (*transpose)(uint32_t *dst, int64_t dst_row, const uint32_t *src, int64_t src_row,
                       int64_t n_rows, int64_t n);
     void (*exp)(float *y, const float *x, int64_t n); // what softmax and activations use
+    /* x[r][j] *= by[j] for n_rows rows. */
+    void (*multiply_columns)(float *x, int64_t x_row, int n_rows, const float *by, int64_t n);
+    /* The scale of a vector of int8 codes, and sixteen of its codes: struct kv_pages. n is a
+     * multiple of 16. */
+    float (*code_scale)(const float *x, int64_t n);
+    void (*code16)(int8_t dst[16], const float *x, float scale);
 };
 
 extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512,

@@ -119,28 +119,51 @@ static int32_t sequence_of(const struct paged_layout *layout, int64_t i)
     return lo;
 }
 
-/* Slot `slot` of the page and head whose keys and values begin at element `at`. */
-static void write_slot_f32(const struct kv_pages *kv, int64_t at, int64_t slot, const float *k,
-                           const float *v)
+/* Slot `slot` of the head of a page whose keys and values these are. */
+static void write_slot_f32(const struct kv_pages *kv, float *keys, float *values, int64_t slot,
+                           const float *k, const float *v)
 {
-    float *keys = (float *)kv->k + at + slot, *values = (float *)kv->v + at + slot * kv->head_dim;
+    keys += slot;
+    values += slot * kv->head_dim;
     for (int64_t d = 0; d < kv->head_dim; d++)
         keys[d * kv->page_size] = k[d];
     memcpy(values, v, (size_t)kv->head_dim * sizeof(float));
 }
 
 /* The same in pairs: of dimensions in keys, of slots in values. */
-static void write_slot_bf16(const struct kv_pages *kv, int64_t at, int64_t slot, const float *k,
-                            const float *v)
+static void write_slot_bf16(const struct kv_pages *kv, uint16_t *keys, uint16_t *values,
+                            int64_t slot, const float *k, const float *v)
 {
-    uint16_t *keys = (uint16_t *)kv->k + at + slot * 2;
-    uint16_t *values = (uint16_t *)kv->v + at + slot / 2 * 2 * kv->head_dim + slot % 2;
+    keys += slot * 2;
+    values += slot / 2 * 2 * kv->head_dim + slot % 2;
     for (int64_t d = 0; d < kv->head_dim; d += 2, keys += 2 * kv->page_size) {
         keys[0] = f32_to_bf16(k[d]);
         keys[1] = f32_to_bf16(k[d + 1]);
     }
     for (int64_t d = 0; d < kv->head_dim; d++)
         values[2 * d] = f32_to_bf16(v[d]);
+}
+
+/* The same in codes, and their scales. */
+static void write_slot_i8(const struct cpu_vector_ops *vector, const struct kv_pages *kv,
+                          int8_t *keys, int8_t *values, int64_t slot, const float *k,
+                          const float *v)
+{
+    const int64_t dim = kv->head_dim, size = kv->page_size;
+    const float scale[2] = {vector->code_scale(k, dim), vector->code_scale(v, dim)};
+    memcpy(keys + dim * size + slot * 4, &scale[0], sizeof(float));
+    memcpy(values + dim * size + slot * 4, &scale[1], sizeof(float));
+    keys += slot / 16 * 32 + slot % 16;
+    values += slot / 2 * 2 * dim + slot % 2 * 16;
+    for (int64_t d = 0; d < dim; d += 16, values += 32) {
+        int8_t codes[16];
+        vector->code16(values, v + d, scale[1]);
+        vector->code16(codes, k + d, scale[0]);
+        for (int i = 0; i < 16; i += 2, keys += 2 * size) {
+            keys[0] = codes[i];
+            keys[16] = codes[i + 1];
+        }
+    }
 }
 
 /* Row i of t, head by head. */
@@ -166,17 +189,21 @@ static void kv_write_row(const struct move_job *job, int64_t i)
     if (page < 0 || page >= kv->n_pages)
         BUG("page %d of %d", page, kv->n_pages);
     const int64_t slot = position % kv->page_size, dim = kv->head_dim;
+    const size_t head_bytes = kv_head_bytes(kv->head_dim, kv->page_size, kv->dtype);
     if (job->rope) {
         rotate_heads(job, job->rope->q, i);
         rotate_heads(job, job->x, i);
     }
     for (int32_t h = 0; h < kv->n_kv_heads; h++) {
-        const int64_t at = ((int64_t)page * kv->n_kv_heads + h) * dim * kv->page_size;
+        const size_t at = ((size_t)page * (size_t)kv->n_kv_heads + (size_t)h) * head_bytes;
+        void *keys = (char *)kv->k + at, *values = (char *)kv->v + at;
         const float *k = cpu_row(job->x, i) + h * dim, *v = cpu_row(job->x2, i) + h * dim;
         if (kv->dtype == DTYPE_F32)
-            write_slot_f32(kv, at, slot, k, v);
+            write_slot_f32(kv, keys, values, slot, k, v);
+        else if (kv->dtype == DTYPE_BF16)
+            write_slot_bf16(kv, keys, values, slot, k, v);
         else
-            write_slot_bf16(kv, at, slot, k, v);
+            write_slot_i8(job->vector, kv, keys, values, slot, k, v);
     }
 }
 
@@ -264,8 +291,8 @@ static void copy_page(const struct move_job *job, int64_t i)
     const int32_t from = job->rows[i], to = job->rows2[i];
     if (from < 0 || from >= kv->n_pages || to < 0 || to >= kv->n_pages)
         BUG("page %d to %d of %d", from, to, kv->n_pages);
-    const size_t n_bytes = (size_t)kv->n_kv_heads * (size_t)kv->head_dim * (size_t)kv->page_size *
-                           dtype_size(kv->dtype);
+    const size_t n_bytes =
+        (size_t)kv->n_kv_heads * kv_head_bytes(kv->head_dim, kv->page_size, kv->dtype);
     memmove((char *)kv->k + (size_t)to * n_bytes, (char *)kv->k + (size_t)from * n_bytes, n_bytes);
     memmove((char *)kv->v + (size_t)to * n_bytes, (char *)kv->v + (size_t)from * n_bytes, n_bytes);
 }

@@ -11,6 +11,9 @@
  * i + 1): queries are rounded once, and so is each e^(score - m) before it meets the values. The
  * sum that the result is divided by is of the unrounded ones, as in PyTorch's flash attention on
  * CPUs. Where a row sees one key of a pair, the other's value is taken as 0, whatever is there.
+ *
+ * Int8 pages are bfloat16's pairs of codes, expanded in registers; scores and e^(score - m) are
+ * multiplied with the scales of keys and values on their way.
  */
 #include <string.h>
 
@@ -24,7 +27,6 @@
 #define RUNS_MAX (STEP_MAX / 16)
 #define ITEMS_A_THREAD 4
 #define ITEM_TILES_MAX 32
-#define BLOCK_BYTES 64 // sixteen keys of one dimension, or of a pair
 
 struct paged_job {
     struct cpu_state *state;
@@ -39,17 +41,22 @@ struct paged_job {
     int64_t item_rows;        // of a sequence and kv head: what a thread takes at a time
     int64_t *item_start;      // [n_sequences + 1] the first item of each
     struct cpu_factor factor; // of queries and of p
-    int pairs;                // 1 with bfloat16 pages, else 0
+    int pairs;                // 0 with float32 pages, else 1
+    int has_scales;           // 1 with int8 pages
     int64_t step;             // positions
     int64_t dim, dim16;       // head_dim; rounded up to 16
-    int64_t key_bytes;        // of one key, or its values
+    int64_t key_bytes;        // of one key, or its values, and their scale
+    size_t element;           // of the page's type
+    size_t head_bytes;        // kv_head_bytes()
+    size_t block_bytes;       // of sixteen keys of one dimension, or of a pair
     size_t step_bytes;        // of the values of one key or pair of them, of dim16 dimensions
 };
 
 /* The keys of one step that lie in one page. */
 struct paged_run {
-    const char *k, *v; // of the first of these keys
-    int64_t column, n; // of the step: [column, column + n), multiples of 16
+    const char *k, *v;              // of the first of these keys
+    const float *k_scale, *v_scale; // theirs, with int8 pages
+    int64_t column, n;              // of the step: [column, column + n), multiples of 16
 };
 
 /* Key positions first + [from, to), multiples of 16, of which a row may see any. */
@@ -75,7 +82,8 @@ struct paged_tile {
     uint32_t *p_rows;    // [TILE_ROWS_MAX][STEP_MAX]
     uint32_t *p_columns; // [STEP_MAX][TILE_ROWS_MAX]
     float *sums;         // [TILE_ROWS_MAX][dim16]
-    uint16_t *edge;      // [2][dim16][2] pairs of which one key is seen
+    float *scales;       // [STEP_MAX] of the step's keys or values
+    char *edge;          // [2][dim16][2] of the page's type: pairs of which one key is seen
     char *values;        // [STEP_MAX][dim16] of the page's type, where 16 divides not head_dim
 };
 
@@ -93,7 +101,7 @@ static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int 
 {
     const int64_t rows = TILE_ROWS_MAX, dim = job->dim16;
     const int64_t padded = dim == job->dim ? 0 : STEP_MAX * dim;
-    const int64_t n_words = 3 * rows * dim + 3 * rows * STEP_MAX + 2 * dim + padded;
+    const int64_t n_words = 3 * rows * dim + (3 * rows + 1) * STEP_MAX + 2 * dim + padded;
     char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)n_words * 4);
     t->q_rows = cpu_carve(&at, rows * dim);
     t->q_columns = cpu_carve(&at, dim * rows);
@@ -101,6 +109,7 @@ static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int 
     t->p_rows = cpu_carve(&at, rows * STEP_MAX);
     t->p_columns = cpu_carve(&at, STEP_MAX * rows);
     t->sums = cpu_carve(&at, rows * dim);
+    t->scales = cpu_carve(&at, STEP_MAX);
     t->edge = cpu_carve(&at, 2 * dim);
     t->values = cpu_carve(&at, padded);
 }
@@ -110,9 +119,8 @@ static void cut_step(const struct paged_job *job, struct paged_tile *t, struct p
                      int64_t from, int64_t to)
 {
     const struct kv_pages *kv = job->kv;
-    const int64_t size = kv->page_size, head = job->dim * size;
+    const int64_t size = kv->page_size;
     const int32_t *pages = job->layout->pages + job->layout->page_start[t->sequence];
-    const size_t element = kv->dtype == DTYPE_F32 ? sizeof(float) : sizeof(uint16_t);
     s->first = from / job->step * job->step;
     s->from = from - s->first;
     s->to = smaller(to - s->first, job->step);
@@ -122,13 +130,19 @@ static void cut_step(const struct paged_job *job, struct paged_tile *t, struct p
         const int32_t page = pages[t->page];
         if (page < 0 || page >= kv->n_pages)
             BUG("page %d of %d", page, kv->n_pages);
-        const int64_t at = ((int64_t)page * kv->n_kv_heads + t->kv_head) * head;
-        s->runs[s->n_runs++] = (struct paged_run){
-            .k = (const char *)kv->k + (size_t)(at + (t->slot << job->pairs)) * element,
-            .v = (const char *)kv->v + (size_t)(at + t->slot * job->dim) * element,
+        const size_t at = (size_t)((int64_t)page * kv->n_kv_heads + t->kv_head) * job->head_bytes;
+        const char *k = (const char *)kv->k + at, *v = (const char *)kv->v + at;
+        struct paged_run *run = &s->runs[s->n_runs++];
+        *run = (struct paged_run){
+            .k = k + (size_t)(t->slot << job->pairs) * job->element,
+            .v = v + (size_t)(t->slot * job->dim) * job->element,
             .column = column,
             .n = n,
         };
+        if (job->has_scales) { // behind the codes of the whole page
+            run->k_scale = (const float *)(const void *)(k + job->dim * size) + t->slot;
+            run->v_scale = (const float *)(const void *)(v + job->dim * size) + t->slot;
+        }
         column += n;
         t->slot += n;
         if (t->slot == size) {
@@ -154,18 +168,22 @@ static void pad_values(const struct paged_job *job, struct paged_tile *t, struct
 }
 
 /* The values of the pair that has key `column`, the other key's being 0. */
-static struct tile_part edge_pair(const struct paged_job *job, uint16_t *edge,
+static struct tile_part edge_pair(const struct paged_job *job, char *edge,
                                   const struct paged_step *s, int64_t column)
 {
     const struct paged_run *run = s->runs;
     while (column >= run->column + run->n)
         run++;
-    const uint16_t *pair =
-        (const uint16_t *)(const void *)(run->v +
-                                         (size_t)((column - run->column) / 2) * job->step_bytes);
+    const char *pair = run->v + (size_t)((column - run->column) / 2) * job->step_bytes;
+    const size_t is_odd = (size_t)(column % 2);
     memset(edge, 0, job->step_bytes);
-    for (int64_t i = column % 2; i < 2 * job->dim16; i += 2)
-        edge[i] = pair[i];
+    if (job->has_scales) { // sixteen codes of one key beside the other's
+        for (size_t i = is_odd * 16; i < job->step_bytes; i += 2 * 16)
+            memcpy(edge + i, pair + i, 16);
+    } else {
+        for (size_t i = is_odd * sizeof(uint16_t); i < job->step_bytes; i += 2 * sizeof(uint16_t))
+            memcpy(edge + i, pair + i, sizeof(uint16_t));
+    }
     return (struct tile_part){.b = edge, .n_k = 1};
 }
 
@@ -189,7 +207,7 @@ static int cut_values(const struct paged_job *job, struct paged_tile *t, const s
             };
     }
     if (whole < to)
-        parts[n++] = edge_pair(job, t->edge + 2 * job->dim16, s, whole);
+        parts[n++] = edge_pair(job, t->edge + job->step_bytes, s, whole);
     return n;
 }
 
@@ -259,7 +277,7 @@ static void score_keys(const struct paged_job *job, struct paged_tile *t,
     int n_blocks = 0;
     for (int i = 0; i < s->n_runs; i++) {
         for (int64_t j = 0; j < s->runs[i].n / 16; j++)
-            blocks[n_blocks++] = s->runs[i].k + (size_t)j * BLOCK_BYTES;
+            blocks[n_blocks++] = s->runs[i].k + (size_t)j * job->block_bytes;
     }
     struct tile product = {
         .a = t->queries.a,
@@ -272,6 +290,26 @@ static void score_keys(const struct paged_job *job, struct paged_tile *t,
         .n_k = job->dim >> job->pairs,
     };
     job->state->tile->run(&product, t->n_rows, n_blocks, f->source);
+}
+
+/* Scores <- their products with the scales of the step's keys, or of its values. Slots that no row
+ * of the tile sees may hold anything: theirs count as 0, or a probability of 0 would become a NaN.
+ */
+static void multiply_scales(const struct paged_job *job, struct paged_tile *t,
+                            const struct paged_step *s, int is_values)
+{
+    const int64_t lo = larger(t->lo[0] - s->first, s->from);
+    const int64_t hi = smaller(t->hi[t->n_rows - 1] - s->first, s->to);
+    float *scales = t->scales;
+    for (int i = 0; i < s->n_runs; i++) {
+        const struct paged_run *run = &s->runs[i];
+        memcpy(scales + run->column, is_values ? run->v_scale : run->k_scale,
+               (size_t)run->n * sizeof(float));
+    }
+    memset(scales + s->from, 0, (size_t)(lo - s->from) * sizeof(float));
+    memset(scales + hi, 0, (size_t)(s->to - hi) * sizeof(float));
+    job->state->vector->multiply_columns(t->scores + s->from, STEP_MAX, t->n_rows, scales + s->from,
+                                         s->to - s->from);
 }
 
 /* Each row takes in the keys that it sees of the step. Others may hold anything (a page is reused
@@ -288,6 +326,8 @@ static void tile_take_step(const struct paged_job *job, struct paged_tile *t, st
     for (int i = 0; i < s->n_runs && t->is_first; i++)
         prefetch(s->runs[i].v, s->runs[i].n * job->key_bytes);
     score_keys(job, t, s);
+    if (job->has_scales)
+        multiply_scales(job, t, s, 0);
     float correction[TILE_ROWS_MAX];
     vector->softmax_step(t->scores, STEP_MAX, t->n_rows, lo, hi, job->scale, t->softmax,
                          correction);
@@ -295,6 +335,8 @@ static void tile_take_step(const struct paged_job *job, struct paged_tile *t, st
         if (correction[r] != 1.0f && has_sums)
             vector->multiply(t->sums + r * job->dim16, correction[r], job->dim);
     }
+    if (job->has_scales)
+        multiply_scales(job, t, s, 1);
     const struct cpu_factor *f = &job->factor;
     const int64_t at = (s->from >> job->pairs) * f->words;
     int64_t n_words = s->to - s->from;
@@ -432,18 +474,21 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
                          const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window)
 {
     struct paged_job job = {.state = cpu_state(b), .out = out, .q = q, .kv = kv, .layout = layout};
-    const int64_t element = (int64_t)dtype_size(kv->dtype);
     job.kv_of_head = kv_of_head;
     job.n_heads = n_heads;
     job.scale = scale;
     job.window = window;
     job.factor = cpu_factor_of(job.state->tile, kv->dtype);
-    job.pairs = kv->dtype == DTYPE_BF16;
+    job.pairs = kv->dtype != DTYPE_F32;
+    job.has_scales = kv->dtype == DTYPE_I8;
     job.step = job.pairs ? STEP_BF16 : STEP_F32;
     job.dim = kv->head_dim;
     job.dim16 = cpu_round16(job.dim);
-    job.key_bytes = job.dim * element;
-    job.step_bytes = (size_t)(job.dim16 * job.factor.step * element);
+    job.element = dtype_size(kv->dtype);
+    job.head_bytes = kv_head_bytes(kv->head_dim, kv->page_size, kv->dtype);
+    job.key_bytes = (int64_t)job.head_bytes / kv->page_size;
+    job.block_bytes = 16 * (size_t)job.factor.step * job.element;
+    job.step_bytes = (size_t)(job.dim16 * job.factor.step) * job.element;
     /* Full tiles unless that would leave threads without one. */
     int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
     job.tile_rows =

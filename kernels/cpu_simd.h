@@ -162,6 +162,18 @@ ALWAYS_INLINE vf vf_load(const float *p)
     return *(const vf_memory *)p;
 }
 
+/* VF_N bytes. */
+ALWAYS_INLINE vf vf_load_i8(const int8_t *p)
+{
+#if VF_N == 16
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)p)));
+#elif VF_N == 8
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i_u *)p)));
+#else
+    return (vf){p[0], p[1], p[2], p[3]};
+#endif
+}
+
 ALWAYS_INLINE void vf_store(float *p, vf x)
 {
     *(vf_memory *)p = x;

@@ -41,10 +41,15 @@ ALWAYS_INLINE void load_block(vf *v, const void *b)
 }
 
 /* The even or the odd k of a pair. */
-ALWAYS_INLINE void load_half_block(vf *v, const void *b, const int is_odd)
+ALWAYS_INLINE void load_half_block(vf *v, const void *b, const int is_odd,
+                                   const enum tile_source source)
 {
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_VECTORS; i++) {
+        if (source == TILE_I8_PAIRS) {
+            v[i] = vf_load_i8((const int8_t *)b + is_odd * 16 + i * VF_N);
+            continue;
+        }
         vu u = *(const vu_memory *)((const uint16_t *)b + i * 2 * VF_N);
         v[i] = is_odd ? (vf)(u & 0xffff0000u) : (vf)(u << 16);
     }
@@ -70,7 +75,9 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
 {
     const int n_vectors = n_blocks * BLOCK_VECTORS;
     const int64_t a_row = n_rows <= TILE_ROWS_APART ? t->a_row : 1;
-    const size_t element = source == TILE_F32 ? sizeof(float) : sizeof(uint16_t);
+    const size_t element = source == TILE_F32          ? sizeof(float)
+                           : source == TILE_BF16_PAIRS ? sizeof(uint16_t)
+                                                       : sizeof(int8_t);
     const size_t step_bytes = (size_t)t->b_step * element;
     const char *b[TILE_BLOCKS_MAX];
 #pragma GCC unroll 16
@@ -90,21 +97,21 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
         for (int i = 0; i < n_blocks; i++) {
             if (n_rows <= TILE_ROWS_APART)
                 __builtin_prefetch(b[i] + t->prefetch_bytes);
-            if (source == TILE_BF16_PAIRS)
-                load_half_block(v + i * BLOCK_VECTORS, b[i], 1);
-            else
+            if (source == TILE_F32)
                 load_block(v + i * BLOCK_VECTORS, b[i]);
+            else
+                load_half_block(v + i * BLOCK_VECTORS, b[i], 1, source);
         }
-        if (source == TILE_BF16_PAIRS) {
+        if (source != TILE_F32) {
             add_step(acc, a + t->a_step, a_row, v, n_rows, n_vectors);
             /* The pairs are loaded again: with both halves at once, sixteen registers do not do. */
             __asm__ volatile("" ::: "memory");
 #pragma GCC unroll 16
             for (int i = 0; i < n_blocks; i++)
-                load_half_block(v + i * BLOCK_VECTORS, b[i], 0);
+                load_half_block(v + i * BLOCK_VECTORS, b[i], 0, source);
         }
         add_step(acc, a, a_row, v, n_rows, n_vectors);
-        a += source == TILE_BF16_PAIRS ? 2 * t->a_step : t->a_step;
+        a += source == TILE_F32 ? t->a_step : 2 * t->a_step;
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++)
             b[i] += step_bytes;
@@ -198,14 +205,21 @@ static void run_bf16_pairs(const struct tile *t, int first, int n_rows, int n_bl
     run_rows(t, first, n_rows, n_blocks, TILE_BF16_PAIRS);
 }
 
+static void run_i8_pairs(const struct tile *t, int first, int n_rows, int n_blocks)
+{
+    run_rows(t, first, n_rows, n_blocks, TILE_I8_PAIRS);
+}
+
 static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
     for (int done = 0, step; done < n_blocks; done += step) {
         step = blocks_at_once(n_rows, n_blocks - done);
         if (source == TILE_F32)
             run_f32(t, done, n_rows, step);
-        else
+        else if (source == TILE_BF16_PAIRS)
             run_bf16_pairs(t, done, n_rows, step);
+        else
+            run_i8_pairs(t, done, n_rows, step);
     }
 }
 

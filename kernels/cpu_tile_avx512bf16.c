@@ -1,5 +1,6 @@
 /*
- * The inner product of bfloat16 weights by vdpbf16ps: two products a column and step, float32 sums.
+ * The inner product of bfloat16 weights, or of codes that become such in registers, by vdpbf16ps:
+ * two products a column and step, float32 sums.
  *
  * The same tile as cpu_tile.c with both factors in bfloat16. The instruction adds the odd product,
  * then the even one, each rounded to nearest, and flushes denormals; cpu_tile.c keeps that order,
@@ -17,17 +18,31 @@ static int wide_blocks(int n_rows)
     return n_rows <= 4 ? 4 : 2;
 }
 
+/* A block of a pair of k. Floats of small integers have nothing in their lower halves. */
+ALWAYS_INLINE __m512bh load_pairs(const char *b, const enum tile_source source)
+{
+    if (source == TILE_BF16_PAIRS)
+        return (__m512bh)_mm512_loadu_si512(b);
+    __m512i even = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)b));
+    __m512i odd = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)(b + 16)));
+    even = _mm512_srli_epi32((__m512i)_mm512_cvtepi32_ps(even), 16);
+    return (__m512bh)_mm512_or_si512(even, (__m512i)_mm512_cvtepi32_ps(odd));
+}
+
 /* acc += a b of one part, from its block `first` on; returns a past the part. */
 ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const struct tile *t,
                                       const struct tile_part *part, const int32_t *a, int first,
-                                      const int n_rows, const int n_blocks)
+                                      const int n_rows, const int n_blocks,
+                                      const enum tile_source source)
 {
     const int64_t a_row = n_rows <= TILE_ROWS_APART ? t->a_row : 1;
-    const uint16_t *b[TILE_BLOCKS_MAX];
+    const int64_t element = source == TILE_BF16_PAIRS ? sizeof(uint16_t) : sizeof(int8_t);
+    const int64_t step_bytes = t->b_step * element;
+    const char *b[TILE_BLOCKS_MAX];
 #pragma GCC unroll 16
     for (int j = 0; j < n_blocks; j++)
-        b[j] =
-            t->blocks ? t->blocks[first + j] : (const uint16_t *)part->b + (first + j) * t->b_block;
+        b[j] = t->blocks ? t->blocks[first + j]
+                         : (const char *)part->b + (first + j) * t->b_block * element;
     const char *ahead[2] = {t->ahead[0], t->ahead[1]};
     for (int64_t k = 0; k < part->n_k; k++) {
         __m512bh v[TILE_BLOCKS_MAX];
@@ -40,9 +55,9 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
 #pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++) {
             if (n_rows <= TILE_ROWS_APART)
-                __builtin_prefetch((const char *)b[j] + t->prefetch_bytes);
-            v[j] = (__m512bh)_mm512_loadu_si512(b[j]);
-            b[j] += t->b_step;
+                __builtin_prefetch(b[j] + t->prefetch_bytes);
+            v[j] = load_pairs(b[j], source);
+            b[j] += step_bytes;
         }
 #pragma GCC unroll 16
         for (int r = 0; r < n_rows; r++) {
@@ -58,7 +73,8 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
 
 /* Blocks [first, first + n_blocks). Unrolled whole, so that the sums are registers and not an
  * array. */
-ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, const int n_blocks)
+ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, const int n_blocks,
+                            const enum tile_source source)
 {
     float *c = t->c + first * 16;
     __m512 acc[MAX_ROWS][TILE_BLOCKS_MAX];
@@ -74,7 +90,7 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
     const int n_parts = t->parts ? t->n_parts : 1;
     const int32_t *a = t->a;
     for (int i = 0; i < n_parts; i++)
-        a = add_part(acc, t, &parts[i], a, first, n_rows, n_blocks);
+        a = add_part(acc, t, &parts[i], a, first, n_rows, n_blocks, source);
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 16
@@ -84,56 +100,71 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
 }
 
 /* n_blocks is 1, 2 or, of few rows, 4. */
-ALWAYS_INLINE void run_blocks(const struct tile *t, int first, const int n_rows, int n_blocks)
+ALWAYS_INLINE void run_blocks(const struct tile *t, int first, const int n_rows, int n_blocks,
+                              const enum tile_source source)
 {
     if (n_rows <= 4 && n_blocks == 4)
-        tile_run(t, first, n_rows, 4);
+        tile_run(t, first, n_rows, 4, source);
     else if (n_blocks == 2)
-        tile_run(t, first, n_rows, 2);
+        tile_run(t, first, n_rows, 2, source);
     else
-        tile_run(t, first, n_rows, 1);
+        tile_run(t, first, n_rows, 1, source);
 }
 
-static void run_rows(const struct tile *t, int first, int n_rows, int n_blocks)
+ALWAYS_INLINE void run_rows(const struct tile *t, int first, int n_rows, int n_blocks,
+                            const enum tile_source source)
 {
     switch (n_rows) {
     case 1:
-        return run_blocks(t, first, 1, n_blocks);
+        return run_blocks(t, first, 1, n_blocks, source);
     case 2:
-        return run_blocks(t, first, 2, n_blocks);
+        return run_blocks(t, first, 2, n_blocks, source);
     case 3:
-        return run_blocks(t, first, 3, n_blocks);
+        return run_blocks(t, first, 3, n_blocks, source);
     case 4:
-        return run_blocks(t, first, 4, n_blocks);
+        return run_blocks(t, first, 4, n_blocks, source);
     case 5:
-        return run_blocks(t, first, 5, n_blocks);
+        return run_blocks(t, first, 5, n_blocks, source);
     case 6:
-        return run_blocks(t, first, 6, n_blocks);
+        return run_blocks(t, first, 6, n_blocks, source);
     case 7:
-        return run_blocks(t, first, 7, n_blocks);
+        return run_blocks(t, first, 7, n_blocks, source);
     case 8:
-        return run_blocks(t, first, 8, n_blocks);
+        return run_blocks(t, first, 8, n_blocks, source);
     case 9:
-        return run_blocks(t, first, 9, n_blocks);
+        return run_blocks(t, first, 9, n_blocks, source);
     case 10:
-        return run_blocks(t, first, 10, n_blocks);
+        return run_blocks(t, first, 10, n_blocks, source);
     case 11:
-        return run_blocks(t, first, 11, n_blocks);
+        return run_blocks(t, first, 11, n_blocks, source);
     case 12:
-        return run_blocks(t, first, 12, n_blocks);
+        return run_blocks(t, first, 12, n_blocks, source);
     }
+}
+
+static void run_bf16_pairs(const struct tile *t, int first, int n_rows, int n_blocks)
+{
+    run_rows(t, first, n_rows, n_blocks, TILE_BF16_PAIRS);
+}
+
+static void run_i8_pairs(const struct tile *t, int first, int n_rows, int n_blocks)
+{
+    run_rows(t, first, n_rows, n_blocks, TILE_I8_PAIRS);
 }
 
 static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
-    if (source != TILE_BF16_PAIRS) {
+    if (source == TILE_F32) {
         cpu_tile_avx512.run(t, n_rows, n_blocks, source);
         return;
     }
     for (int done = 0, step; done < n_blocks; done += step) {
         int left = n_blocks - done;
         step = n_rows <= 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        run_rows(t, done, n_rows, step);
+        if (source == TILE_BF16_PAIRS)
+            run_bf16_pairs(t, done, n_rows, step);
+        else
+            run_i8_pairs(t, done, n_rows, step);
     }
 }
 

@@ -5,6 +5,8 @@
  * Element-wise code is the same arithmetic at every vector width; sums go through struct sum16. So
  * all instruction sets give the same bits. It knows no threads and no tensors.
  */
+#include <float.h>
+
 #include "kernels/cpu_isa.h"
 #include "kernels/cpu_simd.h"
 
@@ -276,6 +278,49 @@ static void exponential(float *y, const float *x, int64_t n)
         store_at(y, i, n, vf_exp(load_at(x, i, n)));
 }
 
+static void multiply_columns(float *x, int64_t x_row, int n_rows, const float *by, int64_t n)
+{
+    for (int r = 0; r < n_rows; r++, x += x_row) {
+        for (int64_t i = 0; i < n; i += VF_N)
+            store_at(x, i, n, load_at(x, i, n) * load_at(by, i, n));
+    }
+}
+
+/* Magnitudes are compared as integers: in the order of floats, infinity and NaNs above all. */
+static float code_scale(const float *x, int64_t n)
+{
+    vi largest = {0};
+    for (int64_t i = 0; i < n; i += VF_N) {
+        vi magnitude = (vi)vf_load(x + i) & 0x7fffffff;
+        vi more = magnitude > largest;
+        largest = (more & magnitude) | (~more & largest);
+    }
+    float most = 0.0f;
+    for (int i = 0; i < VF_N; i++) {
+        float m = ((vf)largest)[i];
+        if (!(m <= FLT_MAX))
+            return NAN;
+        most = m > most ? m : most;
+    }
+    float scale = most / 127.0f;
+    return scale < FLT_MIN ? 0.0f : scale;
+}
+
+/* A whole number below 2^22 added to 1.5 * 2^23 is the sum's lower bits. */
+static void code16(int8_t dst[16], const float *x, float scale)
+{
+    typedef int8_t vb __attribute__((vector_size(VF_N)));
+    typedef int8_t vb_memory __attribute__((vector_size(VF_N), aligned(1), may_alias));
+    if (!(scale > 0.0f)) {
+        memset(dst, 0, 16);
+        return;
+    }
+    for (int i = 0; i < 16; i += VF_N) {
+        vi codes = (vi)(vf_load(x + i) / scale + 12582912.0f) - 0x4b400000;
+        *(vb_memory *)(dst + i) = __builtin_convertvector(codes, vb);
+    }
+}
+
 const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .epilogue = epilogue,
     .add = add,
@@ -291,4 +336,7 @@ const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .round_bf16 = round_bf16,
     .transpose = transpose,
     .exp = exponential,
+    .multiply_columns = multiply_columns,
+    .code_scale = code_scale,
+    .code16 = code16,
 };

@@ -21,8 +21,9 @@ struct gateway_options {
     int64_t max_message_bytes, media_ttl_s;
     uint64_t media_store_bytes, max_media_bytes; // of all uploaded media, 0: none; of one
     int max_connections, n_processor_threads, drain_timeout_s;
-    int32_t stream_interval; // tokens
-    const char *dtype_name; // "float32", "bfloat16": what the workers compute with
+    int32_t stream_interval;   // tokens
+    const char *dtype_name;    // "float32", "bfloat16": what the workers compute with
+    const char *kv_dtype_name; // or "int8": what keys and values are held in
     struct processor_limits limits;
     struct engine_config engine;
 };

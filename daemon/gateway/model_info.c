@@ -87,6 +87,7 @@ static void fill_model(const struct gateway *g, Internvl__V1__GetModelResponse *
     out->version = INTERNVLD_VERSION;
     out->architecture = (char *)(uintptr_t)architecture_name(m->text.architecture);
     out->dtype = (char *)(uintptr_t)g->options->dtype_name;
+    out->kv_cache_dtype = (char *)(uintptr_t)g->options->kv_dtype_name;
     quantization_describe(&m->quantization, quantization, QUANTIZATION_BYTES);
     out->quantization = quantization;
     out->vocab_size = (uint32_t)m->text.vocab_size;

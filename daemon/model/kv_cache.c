@@ -10,8 +10,8 @@
 uint64_t kv_page_bytes(int n_layers, int n_kv_heads, int head_dim, int32_t page_size,
                        enum dtype dtype)
 {
-    return 2 * (uint64_t)n_layers * (uint64_t)n_kv_heads * (uint64_t)head_dim *
-           (uint64_t)page_size * dtype_size(dtype);
+    return 2 * (uint64_t)n_layers * (uint64_t)n_kv_heads *
+           kv_head_bytes(head_dim, page_size, dtype);
 }
 
 void kv_cache_init(struct kv_cache *kv, struct backend *b, int n_layers, int n_kv_heads,

@@ -32,6 +32,7 @@ struct language_limits {
     int32_t max_tokens, max_sequences; // of one batch, which has no more samples than sequences
     int32_t max_model_len;             // tokens of one sequence
     int32_t page_size, n_pages;
+    enum dtype kv_dtype; // of the pages
 };
 
 struct language_layer {

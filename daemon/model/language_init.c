@@ -199,7 +199,7 @@ void language_init(struct language_model *m, const struct model_config *c, struc
     }
     m->weight_bytes = w->n_bytes - before;
     kv_cache_init(&m->kv, b, (int)m->layer_range.n, (int)m->cut.dense.kv_heads.n, text->head_dim,
-                  limits->page_size, limits->n_pages, dtype);
+                  limits->page_size, limits->n_pages, limits->kv_dtype);
     m->scratch_bytes =
         language_scratch_bytes(text, &m->cut, m->n_shards, is_last, limits, b->activation_dtype);
     m->scratch_base = op_alloc_resident(b, m->scratch_bytes);

@@ -61,7 +61,8 @@ int language_worker_run(const struct worker_options *o, const struct topology *t
                                      .max_sequences = o->max_num_seqs,
                                      .max_model_len = o->max_model_len,
                                      .page_size = o->page_size,
-                                     .n_pages = o->n_pages};
+                                     .n_pages = o->n_pages,
+                                     .kv_dtype = o->kv_dtype};
     struct backend *b = o->device->backend;
     if (weights_open(&w, o->model_dir, o->model, o->dummy_weights, &err) != 0)
         die("%s", err.msg);

@@ -173,7 +173,7 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
     struct range layers = shard_layers(t->n_layers, topology->stage, s->layout.pipeline_parallel);
     add_language_step(r, c, s, &cut);
     r->page_bytes = kv_page_bytes((int)layers.n, (int)cut.dense.kv_heads.n, t->head_dim,
-                                  s->page_size, s->dtype);
+                                  s->page_size, s->kv_dtype);
     return 0;
 }
 
@@ -209,6 +209,11 @@ int plan_make(struct plan *p, const struct model_config *c, const struct plan_se
     if (s->page_size < 16 || s->page_size % 16 != 0)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "page size %d: a multiple of 16 tokens is expected", s->page_size);
+    if (s->kv_dtype == DTYPE_I8 && c->text.head_dim % 16 != 0)
+        return error_set(err, ERROR_INVALID_ARGUMENT,
+                         "--kv-cache-dtype int8: the model's heads have %d dimensions, a multiple "
+                         "of 16 is expected",
+                         c->text.head_dim);
     if (s->layout.pipeline_parallel > c->text.n_layers)
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "pipeline-parallel-size %d: the model has only %d layers",
@@ -305,8 +310,8 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uin
         total += bytes;
         largest = bytes > largest ? bytes : largest;
     }
-    fprintf(f, "KV: %d pages of %d tokens = %lld tokens\n", p->n_pages, p->settings.page_size,
-            (long long)p->n_pages * p->settings.page_size);
+    fprintf(f, "KV: %d pages of %d tokens = %lld tokens in %s\n", p->n_pages, p->settings.page_size,
+            (long long)p->n_pages * p->settings.page_size, dtype_name(p->settings.kv_dtype));
     fprintf(f,
             "gateway: %.1f MiB of vision cache, %.1f KiB a tile, and %.1f MiB of uploaded media\n",
             (double)p->settings.vision_cache_bytes / mib,

@@ -23,6 +23,7 @@ struct plan_settings {
     struct layout layout;
     const struct weight_list *weights; // as the files hold them; NULL: as the config lets expect
     enum dtype dtype;                  // F32 or BF16
+    enum dtype kv_dtype;               // of the pages: the same, or I8
     enum dtype activation_dtype;       // device_activation_dtype()
     int on_cuda;                       // vision and language ranks each have a GPU
     int deterministic, one_shot;       // with on_cuda: as in struct device_options
@@ -58,7 +59,7 @@ struct plan {
 };
 
 /* Errors: a layout the model's heads or layers cannot take, a page size that is no multiple of 16,
- * a budget that does not hold one sequence of max_model_len. */
+ * heads that int8 pages cannot hold, a budget that does not hold one sequence of max_model_len. */
 int plan_make(struct plan *p, const struct model_config *c, const struct plan_settings *s,
               struct error *err);
 void plan_release(struct plan *p); // accepts a zeroed struct

@@ -17,6 +17,7 @@ struct worker_options {
     const char *model_dir;
     const struct model_config *model;
     enum dtype dtype;               // F32 or BF16: what model_dtype_parse() made of --dtype
+    enum dtype kv_dtype;            // the same, or I8: --kv-cache-dtype
     int dummy_weights;              // --load-format dummy: random weights of the real shapes
     int32_t page_size;              // tokens, a multiple of 16
     int32_t n_pages;                // KV pages of every language rank: plan.h

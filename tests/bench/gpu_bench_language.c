@@ -54,7 +54,8 @@ static struct language_limits limits_of(const struct sizes *s)
                                     .max_model_len = larger(s->context, s->prefill),
                                     .page_size = PAGE_SIZE,
                                     .n_pages =
-                                        larger(most * pages_of(s->context), pages_of(s->prefill))};
+                                        larger(most * pages_of(s->context), pages_of(s->prefill)),
+                                    .kv_dtype = DTYPE_BF16};
 }
 
 /* ---- batches ---- */

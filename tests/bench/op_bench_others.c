@@ -69,6 +69,23 @@ static void layout_init(struct attention_case *c, const struct load *load)
     c->kv.n_pages = n * n_pages;
 }
 
+/* Keys, or values, of all pages. */
+static void *values_of_pages(const struct bench *bench, const struct kv_pages *kv)
+{
+    const size_t head_bytes = kv_head_bytes(kv->head_dim, kv->page_size, kv->dtype);
+    const int64_t n_heads = (int64_t)kv->n_pages * kv->n_kv_heads;
+    if (kv->dtype != DTYPE_I8)
+        return bench_values(bench, kv->dtype, n_heads * kv->head_dim * kv->page_size);
+    char *pages = bench_values(bench, DTYPE_I8, n_heads * (int64_t)head_bytes);
+    for (int64_t i = 0; i < n_heads; i++) {
+        char *codes = pages + (size_t)i * head_bytes;
+        float *scales = (float *)(void *)(codes + kv->head_dim * kv->page_size);
+        for (int32_t j = 0; j < kv->page_size; j++)
+            scales[j] = 1.0f / 127.0f;
+    }
+    return pages;
+}
+
 static void measure_paged(const struct bench *bench, const struct load *load, enum dtype dtype)
 {
     const struct shapes *s = bench->shapes;
@@ -78,9 +95,8 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
     c.kv.head_dim = (int32_t)s->head_dim;
     layout_init(&c, load);
     const int64_t rows = c.layout.n_tokens, width = s->n_kv_heads * s->head_dim;
-    const int64_t n_values = (int64_t)c.kv.n_pages * PAGE * width;
-    c.kv.k = bench_values(bench, dtype, n_values);
-    c.kv.v = bench_values(bench, dtype, n_values);
+    c.kv.k = values_of_pages(bench, &c.kv);
+    c.kv.v = values_of_pages(bench, &c.kv);
     c.q = bench_matrix(bench, DTYPE_F32, rows, s->n_heads * s->head_dim);
     c.out = bench_matrix(bench, DTYPE_F32, rows, s->n_heads * s->head_dim);
     c.k = bench_matrix(bench, DTYPE_F32, rows, width);
@@ -95,15 +111,15 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
     char what[64];
     snprintf(what, sizeof(what), "%d x %d of %d", load->n_sequences, load->n_tokens, load->context);
     double new = load->n_tokens, pairs = new * load->context - new *(new - 1) / 2;
-    double element = (double)dtype_size(dtype);
+    const double held = (double)kv_head_bytes(c.kv.head_dim, 1, dtype); // of a token's head
     struct op_case op = {
         .op = "paged_attention",
         .what = what,
         .format = dtype_name(dtype),
-        .is_bf16 = dtype == DTYPE_BF16,
+        .is_bf16 = dtype != DTYPE_F32,
         .rows = rows,
         .flops = 4 * pairs * load->n_sequences * (double)(s->n_heads * s->head_dim),
-        .bytes = 2.0 * load->n_sequences * load->context * (double)width * element +
+        .bytes = 2.0 * load->n_sequences * load->context * (double)s->n_kv_heads * held +
                  8.0 * (double)(rows * s->n_heads * s->head_dim),
         .run = run_paged,
         .arg = &c,
@@ -113,7 +129,7 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
     op.op = "kv_write";
     op.flops = 0;
     op.bytes =
-        (double)rows * ((double)width * (12 + 2 * element) +
+        (double)rows * ((double)width * 12 + 2 * (double)s->n_kv_heads * held +
                         8.0 * (double)(s->n_heads * s->head_dim) + 4.0 * (double)s->head_dim);
     op.run = run_kv_write;
     if (bench_wants(bench, op.op, op.format) && load->n_sequences == 1 && load->context <= 1024)
@@ -395,11 +411,12 @@ void bench_others(const struct bench *bench)
     const struct shapes *s = bench->shapes;
     measure_limits(bench);
     static const struct load loads[] = {
-        {1, 1, 1024}, {1, 1, 8192}, {16, 1, 1024}, {1, 512, 512}, {1, 512, 4096},
+        {1, 1, 1024},  {1, 1, 4096},  {1, 1, 8192},   {1, 1, 32768},
+        {16, 1, 1024}, {1, 512, 512}, {1, 512, 4096},
     };
-    static const enum dtype dtypes[] = {DTYPE_BF16, DTYPE_F32};
-    for (int t = 0; t < 2; t++) {
-        for (int i = 0; i < 5; i++)
+    static const enum dtype dtypes[] = {DTYPE_BF16, DTYPE_F32, DTYPE_I8};
+    for (int t = 0; t < 3; t++) {
+        for (size_t i = 0; i < sizeof(loads) / sizeof(loads[0]); i++)
             measure_paged(bench, &loads[i], dtypes[t]);
     }
     for (int t = 0; t < 2; t++) {

@@ -504,6 +504,7 @@ static int32_t plan_pages(struct cost_model *c, const struct settings *s)
 {
     struct plan_settings p = {.layout = s->layout,
                               .dtype = DTYPE_BF16,
+                              .kv_dtype = DTYPE_BF16,
                               .activation_dtype = DTYPE_BF16,
                               .page_size = 16,
                               .kv_budget_bytes = (uint64_t)1 << 40,

@@ -114,6 +114,7 @@ class Calls(DaemonTest):
     def test_model(self):
         m = self.client.model()
         self.assertEqual((m.vocab_size, m.text_layers, m.vision_layers), (1024, 4, 4))
+        self.assertEqual(m.kv_cache_dtype, m.dtype)
         self.assertEqual((m.tile_height, m.tile_width, m.tokens_per_tile), (112, 112, 16))
         self.assertEqual([r.rank for r in m.ranks], list(range(len(m.ranks))))
         self.assertEqual(len(m.ranks), 1 + m.vision_ranks + m.tensor_parallel_size * m.pipeline_parallel_size)

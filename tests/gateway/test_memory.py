@@ -26,6 +26,7 @@ TEXT_1B = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, 
 VISION_1B = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=6,
                  image_size=[448, 448])
 KV_BYTES, N_CONTEXT, N_TILES = 4 << 20, 2048, 2  # two sequences of N_CONTEXT tokens
+INT8_TOKEN_BYTES = 2 * 2 * (64 + 4)  # key and value, layers, codes and a scale of a shard's one kv head
 N_LOGIT_ROWS = 128  # twice what the vocabulary projection takes at once
 PLAN_SHARE = 0.02
 
@@ -65,25 +66,32 @@ class Memory(unittest.TestCase):
         self.assertGreater(answer.done.usage.prompt_tokens, N_TILES * 256)
         client.close()
 
-    def check_plan(self, **layout):
+    def check_plan(self, *extra, **layout):
         with tempfile.TemporaryDirectory(prefix="internvld-plan-") as folder:
             make_checkpoint(pathlib.Path(folder), TEXT_1B, VISION_1B)
             with daemon.Daemon(model=folder, dtype="bfloat16", **layout, extra=(
                     "--load-format", "dummy", "--max-model-len", N_CONTEXT, "--kv-cache-memory-bytes", KV_BYTES,
-                    "--max-vision-tiles", N_TILES)) as d:
+                    "--max-vision-tiles", N_TILES, *extra)) as d:
                 plan = daemon.planned(*d.command[1:])
                 self.fill(d)
                 peak = peaks(d)
+                client = Client(d.address)
+                held = [x.kv_bytes for x in client.model().ranks]
+                client.close()
         for rank, planned in enumerate(plan):
             role, n_bytes = planned["role"], planned["total"]
             print(f"rank {rank} ({role}): {n_bytes / (1 << 20):.1f} MiB planned, {peak[rank] / (1 << 20):.1f} taken, "
                   f"{100 * (peak[rank] / n_bytes - 1):+.1f} %", flush=True)
             self.assertLessEqual(peak[rank], n_bytes, f"rank {rank}")
+            self.assertAlmostEqual(held[rank] / (1 << 20), planned["KV"] / (1 << 20), delta=0.05, msg=f"rank {rank}")
             if role != "gateway":  # its caches are as full as requests make them
                 self.assertGreaterEqual(peak[rank], n_bytes * (1 - PLAN_SHARE), f"rank {rank}")
 
     def test_the_plan(self):
         self.check_plan(tensor=2)
+
+    def test_the_plan_of_int8_pages(self):
+        self.check_plan("--kv-cache-dtype", "int8", "--kv-cache-memory-bytes", 2 * N_CONTEXT * INT8_TOKEN_BYTES, tensor=2)
 
     def test_labels_of_a_long_prompt(self):
         with tempfile.TemporaryDirectory(prefix="internvld-vocabulary-") as folder:

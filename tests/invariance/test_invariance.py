@@ -3,7 +3,7 @@
 Fourteen prompts (text, a picture, two pictures, many tiles, greedy and seeded) are answered one by one by the smallest
 layout with every cache off: that is what all others are compared with, in this very run. Then the same alone, with 63
 others, in chunks of 16 and 64 tokens, from cold and warm caches (prefix and vision), preempted for want of pages and by higher
-priorities, as the first of four candidates, and under other layouts.
+priorities, as the first of four candidates, and under other layouts. A part of it again with an int8 KV cache, compared with its own.
 
     test_invariance.py [--full]      --full: T 1, 2, 4, 8 x P 1, 2, 4 x V 1, 2; else three of them
 """
@@ -52,6 +52,9 @@ TEXT = [0, 1, 9, 10]
 LONG = [12, 13]  # 20 pages each
 SHORT = range(12)
 PAGE_BYTES = 2 * 4 * 4 * 32 * 16 * 2  # key and value, layers, heads, head size, tokens, bfloat16
+INT8 = ["--kv-cache-dtype", "int8"]
+INT8_PAGE_BYTES = 2 * 4 * 4 * 16 * (32 + 4)  # a byte a value, a scale for each token and head
+INT8_SHORT = [0, 1, 2, 3, 7, 8, 9]
 
 
 def layouts():
@@ -103,13 +106,8 @@ def talk(d):
     return one, two
 
 
-class Invariance(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0) as d:
-            cls.expected = [d.ask(i).bits() for i in range(len(SUBJECTS))]
-            cls.cold_talk = talk(d)
-            cls.features, _ = d.client.forward(*FEATURES)
+class Compared(unittest.TestCase):
+    """With `expected`, the bits of each subject, alone and without caches."""
 
     def check(self, index, answer, where):
         self.assertEqual(answer.bits(), self.expected[index], f"subject {index}, {where}")
@@ -121,6 +119,22 @@ class Invariance(unittest.TestCase):
         for i, answer in zip(indices, answers):
             self.check(i, answer, where)
         return answers
+
+    def until_preempted(self, ask):
+        """On a busy machine the long answers can be over before the others come: then once more, 20 times at most."""
+        for _ in range(20):
+            if sum(a.done.timing.preemptions for a in ask()) > 0:
+                return
+        self.fail("nobody was preempted")
+
+
+class Invariance(Compared):
+    @classmethod
+    def setUpClass(cls):
+        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0) as d:
+            cls.expected = [d.ask(i).bits() for i in range(len(SUBJECTS))]
+            cls.cold_talk = talk(d)
+            cls.features, _ = d.client.forward(*FEATURES)
 
     def test_prefix_cache(self):
         with Daemon() as d:
@@ -196,13 +210,6 @@ class Invariance(unittest.TestCase):
         with Daemon("--max-num-seqs", 2) as d:
             self.until_preempted(lambda: self.give_way(d))
 
-    def until_preempted(self, ask):
-        """On a busy machine the long answers can be over before the others come: then once more, 20 times at most."""
-        for _ in range(20):
-            if sum(a.done.timing.preemptions for a in ask()) > 0:
-                return
-        self.fail("nobody was preempted")
-
     def give_way(self, d):
         calls = [d.start(i, priority=1) for i in LONG]
         begun = [collect([next(call), next(call)]) for call in calls]  # Started, a token: they run
@@ -218,6 +225,44 @@ class Invariance(unittest.TestCase):
         for layout in layouts():
             with Daemon(layout=layout) as d:
                 self.check_all(d, f"layout {layout}")
+
+
+class Int8Pages(Compared):
+    @classmethod
+    def setUpClass(cls):
+        cls.expected = {}
+        with Daemon() as d:
+            cls.attentions = d.client.forward(SUBJECTS[3][0], ["attentions"])[0]["attentions.0"]
+        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0, *INT8) as d:
+            for i in [*INT8_SHORT, *LONG]:
+                cls.expected[i] = d.ask(i).bits()
+
+    def test_caches_and_company(self):
+        with Daemon(*INT8) as d:
+            self.assertEqual(d.client.model().kv_cache_dtype, "int8")
+            attentions = d.client.forward(SUBJECTS[3][0], ["attentions"])[0]["attentions.0"]
+            self.assertLess(abs(attentions - self.attentions).max(), 0.05, "keys as a capture reads them")
+            self.assertGreater(abs(attentions - self.attentions).max(), 0)
+            for where in ("cold", "warm"):
+                for i in INT8_SHORT:
+                    answer = d.ask(i)
+                    self.check(i, answer, where)
+                    if where == "warm" and "prompt_logprobs" not in SUBJECTS[i][1]:
+                        n = answer.done.usage.prompt_tokens
+                        self.assertEqual(answer.done.usage.cached_tokens, (n - 1) // 16 * 16, f"subject {i}")
+            self.check_all(d, "beside each other", 4 * INT8_SHORT)
+            self.assertEqual(d.ask(2, n=4).bits()[0], self.expected[2][0], "the first of four")
+
+    def test_chunks_and_preemption(self):
+        with Daemon(*INT8, "--max-num-batched-tokens", 16, "--max-num-seqs", 16, "--kv-cache-memory-bytes",
+                    32 * INT8_PAGE_BYTES, "--max-model-len", 512) as d:
+            self.assertEqual(d.client.model().load.kv_pages, 32)
+            self.until_preempted(lambda: self.check_all(d, "short of pages", [*LONG, 0, 1, 9]))
+
+    def test_layouts(self):
+        for layout in [(2, 1, 1), (1, 2, 1)]:
+            with Daemon(*INT8, layout=layout) as d:
+                self.check_all(d, f"layout {layout}", INT8_SHORT)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
  * own keys alone: not on its neighbours, the cut of the prompt, the page numbers, or what unused
  * slots of a page hold.
  */
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -29,7 +30,8 @@ struct world {
     int32_t page_start[5], pages[256];
 };
 
-/* Pages are numbered in order, or dealt at random, and full of NaN before they are written. */
+/* Pages are numbered in order, or dealt at random, and full of NaN (int8: as scales) before they
+ * are written. */
 static void world_make_pages(struct world *w, struct backend *b, int shuffled)
 {
     w->page_start[0] = 0;
@@ -51,7 +53,7 @@ static void world_make_pages(struct world *w, struct backend *b, int shuffled)
     for (int i = 0; shuffled && i < n; i++)
         w->pages[i] += spare;
     size_t n_bytes =
-        (size_t)((n + spare) * w->n_kv_heads * w->head_dim * w->page_size) * dtype_size(w->dtype);
+        (size_t)((n + spare) * w->n_kv_heads) * kv_head_bytes(w->head_dim, w->page_size, w->dtype);
     w->kv.k = op_alloc(b, n_bytes);
     w->kv.v = op_alloc(b, n_bytes);
     memset(w->kv.k, 0xff, n_bytes);
@@ -147,13 +149,46 @@ static float *copy_rounded(const struct tensor *t, enum dtype dtype)
     return copy;
 }
 
-static void world_naive(struct world *w, float *want)
+/* What int8 pages hold of x [n]: the codes; returns the scale (struct kv_pages). */
+static float encode(int8_t *codes, const float *x, int n)
+{
+    float largest = 0;
+    int is_finite = 1;
+    for (int i = 0; i < n; i++) {
+        largest = fmaxf(largest, fabsf(x[i]));
+        is_finite = is_finite && isfinite(x[i]);
+    }
+    float scale = !is_finite ? NAN : largest / 127 < FLT_MIN ? 0 : largest / 127;
+    for (int i = 0; i < n; i++)
+        codes[i] = scale > 0 ? (int8_t)rintf(x[i] / scale) : 0;
+    return scale;
+}
+
+/* The keys or values of t as pages of `dtype` hold them; the caller frees. */
+static float *copy_held(const struct tensor *t, enum dtype dtype, int head_dim)
+{
+    float *copy = copy_rounded(t, dtype);
+    int8_t codes[128];
+    for (int64_t i = 0; dtype == DTYPE_I8 && i < t->shape[0]; i++) {
+        for (float *x = copy + i * t->row_stride, *end = x + t->shape[1]; x < end; x += head_dim) {
+            float scale = encode(codes, x, head_dim);
+            for (int d = 0; d < head_dim; d++)
+                x[d] = (float)codes[d] * scale;
+        }
+    }
+    return copy;
+}
+
+/* Of what the pages hold and products take, or of the operands as they are. */
+static void world_naive(struct world *w, float *want, int is_rounded)
 {
     int hd = w->head_dim;
     struct tensor q = w->q, kv[2] = {w->k, w->v};
-    q.data = copy_rounded(&w->q, w->dtype);
-    for (int i = 0; i < 2; i++) // what the pages hold
-        kv[i].data = copy_rounded(&kv[i], w->dtype);
+    if (is_rounded) {
+        q.data = copy_rounded(&w->q, w->dtype == DTYPE_F32 ? DTYPE_F32 : DTYPE_BF16);
+        for (int i = 0; i < 2; i++)
+            kv[i].data = copy_held(&kv[i], w->dtype, hd);
+    }
     for (int s = 0; s < w->n_sequences; s++) {
         for (int t = 0; t < w->length[s]; t++) {
             int lo = w->window > 0 && t + 1 > w->window ? t + 1 - w->window : 0;
@@ -167,16 +202,18 @@ static void world_naive(struct world *w, float *want)
             }
         }
     }
-    free(q.data);
-    free(kv[0].data);
-    free(kv[1].data);
+    if (is_rounded) {
+        free(q.data);
+        free(kv[0].data);
+        free(kv[1].data);
+    }
 }
 
 /* The naive loop rounds no probability; rounding one to bfloat16 errs by up to 2^-8 of it, evenly.
  */
 static double bound_of(enum dtype dtype)
 {
-    return dtype == DTYPE_BF16 ? ldexp(1, -16) / 3 : 1e-12;
+    return dtype == DTYPE_F32 ? 1e-12 : ldexp(1, -16) / 3;
 }
 
 /* One back end: prefill against the naive loop; chunks, decode and shuffled pages equal prefill. */
@@ -189,8 +226,9 @@ static void check_world(struct world *w, struct backend *b, const float *want, f
     world_make_pages(w, b, 0);
     world_run(w, b, &a, 0);
     world_free_pages(w, b);
-    op_case_compare(w->dtype == DTYPE_F32 ? "paged attention float32" : "paged attention bfloat16",
-                    &a, want, bound_of(w->dtype));
+    char name[64];
+    snprintf(name, sizeof(name), "paged attention %s", dtype_name(w->dtype));
+    op_case_compare(name, &a, want, bound_of(w->dtype));
     static const int chunks[] = {1, 7, 32};
     for (int i = 0; i < 3; i++) {
         world_make_pages(w, b, 1);
@@ -221,15 +259,16 @@ static void test_paged(void **state)
                                    {8, 2, 33, 48, 20},
                                    {4, 2, 128, 64, 1}};
     for (int i = 0; i < 5; i++) {
-        for (int dtype = DTYPE_F32; dtype <= DTYPE_BF16; dtype++) {
+        static const enum dtype dtypes[] = {DTYPE_F32, DTYPE_BF16, DTYPE_I8};
+        static const int multiples[] = {1, 2, 16}; // of head_dim
+        for (int t = 0; t < 3; t++) {
             struct world w;
             op_case_seed(10 + (uint32_t)i);
-            int head_dim = cases[i][2] + (dtype == DTYPE_BF16 && cases[i][2] % 2); // pairs
-            world_init(&w, cases[i][0], cases[i][1], head_dim, cases[i][3], cases[i][4],
-                       (enum dtype)dtype);
+            int head_dim = (cases[i][2] + multiples[t] - 1) / multiples[t] * multiples[t];
+            world_init(&w, cases[i][0], cases[i][1], head_dim, cases[i][3], cases[i][4], dtypes[t]);
             int64_t n = tensor_n_elements(&w.q);
             float *want = op_case_floats(n, 0), *bits = op_case_floats(n, 0);
-            world_naive(&w, want);
+            world_naive(&w, want, 1);
             bits[0] = NAN;
             for (int j = 0; j < op_n_isas * 2; j++) {
                 if (!op_case_has(op_isas[j / 2]))
@@ -257,7 +296,7 @@ static void test_any_kv_of_head(void **state)
     memcpy(w.kv_of_head, kv_of_head, sizeof(kv_of_head));
     int64_t n = tensor_n_elements(&w.q);
     float *want = op_case_floats(n, 0), *bits = op_case_floats(n, 0);
-    world_naive(&w, want);
+    world_naive(&w, want, 1);
     bits[0] = NAN;
     struct backend *b = backend_cpu_open(2, NULL);
     check_world(&w, b, want, bits);
@@ -267,14 +306,125 @@ static void test_any_kv_of_head(void **state)
     free(bits);
 }
 
-/* A copied page reads like the original. */
-static void test_copy_pages(void **state)
+static float largest_of(const struct tensor *t)
+{
+    float largest = 0;
+    for (int64_t i = 0; i < t->shape[0] * t->row_stride; i++)
+        largest = fmaxf(largest, fabsf(((const float *)t->data)[i]));
+    return largest;
+}
+
+/* What int8 pages cost. A code errs by half a scale, 1/254 of the largest: so a key's score by the
+ * sum of |q| times that, which with the rounding of q to bfloat16 is `e`; every probability is then
+ * wrong by a factor within e^(2 e) of 1. Values err by half their scale and the rounding of the
+ * probability before them. */
+static void test_int8_error(void **state)
 {
     (void)state;
+    struct world w;
+    op_case_seed(40);
+    world_init(&w, 6, 2, 64, 16, 0, DTYPE_I8);
+    int64_t n = tensor_n_elements(&w.q);
+    float *want = op_case_floats(n, 0);
+    world_naive(&w, want, 0);
     struct backend *b = backend_cpu_open(1, NULL);
-    struct kv_pages kv = {.dtype = DTYPE_BF16, .n_pages = 5, .page_size = 16, .n_kv_heads = 3};
-    kv.head_dim = 7;
-    size_t page = 3 * 7 * 16 * 2;
+    struct tensor out = op_case_matrix(w.q.shape[0], w.q.shape[1]);
+    world_make_pages(&w, b, 0);
+    world_run(&w, b, &out, 0);
+    const double k = largest_of(&w.k), v = largest_of(&w.v), bf16 = ldexp(1, -9);
+    double nearest = INFINITY, worst = 0;
+    for (int64_t i = 0; i < n; i += w.head_dim) {
+        const float *q =
+            (const float *)w.q.data + i / w.q.shape[1] * w.q.row_stride + i % w.q.shape[1];
+        double sum = 0;
+        for (int d = 0; d < w.head_dim; d++)
+            sum += fabsf(q[d]);
+        double e = sum * k * (1.0 / 254 + bf16) / sqrt(w.head_dim);
+        double bound = v * (exp(2 * e) - 1 + 1.0 / 254 + bf16) + 1e-6;
+        for (int d = 0; d < w.head_dim; d++) {
+            double error = fabs((double)((const float *)out.data)[i + d] - want[i + d]);
+            assert_true(error <= bound);
+            worst = fmax(worst, error);
+        }
+        nearest = fmin(nearest, bound);
+    }
+    print_message("int8 pages: largest error %.5f, smallest bound %.5f\n", worst, nearest);
+    world_free_pages(&w, b);
+    backend_close(b);
+    world_release(&w);
+    free(out.data);
+    free(want);
+}
+
+/* The codes and scales themselves, where struct kv_pages says they lie. */
+static void check_codes(struct backend *b, const struct tensor *k, const struct tensor *v)
+{
+    enum { DIM = 32, HEADS = 2, SIZE = 32, TOKENS = 21 };
+    const size_t head_bytes = kv_head_bytes(DIM, SIZE, DTYPE_I8), n_bytes = 2 * HEADS * head_bytes;
+    struct kv_pages kv = {
+        op_alloc(b, n_bytes), op_alloc(b, n_bytes), DTYPE_I8, 2, SIZE, HEADS, DIM};
+    static const int32_t query_start[] = {0, TOKENS}, context_len[] = {TOKENS};
+    static const int32_t page_start[] = {0, 1}, pages[] = {1};
+    const struct paged_layout layout = {1,           TOKENS,     TOKENS, query_start,
+                                        context_len, page_start, pages};
+    struct tensor keys = *k; // not turned
+    op_kv_write(b, &kv, &layout, &keys, v, NULL);
+    for (int i = 0; i < TOKENS * HEADS; i++) {
+        const int token = i / HEADS, head = i % HEADS;
+        const size_t at = (size_t)(HEADS + head) * head_bytes;
+        const int8_t *found[2] = {(int8_t *)kv.k + at, (int8_t *)kv.v + at};
+        const float *x[2] = {(float *)k->data + token * k->row_stride + head * DIM,
+                             (float *)v->data + token * v->row_stride + head * DIM};
+        for (int is_value = 0; is_value < 2; is_value++) {
+            int8_t codes[DIM];
+            float scale = encode(codes, x[is_value], DIM), found_scale;
+            memcpy(&found_scale, found[is_value] + DIM * SIZE + token * 4, 4);
+            assert_true(isnan(scale) ? isnan(found_scale) : scale == found_scale);
+            for (int d = 0; d < DIM; d++) {
+                int of_key = ((d / 2 * SIZE / 16 + token / 16) * 2 + d % 2) * 16 + token % 16;
+                int of_value = ((token / 2 * DIM / 16 + d / 16) * 2 + token % 2) * 16 + d % 16;
+                assert_int_equal(found[is_value][is_value ? of_value : of_key], codes[d]);
+            }
+        }
+    }
+    op_free(b, kv.k);
+    op_free(b, kv.v);
+}
+
+static void test_codes(void **state)
+{
+    (void)state;
+    op_case_seed(41);
+    struct tensor k = op_case_strided(21, 64), v = op_case_strided(21, 64);
+    float *at = k.data;
+    for (int d = 0; d < 32; d++) {
+        at[d] = 0;                                           // no scale
+        at[k.row_stride + d] = ldexpf((float)d - 16, -140);  // a scale below the normal numbers
+        at[2 * k.row_stride + d] = (float)d - 14.5f;         // ties, below
+        at[3 * k.row_stride + d] = d == 3 ? NAN : 1;         // what is not finite has no codes
+        at[4 * k.row_stride + d] = d == 31 ? -INFINITY : -1; //
+        at[5 * k.row_stride + d] = d % 2 ? -3e38f : 3e38f;
+        at[6 * k.row_stride + d] = d == 9 ? -1e-30f : 1e-37f;
+    }
+    at[2 * k.row_stride] = -127;
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 1);
+        if (!b)
+            continue;
+        check_codes(b, &k, &v);
+        backend_close(b);
+    }
+    free(k.data);
+    free(v.data);
+}
+
+/* A copied page reads like the original. */
+static void check_copy_pages(enum dtype dtype, int head_dim)
+{
+    struct backend *b = backend_cpu_open(1, NULL);
+    struct kv_pages kv = {.dtype = dtype, .n_pages = 5, .page_size = 16, .n_kv_heads = 3};
+    kv.head_dim = head_dim;
+    size_t page = 3 * kv_head_bytes(head_dim, 16, dtype);
     kv.k = op_alloc(b, 5 * page);
     kv.v = op_alloc(b, 5 * page);
     for (size_t i = 0; i < 5 * page; i++) {
@@ -292,6 +442,13 @@ static void test_copy_pages(void **state)
     op_free(b, kv.k);
     op_free(b, kv.v);
     backend_close(b);
+}
+
+static void test_copy_pages(void **state)
+{
+    (void)state;
+    check_copy_pages(DTYPE_BF16, 7);
+    check_copy_pages(DTYPE_I8, 16);
 }
 
 static void check_full(struct backend *b, enum dtype dtype, int n_tiles, int t, int n_heads, int hd)
@@ -365,10 +522,9 @@ static void test_full(void **state)
 int op_attention_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_paged),
-        cmocka_unit_test(test_any_kv_of_head),
-        cmocka_unit_test(test_copy_pages),
-        cmocka_unit_test(test_full),
+        cmocka_unit_test(test_paged),      cmocka_unit_test(test_any_kv_of_head),
+        cmocka_unit_test(test_int8_error), cmocka_unit_test(test_codes),
+        cmocka_unit_test(test_copy_pages), cmocka_unit_test(test_full),
     };
     return cmocka_run_group_tests_name("attention", tests, NULL, NULL);
 }

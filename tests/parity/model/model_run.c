@@ -21,6 +21,7 @@ void model_run_open(struct model_run *r, const char *dir, enum dtype dtype, stru
 {
     struct error err;
     struct language_limits limits = model_run_limits();
+    limits.kv_dtype = dtype;
     struct topology alone = {.role = ROLE_LANGUAGE, .layout = {1, 1, 1}};
     static const float mean[4] = {0, 0, 0, 0}, std[4] = {1, 1, 1, 1};
     const struct quantization quantization = r->config.quantization;

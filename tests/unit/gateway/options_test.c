@@ -69,6 +69,7 @@ static void test_errors(void **state)
         "--model m --max-message-bytes 9000000000000000000G",
         "--model m --dtype float64",
         "--model m --dtype auto|float32",
+        "--model m --kv-cache-dtype fp8",
         "--model m --plan=1",
         "--model m stray",
     };

@@ -22,6 +22,7 @@ static struct plan_settings settings(int v, int t, int p)
 {
     return (struct plan_settings){.layout = {v, t, p},
                                   .dtype = DTYPE_F32,
+                                  .kv_dtype = DTYPE_F32,
                                   .page_size = 16,
                                   .kv_budget_bytes = 1 << 20,
                                   .max_model_len = 64,
@@ -72,7 +73,7 @@ static void counts_a_gpu(void **state)
     struct error err;
     tiny_config_parse(&c);
     struct plan_settings s = settings(1, 2, 1);
-    s.dtype = s.activation_dtype = DTYPE_BF16;
+    s.dtype = s.kv_dtype = s.activation_dtype = DTYPE_BF16;
     assert_int_equal(plan_make(&host, &c, &s, &err), 0);
     s.on_cuda = 1;
     assert_int_equal(plan_make(&plan, &c, &s, &err), 0);
@@ -148,6 +149,36 @@ static void refuses(void **state)
     s.kv_budget_bytes = 1000;
     assert_int_equal(plan_make(&p, &c, &s, &err), -1);
     assert_non_null(strstr(err.msg, "one sequence of 64 tokens needs 4"));
+    s = settings(1, 1, 1);
+    s.kv_dtype = DTYPE_I8;
+    assert_int_equal(plan_make(&p, &c, &s, &err), -1);
+    assert_non_null(strstr(err.msg, "heads have 4 dimensions, a multiple of 16"));
+}
+
+/* Int8: a byte a value and a float a token and kv head, in a page of two layers and four kv heads.
+ */
+static void counts_int8_pages(void **state)
+{
+    (void)state;
+    struct model_config c;
+    struct plan p;
+    struct error err;
+    char *text = NULL;
+    size_t n = 0;
+    tiny_config_parse(&c);
+    c.text.head_dim = 16;
+    struct plan_settings s = settings(1, 1, 1);
+    s.kv_dtype = DTYPE_I8;
+    s.kv_budget_bytes = 1000000;
+    assert_int_equal(plan_make(&p, &c, &s, &err), 0);
+    assert_int_equal(p.ranks[2].page_bytes, 2 * 2 * 4 * 16 * (16 + 4));
+    assert_int_equal(p.n_pages, 1000000 / (2 * 2 * 4 * 16 * (16 + 4)));
+    FILE *f = open_memstream(&text, &n);
+    plan_print(f, &p, &c, (uint64_t)1 << 40);
+    fclose(f);
+    assert_non_null(strstr(text, "KV: 195 pages of 16 tokens = 3120 tokens in int8\n"));
+    free(text);
+    plan_release(&p);
 }
 
 static void prints_a_table(void **state)
@@ -166,6 +197,7 @@ static void prints_a_table(void **state)
     fclose(f);
     assert_non_null(strstr(text, "4 ranks = 1 gateway + 1 vision + 1 x 2 language"));
     assert_non_null(strstr(text, "pages of 16 tokens"));
+    assert_non_null(strstr(text, " tokens in float32\n"));
     assert_non_null(strstr(text, "not even the largest rank fits"));
     free(text);
     f = open_memstream(&text, &n);
@@ -227,6 +259,7 @@ int main(void)
         cmocka_unit_test(counts_a_gpu),
         cmocka_unit_test(counts_parts_that_are_unlike),
         cmocka_unit_test(refuses),
+        cmocka_unit_test(counts_int8_pages),
         cmocka_unit_test(prints_a_table),
         cmocka_unit_test(dynamic_rope_grows_past_the_maximum),
         cmocka_unit_test(tile_sizes),

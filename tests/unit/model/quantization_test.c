@@ -165,7 +165,7 @@ static void check_plan(const char *dir, const struct model_config *config)
         s.max_model_len = 64;
         s.max_num_seqs = s.max_vision_tiles = 4;
         s.max_num_batched_tokens = 32;
-        struct language_limits limits = {32, 4, 64, 16, 8};
+        struct language_limits limits = {32, 4, 64, 16, 8, DTYPE_F32};
         assert_int_equal(quantization_parse(&c.quantization, methods[i], 32, &err), 0);
         assert_int_equal(plan_make(&plan, &c, &s, &err), 0);
         assert_int_equal(weights_open(&w, dir, &c, 0, &err), 0);
