@@ -133,12 +133,6 @@ static int32_t rows_of_expert(struct expert_scratch *s, int64_t n, int k, int32_
     return count;
 }
 
-static void upload_rows(struct expert_scratch *s, struct backend *b, const int32_t *rows, int32_t n)
-{
-    op_sync(b); // the scratch rows of the last call are read no more
-    op_upload(b, s->rows, rows, (size_t)n * sizeof(int32_t));
-}
-
 static void run_expert(const struct expert_layer *e, struct expert_scratch *s, struct backend *b,
                        const struct text_config *t, int id, const struct tensor *x,
                        struct tensor *slots)
@@ -147,16 +141,17 @@ static void run_expert(const struct expert_layer *e, struct expert_scratch *s, s
     int32_t n = rows_of_expert(s, n_tokens, t->n_experts_per_token, id);
     if (n == 0)
         return;
+    size_t n_bytes = (size_t)n * sizeof(int32_t);
     struct tensor in = tensor_2d(s->in, b->activation_dtype, n, dim);
     struct tensor gate_up = tensor_2d(s->gate_up, b->activation_dtype, n, 2 * columns);
     struct tensor gated = tensor_2d(s->gated, b->activation_dtype, n, columns);
     struct tensor out = tensor_2d(s->out, DTYPE_F32, n, dim);
-    upload_rows(s, b, s->host_rows, n);
+    op_upload(b, s->rows, s->host_rows, n_bytes);
     op_gather_rows(b, &in, x, s->rows);
     op_matmul(b, &gate_up, &in, &e->gate_up[id], NULL);
     op_gated_activation(b, &gated, &gate_up, t->hidden_act);
     op_matmul(b, &out, &gated, &e->down[id], NULL);
-    upload_rows(s, b, s->host_rows + n_tokens, n);
+    op_upload(b, s->rows, s->host_rows + n_tokens, n_bytes);
     op_scatter_rows(b, slots, &out, s->rows);
 }
 
