@@ -130,14 +130,6 @@ static int check_activations(const struct settings *s, enum device_kind device, 
     return 0;
 }
 
-static int check_kv(const struct settings *s, enum device_kind device, struct error *err)
-{
-    if (device == DEVICE_CUDA && s->kv_dtype == DTYPE_I8)
-        return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "--kv-cache-dtype int8 is on the CPU only: give --device cpu too");
-    return 0;
-}
-
 static int settings_make(struct settings *s, struct error *err)
 {
     const struct options *o = &s->options;
@@ -162,8 +154,6 @@ static int settings_make(struct settings *s, struct error *err)
     if (o->auth_token_file && auth_load(&s->auth, o->auth_token_file, err))
         return -1;
     s->kv_dtype = strcmp(o->kv_cache_dtype, "int8") == 0 ? DTYPE_I8 : s->dtype;
-    if (check_kv(s, device, err))
-        return -1;
     s->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : s->model.text.max_positions);
     p = (struct plan_settings){
         .layout = s->layout,
@@ -421,7 +411,7 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
         rc = hosts_check(all, world, err);
     }
     if (rc == 0)
-        rc = check_activations(s, s->device_kind, err) ? -1 : check_kv(s, s->device_kind, err);
+        rc = check_activations(s, s->device_kind, err);
     if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
         s->n_threads = all[rank].n_threads;

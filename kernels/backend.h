@@ -22,7 +22,8 @@
  *
  * Over int8 pages a score is the query times the codes, exact products summed in float32, and then
  * times the key's scale; a probability is multiplied with the value's scale before it meets the
- * codes. On the CPU queries and scaled probabilities are rounded to bfloat16 in both --dtype modes.
+ * codes. On the CPU queries and scaled probabilities are rounded to bfloat16 in both --dtype modes;
+ * CUDA multiplies what it has in float32 with the values, code * scale, instead.
  *
  * Letters in shapes: n_tokens rows of a step, dim the hidden size, n_heads/n_kv_heads the shard's
  * own heads.

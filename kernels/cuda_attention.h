@@ -69,13 +69,15 @@ __device__ __forceinline__ void load_queries(uint32_t q[HEAD_DIM / 16][4], const
  * One step: keys [first_key, first_key + STEP_KEYS) from shared memory.
  *   keys    KEYS_BY_DIM ? [HEAD_DIM, STEP_KEYS + pad] : [STEP_KEYS, HEAD_DIM + pad]
  *   values  [STEP_KEYS, HEAD_DIM + pad]; rows that nobody may see must be finite (zero)
+ *   SCALED  key_scales, value_scales [STEP_KEYS]: keys and values are codes, to be multiplied with
+ *           them; finite where nobody may see one
  * Row r of this thread sees keys low[r] <= key < high[r].
  */
-template <int HEAD_DIM, bool KEYS_BY_DIM>
-__device__ __forceinline__ void attend_step(row_state<HEAD_DIM> *s,
-                                            const uint32_t q[HEAD_DIM / 16][4], const bf16 *keys,
-                                            const bf16 *values, int first_key, const int low[2],
-                                            const int high[2], float scale_log2)
+template <int HEAD_DIM, bool KEYS_BY_DIM, bool SCALED = false>
+__device__ __forceinline__ void
+attend_step(row_state<HEAD_DIM> *s, const uint32_t q[HEAD_DIM / 16][4], const bf16 *keys,
+            const bf16 *values, int first_key, const int low[2], const int high[2],
+            float scale_log2, const float *key_scales = NULL, const float *value_scales = NULL)
 {
     const int KEY_LD = KEYS_BY_DIM ? STEP_KEYS + SHARED_PAD : HEAD_DIM + SHARED_PAD;
     const int VALUE_LD = HEAD_DIM + SHARED_PAD;
@@ -108,6 +110,8 @@ __device__ __forceinline__ void attend_step(row_state<HEAD_DIM> *s,
             for (int i = 0; i < 2; i++) {
                 int key = first_key + 8 * n + 2 * quad + i;
                 float *score = &p[n][2 * r + i];
+                if (SCALED)
+                    *score *= key_scales[8 * n + 2 * quad + i];
                 *score = key >= low[r] && key < high[r] ? *score * scale_log2 : -INFINITY;
                 largest = fmaxf(largest, *score);
             }
@@ -120,6 +124,8 @@ __device__ __forceinline__ void attend_step(row_state<HEAD_DIM> *s,
             for (int i = 0; i < 2; i++) {
                 p[n][2 * r + i] = exp2_below(p[n][2 * r + i], largest);
                 sum += p[n][2 * r + i];
+                if (SCALED)
+                    p[n][2 * r + i] *= value_scales[8 * n + 2 * quad + i];
             }
         s->max[r] = largest;
         s->sum[r] = fmaf(s->sum[r], fade, sum); // this thread's keys; row_sums() adds the quad's

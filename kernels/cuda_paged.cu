@@ -12,7 +12,12 @@
  *
  * so a token's attention is bitwise the same decoded, prefilled, in chunks, or beside other
  * sequences. plain_kernel does float32 and head sizes that have no tensor-core kernel.
+ *
+ * Codes of int8 pages are copied as they are and become bfloat16, exactly, from shared memory to
+ * shared memory; plain_kernel multiplies values, code * scale.
  */
+#include <float.h>
+
 #include "kernels/cuda_attention.h"
 
 #define SPLIT_KEYS 256 // a multiple of STEP_KEYS
@@ -32,6 +37,7 @@ struct paged_params {
     int64_t q_stride, out_stride; // elements between rows
     const int32_t *query_start, *context_len, *page_start, *pages;
     int n_sequences, n_kv_heads, page_size, head_dim, window;
+    int64_t head_bytes; // kv_head_bytes()
     float scale_log2;
     float *partial;     // decode: [sequence, head, split, head_dim + 2]
     int n_splits;       // decode: splits of a row of `partial`
@@ -41,13 +47,20 @@ struct paged_params {
     struct head_map map;
 };
 
-/* Where a page's keys or values of one kv head begin, in elements. */
-__device__ __forceinline__ int64_t page_offset(const struct paged_params &p, int sequence,
-                                               int position, int kv_head)
+/* Of `pages`, p.k or p.v, the page that has the position, of one kv head. */
+template <class KV>
+__device__ __forceinline__ const KV *page_of(const void *pages, const struct paged_params &p,
+                                             int sequence, int position, int kv_head)
 {
     int64_t page = p.pages[p.page_start[sequence] + position / p.page_size];
 
-    return (page * p.n_kv_heads + kv_head) * p.page_size * p.head_dim;
+    return (const KV *)((const char *)pages + (page * p.n_kv_heads + kv_head) * p.head_bytes);
+}
+
+/* The scales [page_size] behind a page's codes. */
+__device__ __forceinline__ const float *scales_of(const int8_t *page, const struct paged_params &p)
+{
+    return (const float *)(page + p.head_dim * p.page_size);
 }
 
 /* The first key that a query at `position` sees. */
@@ -65,34 +78,124 @@ template <int HEAD_DIM> struct step_tile {
     bf16 values[STEP_KEYS * (HEAD_DIM + SHARED_PAD)];
 };
 
+/* The same as int8 pages hold it. */
+template <int HEAD_DIM> struct step_codes {
+    int8_t keys[HEAD_DIM * STEP_KEYS];
+    int8_t values[STEP_KEYS * HEAD_DIM];
+    float scales[2][STEP_KEYS]; // of keys, of values
+};
+
+/* Shared memory of a block: two steps in flight; what codes become. */
+template <int HEAD_DIM, class KV> struct step_memory {
+    step_tile<HEAD_DIM> loaded[2];
+};
+template <int HEAD_DIM> struct step_memory<HEAD_DIM, int8_t> {
+    step_codes<HEAD_DIM> loaded[2];
+    step_tile<HEAD_DIM> tile;
+    float scales[2][STEP_KEYS];
+};
+
 /* Starts copying one step's keys and values; what lies past the context reads as zero. */
 template <int HEAD_DIM>
 __device__ __forceinline__ void load_step(step_tile<HEAD_DIM> *t, const struct paged_params &p,
                                           int sequence, int kv_head, int first_key, int n_keys)
 {
-    const bf16 *k = (const bf16 *)p.k, *v = (const bf16 *)p.v;
-
     for (int i = threadIdx.x; i < HEAD_DIM * STEP_KEYS / 8; i += blockDim.x) {
         int dim = i / (STEP_KEYS / 8), key = i % (STEP_KEYS / 8) * 8;
         int position = first_key + key;
         bool valid = position < n_keys;
-        const bf16 *src = k;
+        const bf16 *src = (const bf16 *)p.k;
         if (valid)
-            src += page_offset(p, sequence, position, kv_head) + (int64_t)dim * p.page_size +
-                   position % p.page_size;
+            src = page_of<bf16>(p.k, p, sequence, position, kv_head) + dim * p.page_size +
+                  position % p.page_size;
         cp_async_16(&t->keys[dim * (STEP_KEYS + SHARED_PAD) + key], src, valid);
     }
     for (int i = threadIdx.x; i < HEAD_DIM * STEP_KEYS / 8; i += blockDim.x) {
         int key = i / (HEAD_DIM / 8), dim = i % (HEAD_DIM / 8) * 8;
         int position = first_key + key;
         bool valid = position < n_keys;
-        const bf16 *src = v;
+        const bf16 *src = (const bf16 *)p.v;
         if (valid)
-            src += page_offset(p, sequence, position, kv_head) +
-                   (int64_t)(position % p.page_size) * HEAD_DIM + dim;
+            src = page_of<bf16>(p.v, p, sequence, position, kv_head) +
+                  position % p.page_size * HEAD_DIM + dim;
         cp_async_16(&t->values[key * (HEAD_DIM + SHARED_PAD) + dim], src, valid);
     }
     cp_async_commit();
+}
+
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_step(step_codes<HEAD_DIM> *c, const struct paged_params &p,
+                                          int sequence, int kv_head, int first_key, int n_keys)
+{
+    for (int i = threadIdx.x; i < HEAD_DIM * STEP_KEYS / 16; i += blockDim.x) {
+        int dim = i / (STEP_KEYS / 16), key = i % (STEP_KEYS / 16) * 16;
+        int position = first_key + key;
+        bool valid = position < n_keys;
+        const int8_t *src = (const int8_t *)p.k;
+        if (valid)
+            src = page_of<int8_t>(p.k, p, sequence, position, kv_head) + dim * p.page_size +
+                  position % p.page_size;
+        cp_async_16(&c->keys[dim * STEP_KEYS + key], src, valid);
+    }
+    for (int i = threadIdx.x; i < HEAD_DIM * STEP_KEYS / 16; i += blockDim.x) {
+        int key = i / (HEAD_DIM / 16), dim = i % (HEAD_DIM / 16) * 16;
+        int position = first_key + key;
+        bool valid = position < n_keys;
+        const int8_t *src = (const int8_t *)p.v;
+        if (valid)
+            src = page_of<int8_t>(p.v, p, sequence, position, kv_head) +
+                  position % p.page_size * HEAD_DIM + dim;
+        cp_async_16(&c->values[key * HEAD_DIM + dim], src, valid);
+    }
+    for (int i = threadIdx.x; i < 2 * STEP_KEYS / 4; i += blockDim.x) {
+        int is_value = i / (STEP_KEYS / 4), key = i % (STEP_KEYS / 4) * 4;
+        int position = first_key + key;
+        bool valid = position < n_keys;
+        const void *pages = is_value ? p.v : p.k;
+        const float *src = (const float *)pages;
+        if (valid)
+            src = scales_of(page_of<int8_t>(pages, p, sequence, position, kv_head), p) +
+                  position % p.page_size;
+        cp_async_16(&c->scales[is_value][key], src, valid);
+    }
+    cp_async_commit();
+}
+
+/* Sixteen codes as bfloat16. */
+__device__ __forceinline__ void expand_codes(bf16 *dst, const int8_t *codes)
+{
+    uint4 in = *(const uint4 *)codes;
+    const uint32_t words[4] = {in.x, in.y, in.z, in.w};
+    uint32_t pairs[8];
+
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        uint32_t word = words[i / 2] >> 16 * (i % 2);
+        pairs[i] = pack_bf16((float)(int8_t)word, (float)(int8_t)(word >> 8));
+    }
+    ((uint4 *)dst)[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    ((uint4 *)dst)[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
+}
+
+/* What has been loaded of a step to m->tile and m->scales. Slots past the context may hold
+ * anything; scales count as 0 there. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void expand_step(step_memory<HEAD_DIM, int8_t> *m,
+                                            const step_codes<HEAD_DIM> *c, int first_key,
+                                            int n_keys)
+{
+    for (int i = threadIdx.x; i < HEAD_DIM * STEP_KEYS / 16; i += blockDim.x) {
+        int dim = i / (STEP_KEYS / 16), key = i % (STEP_KEYS / 16) * 16;
+        expand_codes(&m->tile.keys[dim * (STEP_KEYS + SHARED_PAD) + key], c->keys + 16 * i);
+    }
+    for (int i = threadIdx.x; i < HEAD_DIM * STEP_KEYS / 16; i += blockDim.x) {
+        int key = i / (HEAD_DIM / 16), dim = i % (HEAD_DIM / 16) * 16;
+        expand_codes(&m->tile.values[key * (HEAD_DIM + SHARED_PAD) + dim], c->values + 16 * i);
+    }
+    for (int i = threadIdx.x; i < 2 * STEP_KEYS; i += blockDim.x) {
+        int is_value = i / STEP_KEYS, key = i % STEP_KEYS;
+        m->scales[is_value][key] = first_key + key < n_keys ? c->scales[is_value][key] : 0.0f;
+    }
 }
 
 /* The rows of one tile of one kv head's group, as one thread sees them. */
@@ -170,35 +273,59 @@ __device__ __forceinline__ float fold_sum(float a, float fade_a, float b, float 
     return fmaf(a, fade_a, b * fade_b);
 }
 
-/* Keys [begin, end) of the tile (begin on a step's border), two steps in flight. */
+/* One step whose loads have ended, of the keys from `key` on. */
 template <int HEAD_DIM>
 __device__ __forceinline__ void
-attend_range(row_state<HEAD_DIM> *s, const uint32_t q[HEAD_DIM / 16][4], step_tile<HEAD_DIM> *tiles,
-             const struct paged_params &p, const struct tile_rows &t, int kv_head, int begin,
-             int end)
+attend_loaded(row_state<HEAD_DIM> *s, const uint32_t q[HEAD_DIM / 16][4],
+              step_memory<HEAD_DIM, bf16> *m, int stage, const struct paged_params &p,
+              const struct tile_rows &t, int key)
+{
+    attend_step<HEAD_DIM, true>(s, q, m->loaded[stage].keys, m->loaded[stage].values, key, t.low,
+                                t.high, p.scale_log2);
+}
+
+template <int HEAD_DIM>
+__device__ __forceinline__ void
+attend_loaded(row_state<HEAD_DIM> *s, const uint32_t q[HEAD_DIM / 16][4],
+              step_memory<HEAD_DIM, int8_t> *m, int stage, const struct paged_params &p,
+              const struct tile_rows &t, int key)
+{
+    expand_step<HEAD_DIM>(m, &m->loaded[stage], key, p.context_len[t.sequence]);
+    __syncthreads();
+    attend_step<HEAD_DIM, true, true>(s, q, m->tile.keys, m->tile.values, key, t.low, t.high,
+                                      p.scale_log2, m->scales[0], m->scales[1]);
+}
+
+/* Keys [begin, end) of the tile (begin on a step's border), two steps in flight. */
+template <int HEAD_DIM, class KV>
+__device__ __forceinline__ void
+attend_range(row_state<HEAD_DIM> *s, const uint32_t q[HEAD_DIM / 16][4],
+             step_memory<HEAD_DIM, KV> *m, const struct paged_params &p, const struct tile_rows &t,
+             int kv_head, int begin, int end)
 {
     int n_keys = p.context_len[t.sequence], stage = 0;
 
-    load_step<HEAD_DIM>(&tiles[0], p, t.sequence, kv_head, begin, n_keys);
+    load_step<HEAD_DIM>(&m->loaded[0], p, t.sequence, kv_head, begin, n_keys);
     for (int key = begin; key < end; key += STEP_KEYS, stage ^= 1) {
         if (key + STEP_KEYS < end) {
-            load_step<HEAD_DIM>(&tiles[stage ^ 1], p, t.sequence, kv_head, key + STEP_KEYS, n_keys);
+            load_step<HEAD_DIM>(&m->loaded[stage ^ 1], p, t.sequence, kv_head, key + STEP_KEYS,
+                                n_keys);
             cp_async_wait<1>();
         } else {
             cp_async_wait<0>();
         }
         __syncthreads();
-        attend_step<HEAD_DIM, true>(s, q, tiles[stage].keys, tiles[stage].values, key, t.low,
-                                    t.high, p.scale_log2);
+        attend_loaded<HEAD_DIM>(s, q, m, stage, p, t, key);
         __syncthreads(); // the next load overwrites this stage
     }
     row_sums<HEAD_DIM>(s);
 }
 
 /* Grid (split, kv head * row tiles, sequence), one warp. Writes out unnormalised, then max, sum. */
-template <int HEAD_DIM> __global__ void decode_kernel(const struct paged_params p)
+template <int HEAD_DIM, class KV> __global__ void decode_kernel(const struct paged_params p)
 {
-    CUDA_DYNAMIC_SHARED(step_tile<HEAD_DIM>, tiles);
+    typedef step_memory<HEAD_DIM, KV> memory_type;
+    CUDA_DYNAMIC_SHARED(memory_type, memory);
     int sequence = p.first_sequence + (int)blockIdx.z;
     int kv_head = (int)blockIdx.y % p.n_kv_heads, row_tile = (int)blockIdx.y / p.n_kv_heads;
     int group = group_of(p, kv_head);
@@ -216,7 +343,7 @@ template <int HEAD_DIM> __global__ void decode_kernel(const struct paged_params 
     end = end < t.tile_high ? end : t.tile_high;
     tile_queries<HEAD_DIM>(q, p, t, kv_head);
     row_state_clear<HEAD_DIM>(&s);
-    attend_range<HEAD_DIM>(&s, q, tiles, p, t, kv_head, begin, end);
+    attend_range<HEAD_DIM, KV>(&s, q, memory, p, t, kv_head, begin, end);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         if (t.high[r] == 0)
@@ -275,10 +402,11 @@ __device__ __forceinline__ int find_tile(const struct paged_params &p, int group
 }
 
 /* Grid (tile, kv head). */
-template <int HEAD_DIM>
+template <int HEAD_DIM, class KV>
 __global__ void __launch_bounds__(32 * PREFILL_WARPS, 2) prefill_kernel(const struct paged_params p)
 {
-    CUDA_DYNAMIC_SHARED(step_tile<HEAD_DIM>, tiles);
+    typedef step_memory<HEAD_DIM, KV> memory_type;
+    CUDA_DYNAMIC_SHARED(memory_type, memory);
     const int TILE_ROWS = PREFILL_WARPS * WARP_ROWS;
     int kv_head = (int)blockIdx.y, tile = (int)blockIdx.x;
     int group = group_of(p, kv_head);
@@ -299,7 +427,7 @@ __global__ void __launch_bounds__(32 * PREFILL_WARPS, 2) prefill_kernel(const st
         int begin = border > t.tile_low ? border : t.tile_low / STEP_KEYS * STEP_KEYS;
         int end = border + SPLIT_KEYS < t.tile_high ? border + SPLIT_KEYS : t.tile_high;
         row_state_clear<HEAD_DIM>(&split);
-        attend_range<HEAD_DIM>(&split, q, tiles, p, t, kv_head, begin, end);
+        attend_range<HEAD_DIM, KV>(&split, q, memory, p, t, kv_head, begin, end);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float largest = fmaxf(all.max[r], split.max[r]);
@@ -322,6 +450,20 @@ __global__ void __launch_bounds__(32 * PREFILL_WARPS, 2) prefill_kernel(const st
 }
 
 /* ---- ordinary cores ---- */
+
+/* Element `at` of a page's head, which is of the token in `slot`. */
+template <class KV>
+__device__ __forceinline__ float held(const KV *page, int at, const struct paged_params &, int)
+{
+    return to_float(page[at]);
+}
+
+template <>
+__device__ __forceinline__ float held<int8_t>(const int8_t *page, int at,
+                                              const struct paged_params &p, int slot)
+{
+    return (float)page[at] * scales_of(page, p)[slot];
+}
 
 /* Grid (tile of PLAIN_WARPS rows, kv head). */
 template <class T, class KV> __global__ void plain_kernel(const struct paged_params p)
@@ -355,13 +497,16 @@ template <class T, class KV> __global__ void plain_kernel(const struct paged_par
         __syncthreads();
         for (int i = threadIdx.x; i < CHUNK_KEYS * hd; i += blockDim.x) {
             int key = i % CHUNK_KEYS, d = i / CHUNK_KEYS, position = key0 + key;
-            int64_t at = position < n_keys ? page_offset(p, sequence, position, kv_head) : 0;
             int slot = position % p.page_size;
-            bool valid = position < n_keys;
-            keys[key * (hd + 1) + d] =
-                valid ? to_float(((const KV *)p.k)[at + (int64_t)d * p.page_size + slot]) : 0.0f;
-            values[key * hd + d] =
-                valid ? to_float(((const KV *)p.v)[at + (int64_t)slot * hd + d]) : 0.0f;
+            float k = 0.0f, v = 0.0f;
+            if (position < n_keys) {
+                k = held<KV>(page_of<KV>(p.k, p, sequence, position, kv_head),
+                             d * p.page_size + slot, p, slot);
+                v = held<KV>(page_of<KV>(p.v, p, sequence, position, kv_head), slot * hd + d, p,
+                             slot);
+            }
+            keys[key * (hd + 1) + d] = k;
+            values[key * hd + d] = v;
         }
         __syncthreads();
         if (here)
@@ -405,11 +550,30 @@ static unsigned tiles_bound(const struct paged_layout *layout, int group, int ro
     return (unsigned)((int64_t)layout->n_tokens * group / rows + layout->n_sequences);
 }
 
-template <int HEAD_DIM>
+/* What keys and values are, and who has them. */
+static struct paged_params params_of(const struct kv_pages *kv, const struct paged_layout *layout)
+{
+    struct paged_params p = {};
+
+    p.k = kv->k;
+    p.v = kv->v;
+    p.query_start = layout->query_start;
+    p.context_len = layout->context_len;
+    p.page_start = layout->page_start;
+    p.pages = layout->pages;
+    p.n_sequences = layout->n_sequences;
+    p.n_kv_heads = kv->n_kv_heads;
+    p.page_size = kv->page_size;
+    p.head_dim = kv->head_dim;
+    p.head_bytes = (int64_t)kv_head_bytes(kv->head_dim, kv->page_size, kv->dtype);
+    return p;
+}
+
+template <int HEAD_DIM, class KV>
 static void attend_tensor_cores(struct cuda_state *s, struct paged_params *p,
                                 const struct paged_layout *layout, int n_heads)
 {
-    const int shared_bytes = 2 * (int)sizeof(step_tile<HEAD_DIM>);
+    const int shared_bytes = (int)sizeof(step_memory<HEAD_DIM, KV>);
     int group = largest_group(&p->map, p->n_kv_heads);
     int n_splits = (layout->max_context_len + SPLIT_KEYS - 1) / SPLIT_KEYS;
     size_t per_sequence = sizeof(float) * (size_t)n_heads * (size_t)n_splits * (HEAD_DIM + 2);
@@ -420,9 +584,9 @@ static void attend_tensor_cores(struct cuda_state *s, struct paged_params *p,
             layout->max_context_len);
     if (at_once > 65535)
         at_once = 65535;
-    CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<HEAD_DIM>,
+    CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<HEAD_DIM, KV>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    CUDA_CHECK(cudaFuncSetAttribute(prefill_kernel<HEAD_DIM>,
+    CUDA_CHECK(cudaFuncSetAttribute(prefill_kernel<HEAD_DIM, KV>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     p->partial = (float *)s->scratch;
     p->n_splits = n_splits;
@@ -431,7 +595,7 @@ static void attend_tensor_cores(struct cuda_state *s, struct paged_params *p,
     for (int first = 0; first < layout->n_sequences; first += at_once) {
         int n = layout->n_sequences - first < at_once ? layout->n_sequences - first : at_once;
         p->first_sequence = first;
-        LAUNCH(decode_kernel<HEAD_DIM>,
+        LAUNCH((decode_kernel<HEAD_DIM, KV>),
                dim3((unsigned)n_splits, (unsigned)p->n_kv_heads * blocks_for(group, WARP_ROWS),
                     (unsigned)n),
                dim3(32), (size_t)shared_bytes, s->stream, *p);
@@ -439,9 +603,44 @@ static void attend_tensor_cores(struct cuda_state *s, struct paged_params *p,
                0, s->stream, *p);
     }
     if (layout->n_tokens > layout->n_sequences)
-        LAUNCH(prefill_kernel<HEAD_DIM>,
+        LAUNCH((prefill_kernel<HEAD_DIM, KV>),
                dim3(tiles_bound(layout, group, PREFILL_WARPS * WARP_ROWS), (unsigned)p->n_kv_heads),
                dim3(32 * PREFILL_WARPS), (size_t)shared_bytes, s->stream, *p);
+}
+
+/* 0 where no kernel is made for such heads. */
+template <class KV>
+static int try_tensor_cores(struct cuda_state *s, struct paged_params *p,
+                            const struct paged_layout *layout, int n_heads)
+{
+    switch (p->head_dim) {
+    case 16:
+        attend_tensor_cores<16, KV>(s, p, layout, n_heads);
+        return 1;
+    case 32:
+        attend_tensor_cores<32, KV>(s, p, layout, n_heads);
+        return 1;
+    case 64:
+        attend_tensor_cores<64, KV>(s, p, layout, n_heads);
+        return 1;
+    case 128:
+        attend_tensor_cores<128, KV>(s, p, layout, n_heads);
+        return 1;
+    }
+    return 0;
+}
+
+template <class T, class KV>
+static void attend_plain(struct cuda_state *s, const struct paged_params *p,
+                         const struct paged_layout *layout)
+{
+    size_t shared_bytes = plain_shared_bytes(p->head_dim);
+    unsigned n_tiles = tiles_bound(layout, largest_group(&p->map, p->n_kv_heads), PLAIN_WARPS);
+
+    CUDA_CHECK(cudaFuncSetAttribute(
+        plain_kernel<T, KV>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+    LAUNCH((plain_kernel<T, KV>), dim3(n_tiles, (unsigned)p->n_kv_heads), dim3(32 * PLAIN_WARPS),
+           shared_bytes, s->stream, *p);
 }
 
 void cuda_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,
@@ -449,55 +648,27 @@ void cuda_paged_attention(struct backend *b, struct tensor *out, const struct te
                           const int32_t *kv_of_head, int32_t n_heads, float scale, int32_t window)
 {
     struct cuda_state *s = cuda_state_of(b);
-    struct paged_params p = {};
-    int tensor_cores = q->dtype == DTYPE_BF16 && kv->dtype == DTYPE_BF16 && !(q->row_stride % 2) &&
-                       !(out->row_stride % 2) && !((uintptr_t)q->data % 4) &&
-                       !((uintptr_t)out->data % 4);
+    struct paged_params p = params_of(kv, layout);
+    int tensor_cores = q->dtype == DTYPE_BF16 && !(q->row_stride % 2) && !(out->row_stride % 2) &&
+                       !((uintptr_t)q->data % 4) && !((uintptr_t)out->data % 4);
 
     p.q = q->data;
-    p.k = kv->k;
-    p.v = kv->v;
     p.out = out->data;
     p.q_stride = q->row_stride;
     p.out_stride = out->row_stride;
-    p.query_start = layout->query_start;
-    p.context_len = layout->context_len;
-    p.page_start = layout->page_start;
-    p.pages = layout->pages;
-    p.n_sequences = layout->n_sequences;
-    p.n_kv_heads = kv->n_kv_heads;
-    p.page_size = kv->page_size;
-    p.head_dim = kv->head_dim;
     p.window = window;
     p.scale_log2 = scale * LOG2_E;
     map_heads(&p.map, kv_of_head, n_heads, kv->n_kv_heads);
-    if (tensor_cores) {
-        switch (kv->head_dim) {
-        case 16:
-            attend_tensor_cores<16>(s, &p, layout, n_heads);
-            return;
-        case 32:
-            attend_tensor_cores<32>(s, &p, layout, n_heads);
-            return;
-        case 64:
-            attend_tensor_cores<64>(s, &p, layout, n_heads);
-            return;
-        case 128:
-            attend_tensor_cores<128>(s, &p, layout, n_heads);
-            return;
-        }
-    }
+    if (tensor_cores && kv->dtype == DTYPE_BF16 && try_tensor_cores<bf16>(s, &p, layout, n_heads))
+        return;
+    if (tensor_cores && kv->dtype == DTYPE_I8 && try_tensor_cores<int8_t>(s, &p, layout, n_heads))
+        return;
     if (kv->head_dim > PLAIN_DIM_MAX)
         die("heads of %d dimensions: the CUDA back end holds %d", kv->head_dim, PLAIN_DIM_MAX);
-    size_t shared_bytes = plain_shared_bytes(kv->head_dim);
-    unsigned n_tiles = tiles_bound(layout, largest_group(&p.map, kv->n_kv_heads), PLAIN_WARPS);
-    WITH_TYPE(q->dtype, T,
-              WITH_TYPE(kv->dtype, KV,
-                        CUDA_CHECK(cudaFuncSetAttribute(plain_kernel<T, KV>,
-                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                        (int)shared_bytes));
-                        LAUNCH((plain_kernel<T, KV>), dim3(n_tiles, (unsigned)kv->n_kv_heads),
-                               dim3(32 * PLAIN_WARPS), shared_bytes, s->stream, p)));
+    if (kv->dtype == DTYPE_I8)
+        WITH_TYPE(q->dtype, T, attend_plain<T, int8_t>(s, &p, layout));
+    else
+        WITH_TYPE(q->dtype, T, WITH_TYPE(kv->dtype, KV, attend_plain<T, KV>(s, &p, layout)));
 }
 
 /* ---- writing and copying pages ---- */
@@ -532,51 +703,110 @@ __device__ __forceinline__ void rotate_heads(T *row, int n_heads, int half, cons
     }
 }
 
-/* One block a token. Sequences are few: each thread finds the token's own. The rows that pad a
- * recorded step are no sequence's. */
+/* Sequences are few: each thread finds the token's own. */
+__device__ __forceinline__ int sequence_of(const struct paged_params &p, int token)
+{
+    int sequence = 0;
+
+    while (sequence + 1 < p.n_sequences && p.query_start[sequence + 1] <= token)
+        sequence++;
+    return sequence;
+}
+
+template <class T>
+__device__ __forceinline__ void rotate_token(T *key, int token, const struct write_params &w,
+                                             const struct paged_params &p)
+{
+    int half = p.head_dim / 2;
+    const float *c = w.cos_table + (int64_t)token * half, *s = w.sin_table + (int64_t)token * half;
+
+    rotate_heads((T *)w.q + token * w.q_stride, w.n_heads, half, c, s);
+    rotate_heads(key, p.n_kv_heads, half, c, s);
+    __syncthreads(); // a key's dimensions are stored by other threads
+}
+
+/* One block a token. The rows that pad a recorded step are no sequence's. */
 template <class T, class KV>
-__global__ void kv_write_kernel(KV *keys, KV *values, T *k, const T *v, const struct write_params w,
+__global__ void kv_write_kernel(T *k, const T *v, const struct write_params w,
                                 const struct paged_params p)
 {
-    int token = (int)blockIdx.x, sequence = 0, half = p.head_dim / 2;
+    int token = (int)blockIdx.x;
     T *key = k + token * w.k_stride;
 
     if (token >= p.query_start[p.n_sequences])
         return;
-    if (w.q) {
-        const float *c = w.cos_table + (int64_t)token * half,
-                    *s = w.sin_table + (int64_t)token * half;
-        rotate_heads((T *)w.q + token * w.q_stride, w.n_heads, half, c, s);
-        rotate_heads(key, p.n_kv_heads, half, c, s);
-        __syncthreads(); // a key's dimensions are stored by other threads
-    }
-    while (sequence + 1 < p.n_sequences && p.query_start[sequence + 1] <= token)
-        sequence++;
+    if (w.q)
+        rotate_token(key, token, w, p);
+    int sequence = sequence_of(p, token);
     int position = p.context_len[sequence] - p.query_start[sequence + 1] + token;
     int slot = position % p.page_size;
     for (int i = threadIdx.x; i < p.n_kv_heads * p.head_dim; i += blockDim.x) {
         int head = i / p.head_dim, d = i % p.head_dim;
-        int64_t at = page_offset(p, sequence, position, head);
-        keys[at + (int64_t)d * p.page_size + slot] = from_float<KV>(to_float(key[i]));
-        values[at + (int64_t)slot * p.head_dim + d] =
-            from_float<KV>(to_float(v[token * w.v_stride + i]));
+        KV *keys = (KV *)page_of<KV>(p.k, p, sequence, position, head);
+        KV *values = (KV *)page_of<KV>(p.v, p, sequence, position, head);
+        keys[d * p.page_size + slot] = from_float<KV>(to_float(key[i]));
+        values[slot * p.head_dim + d] = from_float<KV>(to_float(v[token * w.v_stride + i]));
+    }
+}
+
+/* A warp's x [n] to codes `step` apart, and their scale (struct kv_pages). */
+template <class T>
+__device__ __forceinline__ void encode(int8_t *codes, int step, float *scale_to, const T *x, int n)
+{
+    int lane = threadIdx.x & 31;
+    float largest = 0.0f;
+
+    for (int d = lane; d < n; d += 32) {
+        float magnitude = fabsf(to_float(x[d]));
+        largest = fmaxf(largest, magnitude <= FLT_MAX ? magnitude : INFINITY);
+    }
+    largest = warp_max(largest);
+    float scale = largest / 127.0f;
+    if (scale < FLT_MIN)
+        scale = 0.0f;
+    if (largest > FLT_MAX)
+        scale = NAN;
+    for (int d = lane; d < n; d += 32)
+        codes[d * step] = scale > 0.0f ? (int8_t)rintf(to_float(x[d]) / scale) : (int8_t)0;
+    if (lane == 0)
+        *scale_to = scale;
+}
+
+/* The same into int8 pages, a warp a vector. */
+template <class T>
+__global__ void kv_encode_kernel(T *k, const T *v, const struct write_params w,
+                                 const struct paged_params p)
+{
+    int token = (int)blockIdx.x;
+    T *key = k + token * w.k_stride;
+
+    if (token >= p.query_start[p.n_sequences])
+        return;
+    if (w.q)
+        rotate_token(key, token, w, p);
+    int sequence = sequence_of(p, token);
+    int position = p.context_len[sequence] - p.query_start[sequence + 1] + token;
+    int slot = position % p.page_size;
+    for (int i = threadIdx.x >> 5; i < 2 * p.n_kv_heads; i += blockDim.x >> 5) {
+        int head = i >> 1, is_value = i & 1;
+        int8_t *page = (int8_t *)page_of<int8_t>(is_value ? p.v : p.k, p, sequence, position, head);
+        float *scale = (float *)scales_of(page, p) + slot;
+        if (is_value)
+            encode(page + slot * p.head_dim, 1, scale, v + token * w.v_stride + head * p.head_dim,
+                   p.head_dim);
+        else
+            encode(page + slot, p.page_size, scale, key + head * p.head_dim, p.head_dim);
     }
 }
 
 void cuda_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_layout *layout,
                    struct tensor *k, const struct tensor *v, const struct rotation *rope)
 {
-    struct paged_params p = {};
+    struct paged_params p = params_of(kv, layout);
     struct write_params w = {};
+    const dim3 grid((unsigned)layout->n_tokens), block(128);
+    cudaStream_t stream = cuda_state_of(b)->stream;
 
-    p.query_start = layout->query_start;
-    p.context_len = layout->context_len;
-    p.page_start = layout->page_start;
-    p.pages = layout->pages;
-    p.n_sequences = layout->n_sequences;
-    p.n_kv_heads = kv->n_kv_heads;
-    p.page_size = kv->page_size;
-    p.head_dim = kv->head_dim;
     w.k_stride = k->row_stride;
     w.v_stride = v->row_stride;
     if (rope) {
@@ -586,11 +816,15 @@ void cuda_kv_write(struct backend *b, struct kv_pages *kv, const struct paged_la
         w.cos_table = rope->cos;
         w.sin_table = rope->sin;
     }
-    WITH_TYPE(k->dtype, T,
-              WITH_TYPE(kv->dtype, KV,
-                        LAUNCH((kv_write_kernel<T, KV>), dim3((unsigned)layout->n_tokens),
-                               dim3(128), 0, cuda_state_of(b)->stream, (KV *)kv->k, (KV *)kv->v,
-                               (T *)k->data, (const T *)v->data, w, p)));
+    if (kv->dtype == DTYPE_I8)
+        WITH_TYPE(k->dtype, T,
+                  LAUNCH(kv_encode_kernel<T>, grid, block, 0, stream, (T *)k->data,
+                         (const T *)v->data, w, p));
+    else
+        WITH_TYPE(k->dtype, T,
+                  WITH_TYPE(kv->dtype, KV,
+                            LAUNCH((kv_write_kernel<T, KV>), grid, block, 0, stream, (T *)k->data,
+                                   (const T *)v->data, w, p)));
 }
 
 #define PAIRS_MAX 256
@@ -616,8 +850,7 @@ __global__ void copy_pages_kernel(uint4 *k, uint4 *v, const struct page_pairs pa
 void cuda_copy_pages(struct backend *b, struct kv_pages *kv, const int32_t *src, const int32_t *dst,
                      int32_t n)
 {
-    size_t n_bytes = (size_t)kv->n_kv_heads * (size_t)kv->page_size * (size_t)kv->head_dim *
-                     dtype_size(kv->dtype);
+    size_t n_bytes = (size_t)kv->n_kv_heads * kv_head_bytes(kv->head_dim, kv->page_size, kv->dtype);
 
     for (int32_t first = 0; first < n; first += PAIRS_MAX) {
         struct page_pairs pairs = {};

@@ -47,8 +47,8 @@ static void world_pages(struct world *w, struct backend *b, int shuffled)
         w->pages[i] = w->pages[j];
         w->pages[j] = page;
     }
-    size_t n_bytes =
-        (size_t)((n + spare) * w->n_kv_heads * w->head_dim * w->page_size) * dtype_size(w->kv_type);
+    size_t n_bytes = (size_t)((n + spare) * w->n_kv_heads) *
+                     kv_head_bytes(w->head_dim, w->page_size, w->kv_type);
     char *nan = xcalloc(n_bytes, 1);
     memset(nan, 0xff, n_bytes);
     w->kv = (struct kv_pages){op_alloc(b, n_bytes), op_alloc(b, n_bytes), w->kv_type, n + spare,
@@ -102,17 +102,30 @@ static void world_run(struct world *w, struct backend *b, struct tensor *out, in
     }
 }
 
+/* x [n] <- what pages of a type hold of it, head by head. */
+static void hold(float *x, int64_t n, int head_dim, enum dtype kv_type)
+{
+    int8_t codes[256];
+
+    for (int64_t i = 0; kv_type == DTYPE_BF16 && i < n; i++)
+        x[i] = bf16_to_f32(f32_to_bf16(x[i]));
+    for (int64_t i = 0; kv_type == DTYPE_I8 && i < n; i += head_dim) {
+        float scale = naive_codes(codes, x + i, head_dim);
+        for (int d = 0; d < head_dim; d++)
+            x[i + d] = (float)codes[d] * scale;
+    }
+}
+
 static void world_naive(const struct world *w, float *want)
 {
     int hd = w->head_dim, stride = w->n_kv_heads * hd;
     int64_t n = (int64_t)w->first[SEQUENCES] * stride;
     float *k = case_floats(n, 0, DTYPE_F32), *v = case_floats(n, 0, DTYPE_F32);
 
-    for (int64_t i = 0; i < n; i++) { // what the pages hold
-        int bf16 = w->kv_type == DTYPE_BF16;
-        k[i] = bf16 ? bf16_to_f32(f32_to_bf16(w->k.host[i])) : w->k.host[i];
-        v[i] = bf16 ? bf16_to_f32(f32_to_bf16(w->v.host[i])) : w->v.host[i];
-    }
+    memcpy(k, w->k.host, (size_t)n * sizeof(float));
+    memcpy(v, w->v.host, (size_t)n * sizeof(float));
+    hold(k, n, hd, w->kv_type);
+    hold(v, n, hd, w->kv_type);
     for (int s = 0; s < SEQUENCES; s++)
         for (int t = 0; t < w->length[s]; t++)
             for (int h = 0; h < w->n_heads; h++) {
@@ -144,9 +157,9 @@ static void check_world(struct world *w, enum dtype t, enum dtype kv_type)
     struct tensor other = case_matrix_new(b, t, n, n_cols, 0).device;
     world_pages(w, b, 0);
     world_run(w, b, &all, 0);
-    case_compare(
-        b, kv_type == DTYPE_F32 ? "paged_attention, pages f32," : "paged_attention, pages bf16,",
-        &all, want, t == DTYPE_F32 ? 1e-11 : 3e-5);
+    char name[64];
+    snprintf(name, sizeof(name), "paged_attention, pages %s,", dtype_name(kv_type));
+    case_compare(b, name, &all, want, t == DTYPE_F32 ? 1e-11 : 3e-5);
     op_free(b, w->kv.k);
     op_free(b, w->kv.v);
     for (int i = 0; i < 3; i++) {
@@ -195,6 +208,11 @@ static void test_paged(void **state)
             check_world(&w, DTYPE_F32, DTYPE_F32);
             check_world(&w, DTYPE_F32, DTYPE_BF16);
         }
+        if (w.head_dim % 16 == 0) {
+            check_world(&w, DTYPE_BF16, DTYPE_I8);
+            if (i < 5 || i == 7)
+                check_world(&w, DTYPE_F32, DTYPE_I8);
+        }
     }
     static const int any[8] = {5, 3, 16, 16, 0, 4, 20, 7}; // heads read any kv head, in any order
     static const int32_t kv_of_head[5] = {2, 0, 1, 2, 0};
@@ -203,6 +221,56 @@ static void test_paged(void **state)
     check_world(&w, DTYPE_BF16, DTYPE_BF16);
     check_world(&w, DTYPE_F32, DTYPE_F32);
     case_report();
+}
+
+/* The codes and scales themselves, where struct kv_pages says they lie: a zero, one that is not
+ * finite and one too small for a scale among the vectors. */
+static void test_codes(void **state)
+{
+    enum { DIM = 48, HEADS = 3, SIZE = 16, TOKENS = 5, N = TOKENS * HEADS * DIM };
+    struct backend *b = case_open(DTYPE_F32, 0);
+    const size_t head_bytes = kv_head_bytes(DIM, SIZE, DTYPE_I8), n_bytes = 2 * HEADS * head_bytes;
+    static const int32_t query_start[] = {0, TOKENS}, context_len[] = {TOKENS + 2};
+    static const int32_t page_start[] = {0, 1}, pages[] = {1};
+    const struct paged_layout layout = {1,
+                                        TOKENS,
+                                        TOKENS + 2,
+                                        case_upload_ids(b, query_start, 2),
+                                        case_upload_ids(b, context_len, 1),
+                                        case_upload_ids(b, page_start, 2),
+                                        case_upload_ids(b, pages, 1)};
+    struct kv_pages kv = {
+        op_alloc(b, n_bytes), op_alloc(b, n_bytes), DTYPE_I8, 2, SIZE, HEADS, DIM};
+    float *x[2] = {case_floats(N, 3, DTYPE_F32), case_floats(N, 3, DTYPE_F32)};
+
+    (void)state;
+    for (int i = 0; i < DIM; i++) {
+        x[0][i] = 0;
+        x[0][2 * DIM + i] = 1e-39f;
+    }
+    x[0][DIM + 40] = NAN;
+    x[1][4 * DIM] = -INFINITY;
+    struct tensor k = tensor_2d(case_upload(b, x[0], N), DTYPE_F32, TOKENS, HEADS * DIM);
+    struct tensor v = tensor_2d(case_upload(b, x[1], N), DTYPE_F32, TOKENS, HEADS * DIM);
+    op_kv_write(b, &kv, &layout, &k, &v, NULL);
+    for (int is_value = 0; is_value < 2; is_value++) {
+        int8_t *found = xcalloc(1, n_bytes), codes[DIM];
+        op_download(b, found, is_value ? kv.v : kv.k, n_bytes);
+        for (int i = 0; i < TOKENS * HEADS; i++) {
+            const int8_t *head = found + (size_t)(HEADS + i % HEADS) * head_bytes;
+            int slot = 2 + i / HEADS;
+            float scale = naive_codes(codes, x[is_value] + i * DIM, DIM), held;
+            memcpy(&held, head + DIM * SIZE + slot * 4, sizeof(held));
+            assert_true(isnan(scale) ? isnan(held) : scale == held);
+            for (int d = 0; d < DIM; d++)
+                assert_int_equal(head[is_value ? slot * DIM + d : d * SIZE + slot], codes[d]);
+        }
+        free(found);
+    }
+    op_free(b, kv.k);
+    op_free(b, kv.v);
+    case_clear(b);
+    backend_close(b);
 }
 
 static void check_full(enum dtype type, int n_tiles, int t, int n_heads, int hd)
@@ -265,7 +333,8 @@ static void test_full(void **state)
 
 int cuda_attention_tests(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_paged), cmocka_unit_test(test_full)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_paged), cmocka_unit_test(test_codes),
+                                       cmocka_unit_test(test_full)};
 
     return cmocka_run_group_tests_name("cuda attention", tests, NULL, NULL);
 }

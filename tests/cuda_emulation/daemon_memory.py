@@ -20,6 +20,7 @@ N_STEPS = 5  # of an answer: so many tokens, the prompt being one chunk
 PRINTED_BYTES = 0.05 * (1 << 20)  # --plan rounds to tenths of a MiB
 PICTURE = daemon.EXAMPLES / "scene-two.png"
 CASES = [("1x1x1", "bfloat16", ()), ("2x2x1", "bfloat16", ("--deterministic",)),
+         ("1x1x1", "bfloat16", ("--kv-cache-dtype", "int8")),
          ("2x1x1", "bfloat16", ("--quantization", "int4")), ("2x1x1", "bfloat16", ("--disable-custom-all-reduce",)),
          ("2x1x1", "bfloat16", ("--deterministic", "--quantization", "fp8", "--activation-quantization", "fp8")),
          ("1x1x1", "float32", ("--quantization", "int8"))]  # whose values become dense

@@ -3,7 +3,6 @@
  * own keys alone: not on its neighbours, the cut of the prompt, the page numbers, or what unused
  * slots of a page hold.
  */
-#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -149,21 +148,6 @@ static float *copy_rounded(const struct tensor *t, enum dtype dtype)
     return copy;
 }
 
-/* What int8 pages hold of x [n]: the codes; returns the scale (struct kv_pages). */
-static float encode(int8_t *codes, const float *x, int n)
-{
-    float largest = 0;
-    int is_finite = 1;
-    for (int i = 0; i < n; i++) {
-        largest = fmaxf(largest, fabsf(x[i]));
-        is_finite = is_finite && isfinite(x[i]);
-    }
-    float scale = !is_finite ? NAN : largest / 127 < FLT_MIN ? 0 : largest / 127;
-    for (int i = 0; i < n; i++)
-        codes[i] = scale > 0 ? (int8_t)rintf(x[i] / scale) : 0;
-    return scale;
-}
-
 /* The keys or values of t as pages of `dtype` hold them; the caller frees. */
 static float *copy_held(const struct tensor *t, enum dtype dtype, int head_dim)
 {
@@ -171,7 +155,7 @@ static float *copy_held(const struct tensor *t, enum dtype dtype, int head_dim)
     int8_t codes[128];
     for (int64_t i = 0; dtype == DTYPE_I8 && i < t->shape[0]; i++) {
         for (float *x = copy + i * t->row_stride, *end = x + t->shape[1]; x < end; x += head_dim) {
-            float scale = encode(codes, x, head_dim);
+            float scale = naive_codes(codes, x, head_dim);
             for (int d = 0; d < head_dim; d++)
                 x[d] = (float)codes[d] * scale;
         }
@@ -377,7 +361,7 @@ static void check_codes(struct backend *b, const struct tensor *k, const struct 
                              (float *)v->data + token * v->row_stride + head * DIM};
         for (int is_value = 0; is_value < 2; is_value++) {
             int8_t codes[DIM];
-            float scale = encode(codes, x[is_value], DIM), found_scale;
+            float scale = naive_codes(codes, x[is_value], DIM), found_scale;
             memcpy(&found_scale, found[is_value] + DIM * SIZE + token * 4, 4);
             assert_true(isnan(scale) ? isnan(found_scale) : scale == found_scale);
             for (int d = 0; d < DIM; d++) {

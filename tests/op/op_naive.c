@@ -3,6 +3,7 @@
  */
 #include "tests/op/op_naive.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
@@ -116,6 +117,20 @@ void naive_attend(float *out, float *probs, const float *q, const float *k, cons
     for (int64_t j = 0; probs && j < n; j++)
         probs[j] = (float)(p[j] / sum);
     free(p);
+}
+
+float naive_codes(int8_t *codes, const float *x, int n)
+{
+    float largest = 0;
+    int is_finite = 1;
+    for (int i = 0; i < n; i++) {
+        largest = fmaxf(largest, fabsf(x[i]));
+        is_finite = is_finite && isfinite(x[i]);
+    }
+    float scale = !is_finite ? NAN : largest / 127 < FLT_MIN ? 0 : largest / 127;
+    for (int i = 0; i < n; i++)
+        codes[i] = scale > 0 ? (int8_t)rintf(x[i] / scale) : 0;
+    return scale;
 }
 
 struct top_k naive_top_k(const float *logits, int vocab, float temperature)

@@ -23,6 +23,8 @@ void naive_rope(float *y, const struct tensor *x, const float *cos, const float 
 /* One query [head_dim] against n keys and values [n, head_dim] that lie `stride` floats apart. */
 void naive_attend(float *out, float *probs, const float *q, const float *k, const float *v,
                   int64_t n, int64_t stride, int head_dim, double scale);
+/* What int8 pages hold of x [n] (struct kv_pages): the codes; returns the scale. */
+float naive_codes(int8_t *codes, const float *x, int n);
 /* Of logits [vocab], all finite. */
 struct top_k naive_top_k(const float *logits, int vocab, float temperature);
 /* What p draws from the best of its row: kernels/draw_best.h itself, which sampler_test holds to
