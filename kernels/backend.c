@@ -22,6 +22,15 @@ static int is_activation(const struct backend *b, const struct tensor *t)
            (tensor_n_rows(t) <= 1 || t->row_stride >= tensor_n_cols(t));
 }
 
+/* What products with l read: activations, or values of the type that they are computed from. */
+static int is_factor(const struct backend *b, const struct tensor *x, const struct linear *l)
+{
+    struct tensor as_activation = *x;
+    if (x->dtype == l->dtype)
+        as_activation.dtype = DTYPE_F32;
+    return is_activation(b, &as_activation);
+}
+
 static int same_rows(const struct tensor *a, const struct tensor *b)
 {
     return tensor_n_rows(a) == tensor_n_rows(b);
@@ -107,12 +116,25 @@ void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, cons
                const struct epilogue *e)
 {
     CHECK(linear_is_sound(l) && l->packed);
-    CHECK(is_activation(b, y) && is_activation(b, x) && same_rows(x, y));
+    CHECK(is_activation(b, y) && is_factor(b, x, l) && same_rows(x, y));
     CHECK(tensor_n_cols(x) == l->in_dim && tensor_n_cols(y) == l->out_dim);
     CHECK(y->data != x->data || is_empty(y));
     CHECK(!e || !e->residual || same_matrix(e->residual, y));
     if (!is_empty(y))
         b->ops->matmul(b, y, x, l, e);
+}
+
+void op_matmul_gated(struct backend *b, struct tensor *y, struct tensor *gate_up,
+                     const struct tensor *x, const struct linear *l, enum activation act)
+{
+    CHECK(linear_is_sound(l) && l->packed);
+    CHECK(is_factor(b, y, l) && is_factor(b, x, l) && same_rows(x, y));
+    CHECK(tensor_n_cols(x) == l->in_dim && 2 * tensor_n_cols(y) == l->out_dim);
+    CHECK(y->data != x->data || is_empty(y));
+    if (is_empty(y) || (b->ops->matmul_gated && b->ops->matmul_gated(b, y, x, l, act)))
+        return;
+    op_matmul(b, gate_up, x, l, NULL);
+    op_gated_activation(b, y, gate_up, act);
 }
 
 void op_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
@@ -193,7 +215,8 @@ void op_add_bias(struct backend *b, struct tensor *y, const float *bias)
 void op_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
                          enum activation act)
 {
-    CHECK(is_activation(b, y) && y->dtype == x->dtype && same_rows(x, y));
+    CHECK(is_activation(b, x) && same_rows(x, y));
+    CHECK(y->dtype == x->dtype || y->dtype == DTYPE_BF16);
     CHECK(tensor_n_cols(x) == 2 * tensor_n_cols(y));
     if (!is_empty(y))
         b->ops->gated_activation(b, y, x, act);

@@ -189,9 +189,16 @@ struct backend_ops {
                                   const struct tensor *bias);
     void (*linear_free)(struct backend *b, struct linear *l);
 
-    /* y [n_tokens, out_dim] <- epilogue(x [n_tokens, in_dim]); y may not overlap x. */
+    /* y [n_tokens, out_dim] <- epilogue(x [n_tokens, in_dim]); y may not overlap x, which may be of
+     * the type that products are computed from. */
     void (*matmul)(struct backend *b, struct tensor *y, const struct tensor *x,
                    const struct linear *l, const struct epilogue *e);
+    /* y [n_tokens, d] <- act(gate) * up, both [n_tokens, d], of x W^T + bias, whose columns are
+     * gate then up: bit for bit matmul, then gated_activation. y may be of the type that products
+     * with W are computed from. Returns 0, having done nothing, where that is not to be had at
+     * once; NULL where it never is. */
+    int (*matmul_gated)(struct backend *b, struct tensor *y, const struct tensor *x,
+                        const struct linear *l, enum activation act);
     /* y [n_tokens, dim] <- table [n_rows, dim] (F32 or BF16) row ids[i] - first_row; rows outside
      * the table give 0 (another shard owns them). ids [n_tokens] in back-end memory. */
     void (*embed)(struct backend *b, struct tensor *y, const struct tensor *table,
@@ -218,7 +225,8 @@ struct backend_ops {
     void (*add)(struct backend *b, struct tensor *y, const struct tensor *x); // y += x
     void (*add_bias)(struct backend *b, struct tensor *y,
                      const float *bias); // y += bias, broadcast over rows
-    /* y [n, d] <- act(x[:, :d]) * x[:, d:2d]; x [n, 2d] is gate then up. */
+    /* y [n, d] <- act(x[:, :d]) * x[:, d:2d]; x [n, 2d] is gate then up. y is of x's type, or, on
+     * the CPU, rounded to bfloat16. */
     void (*gated_activation)(struct backend *b, struct tensor *y, const struct tensor *x,
                              enum activation act);
     /* Rotates q and k in place as `rope` says (NULL: leaves them), then stores k, v [n_tokens,
@@ -296,6 +304,9 @@ int backend_cpu_has(const char *isa);
 /* ---- front doors: same contracts as the table above; a wrong shape or type is a BUG ---- */
 void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                const struct epilogue *e /* NULL: none */);
+/* `gate_up` [n_tokens, 2 d] is scratch for what cannot be had at once. */
+void op_matmul_gated(struct backend *b, struct tensor *y, struct tensor *gate_up,
+                     const struct tensor *x, const struct linear *l, enum activation act);
 void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
                     const struct tensor *bias);
 /* The same a part at a time: rows [first, first + n) of the weight are w [n, in_dim]; parts begin

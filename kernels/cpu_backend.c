@@ -237,6 +237,7 @@ static const struct backend_ops cpu_ops = {
     .linear_pack_quantized = cpu_linear_pack_quantized,
     .linear_free = cpu_linear_free,
     .matmul = cpu_matmul,
+    .matmul_gated = cpu_matmul_gated,
     .embed = cpu_embed,
     .embed_quantized = cpu_embed_quantized,
     .scatter_rows = cpu_scatter_rows,

@@ -96,6 +96,9 @@ struct cpu_factor cpu_factor_of(const struct cpu_tile_ops *tile, enum dtype dtyp
 int64_t cpu_factor_rows(const struct cpu_vector_ops *vector, const struct cpu_factor *f,
                         uint32_t *dst, int64_t dst_row, const float *src, int64_t src_row,
                         int n_rows, int64_t n);
+/* The same of values that are bfloat16 already, for a factor of bfloat16. */
+int64_t cpu_factor_rows_bf16(const struct cpu_factor *f, uint32_t *dst, int64_t dst_row,
+                             const uint16_t *src, int64_t src_row, int n_rows, int64_t n);
 /* Such rows as the tile takes them: where they are, or, more of them than may lie apart, as columns
  * [n_words][TILE_ROWS_MAX]. Rows up to the next multiple of four are read. */
 struct cpu_factor_place {
@@ -117,6 +120,8 @@ size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t
 void cpu_linear_free(struct backend *b, struct linear *l);
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                 const struct epilogue *e);
+int cpu_matmul_gated(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const struct linear *l, enum activation act);
 
 /* cpu_quantized.c */
 void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,

@@ -34,6 +34,20 @@ int64_t cpu_factor_rows(const struct cpu_vector_ops *vector, const struct cpu_fa
     return n_words;
 }
 
+int64_t cpu_factor_rows_bf16(const struct cpu_factor *f, uint32_t *dst, int64_t dst_row,
+                             const uint16_t *src, int64_t src_row, int n_rows, int64_t n)
+{
+    const int64_t n_words = (n + f->step - 1) / f->step * f->words;
+    for (int r = 0; r < n_rows; r++, dst += dst_row, src += src_row) {
+        dst[n_words - 1] = 0;
+        if (f->words == 1)
+            memcpy(dst, src, (size_t)n * sizeof(*src));
+        else
+            tensor_widen((float *)dst, src, DTYPE_BF16, n);
+    }
+    return n_words;
+}
+
 struct cpu_factor_place cpu_factor_place(const struct cpu_vector_ops *vector, const uint32_t *rows,
                                          int64_t row_words, uint32_t *columns, int n_rows,
                                          int64_t n_words)

@@ -1,16 +1,16 @@
 /*
- * y = residual + scale * act(x W^T + bias) on the CPU: the packed weight, the packed input, and the
- * walk over tiles.
+ * y = residual + scale * act(x W^T + bias) on the CPU, and y = act(gate) * up of [gate, up] =
+ * x W^T + bias: the packed weight, the packed input, and the walk over tiles.
  *
  * A weight is packed once, for one row and for thousands alike:
  *
  *     block of 16 outputs | lane | k            | 16 outputs   float32
  *     block of 16 outputs | lane | pair of k    | 16 outputs | 2   bfloat16
  *
- * Decode streams it from end to end; prefill keeps two blocks in the second-level cache and passes
- * panels of x over them. A lane of odd length is padded with a zero to a whole pair. Each output is
- * one accumulator a lane, running over k in order, and the lanes of an output are added as a binary
- * tree, so no tile shape, thread count or neighbouring row can change its bits.
+ * Decode streams it from end to end; prefill keeps some blocks in the second-level cache and passes
+ * all panels of x over them. A lane of odd length is padded with a zero to a whole pair. Each
+ * output is one accumulator a lane, running over k in order, and the lanes of an output are added
+ * as a binary tree, so no tile shape, thread count or neighbouring row can change its bits.
  *
  * x is packed, rounded to bfloat16 where the weight is bfloat16, as panels of up to TILE_ROWS_MAX
  * rows: [k][rows of the panel] float32, or [pair of k][rows][2] bfloat16 for vdpbf16ps.
@@ -180,37 +180,34 @@ struct matmul_job {
     const struct tensor *x;
     const struct linear *l;
     struct epilogue epilogue;
+    int64_t n_columns; // of y
+    int n_parts;       // of W whose rows meet in one column of y: 2 for gate and up, else 1
     struct steps steps;
     struct cpu_factor factor; // of x
     int64_t n_rows, n_panels;
-    int64_t n_groups;   // of panels, passed over two blocks before the next two are fetched
-    int n_blocks_wide;  // blocks of one tile
-    uint32_t *packed_x; // NULL: each thread packs its own
-    int64_t chunk;      // steps of a quantised weight expanded at a time, with one panel
+    int n_blocks_wide;     // blocks of one tile
+    int n_blocks_kept;     // of a part, that all panels pass over before the next are fetched
+    uint32_t *packed_x;    // NULL: each thread packs its own
+    int64_t chunk;         // steps of a quantised weight expanded at a time, with one panel
+    size_t expanded_bytes; // of what is expanded of a part at a time
     struct cpu_quantized_layout quantized; // of a quantised weight
     int multiplies;                        // with a quantised weight that is not expanded
 };
 
-/* Some blocks of the weight: dense in memory, or of a quantised one, expanded whole where several
- * panels use them and a chunk at a time where one does. */
+/* The blocks of the weight that are kept: dense in memory, or of a quantised one, expanded whole
+ * where several panels use them and a chunk at a time where one does. */
 struct blocks {
     int64_t first;
     int n;
     size_t block_bytes; // from one block to the next
     const char *dense;  // NULL: expanded as it is used
-    char *memory;       // of the thread, for what is expanded
+    char *memory;       // for what is expanded
 };
 
 /* The rows are cut into panels as even as they come. */
 static int64_t panel_start(const struct matmul_job *job, int64_t panel)
 {
     return job->n_rows * panel / job->n_panels;
-}
-
-/* And the panels into groups. */
-static int64_t group_start(const struct matmul_job *job, int64_t group)
-{
-    return job->n_panels * group / job->n_groups;
 }
 
 size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
@@ -223,34 +220,54 @@ size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t
 /* Enough for cache-friendly transposition, small enough for the stack. */
 #define CHUNK 256
 
-/* n_k <= CHUNK columns of n_rows rows from x, to n_k rounded up to whole steps, at `dst` [step]. */
-static void pack_chunk(const struct matmul_job *job, uint32_t *dst, const float *x, int n_rows,
-                       int64_t n_k)
+/* n_k <= CHUNK columns from `column` on of n_rows rows of x, to n_k rounded up to whole steps, at
+ * `dst` [step]. */
+static void pack_chunk(const struct matmul_job *job, uint32_t *dst, int64_t row, int64_t column,
+                       int n_rows, int64_t n_k)
 {
     uint32_t words[TILE_ROWS_MAX][CHUNK];
-    int64_t n_words = cpu_factor_rows(job->vector, &job->factor, words[0], CHUNK, x,
-                                      job->x->row_stride, n_rows, n_k);
+    const struct tensor *x = job->x;
+    const int64_t at = row * x->row_stride + column;
+    int64_t n_words;
+    if (x->dtype == DTYPE_BF16)
+        n_words = cpu_factor_rows_bf16(&job->factor, words[0], CHUNK,
+                                       (const uint16_t *)x->data + at, x->row_stride, n_rows, n_k);
+    else
+        n_words = cpu_factor_rows(job->vector, &job->factor, words[0], CHUNK,
+                                  (const float *)x->data + at, x->row_stride, n_rows, n_k);
     job->vector->transpose(dst, n_rows, words[0], CHUNK, n_rows, n_words);
 }
 
-/* One thread's part of the columns of every panel. */
-static void pack_x(const struct matmul_job *job, uint32_t *packed, int thread, int n_threads)
+/* One panel's chunks, of which a thread packs [first, end). */
+static void pack_panel(const struct matmul_job *job, uint32_t *packed, int64_t panel, int64_t first,
+                       int64_t end)
 {
     const struct linear *l = job->l;
     const int words = job->factor.words, step = job->steps.step;
-    for (int64_t panel = 0; panel < job->n_panels; panel++) {
-        int64_t row = panel_start(job, panel);
-        int n_rows = (int)(panel_start(job, panel + 1) - row);
-        uint32_t *base = packed + row * job->steps.n * words;
-        for (int i = 0; i < l->n_lanes; i++) {
-            int64_t n_k = l->lane_start[i + 1] - l->lane_start[i], first, end;
-            cpu_share((n_k + CHUNK - 1) / CHUNK, thread, n_threads, &first, &end);
-            for (int64_t k = first * CHUNK; k < end * CHUNK && k < n_k; k += CHUNK)
-                pack_chunk(job, base + (job->steps.start[i] + k / step) * words * n_rows,
-                           cpu_row(job->x, row) + l->lane_start[i] + k, n_rows,
-                           n_k - k < CHUNK ? n_k - k : CHUNK);
+    const int64_t row = panel_start(job, panel);
+    const int n_rows = (int)(panel_start(job, panel + 1) - row);
+    uint32_t *base = packed + row * job->steps.n * words;
+    int64_t chunk = 0;
+    for (int i = 0; i < l->n_lanes; i++) {
+        const int64_t n_k = l->lane_start[i + 1] - l->lane_start[i];
+        for (int64_t k = 0; k < n_k; k += CHUNK, chunk++) {
+            if (chunk >= first && chunk < end)
+                pack_chunk(job, base + (job->steps.start[i] + k / step) * words * n_rows, row,
+                           l->lane_start[i] + k, n_rows, n_k - k < CHUNK ? n_k - k : CHUNK);
         }
     }
+}
+
+/* One thread's part of the chunks of all panels. */
+static void pack_x(const struct matmul_job *job, uint32_t *packed, int thread, int n_threads)
+{
+    const struct linear *l = job->l;
+    int64_t n = 0, first, end;
+    for (int i = 0; i < l->n_lanes; i++)
+        n += (l->lane_start[i + 1] - l->lane_start[i] + CHUNK - 1) / CHUNK;
+    cpu_share(n * job->n_panels, thread, n_threads, &first, &end);
+    for (int64_t panel = first / n; panel * n < end; panel++)
+        pack_panel(job, packed, panel, first - panel * n, end - panel * n);
 }
 
 static int is_factored(const struct matmul_job *job, int lane)
@@ -266,44 +283,52 @@ static enum expand_to expands_to(const struct matmul_job *job, int lane)
     return is_factored(job, lane) ? EXPAND_MULTIPLES : EXPAND_BF16;
 }
 
+static size_t block_row_bytes(const struct matmul_job *job)
+{
+    return 16 * dtype_size(job->l->dtype) * (size_t)job->steps.step;
+}
+
+/* Of a quantised weight, the steps of each block that are expanded at a time. */
+static int64_t expanded_steps(const struct matmul_job *job)
+{
+    return job->n_panels > 1 ? job->steps.n : job->chunk;
+}
+
 /* The weight of `blocks`, where it is needed as a whole: by several panels, or dense. */
-static void blocks_init(struct blocks *blocks, const struct matmul_job *job, int thread,
+static void blocks_init(struct blocks *blocks, const struct matmul_job *job, char *memory,
                         int64_t first, int n)
 {
     const struct linear *l = job->l;
-    const size_t row_bytes = 16 * dtype_size(l->dtype) * (size_t)job->steps.step;
-    *blocks =
-        (struct blocks){.first = first, .n = n, .block_bytes = row_bytes * (size_t)job->steps.n};
+    const size_t row_bytes = block_row_bytes(job);
+    *blocks = (struct blocks){
+        .first = first, .n = n, .block_bytes = row_bytes * (size_t)job->steps.n, .memory = memory};
     if (l->format == WEIGHT_FLOAT) {
         blocks->dense = (const char *)l->packed + (size_t)first * blocks->block_bytes;
         return;
     }
-    if (job->multiplies)
-        return;
-    int64_t n_steps = job->n_panels > 1 ? job->steps.n : job->chunk;
-    blocks->memory = cpu_scratch_reserve(&job->state->expanded[thread],
-                                         row_bytes * (size_t)(n_steps * job->n_blocks_wide));
     if (job->n_panels == 1) {
         blocks->block_bytes = row_bytes * (size_t)job->chunk;
         return;
     }
     for (int i = 0; i < l->n_lanes; i++)
-        cpu_expand(job->state, l, &job->quantized,
-                   blocks->memory + row_bytes * (size_t)job->steps.start[i], blocks->block_bytes,
-                   first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i], expands_to(job, i));
-    blocks->dense = blocks->memory;
+        cpu_expand(job->state, l, &job->quantized, memory + row_bytes * (size_t)job->steps.start[i],
+                   blocks->block_bytes, first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i],
+                   expands_to(job, i));
+    blocks->dense = memory;
 }
 
 /* Further than the processor's own prefetch reaches across pages of memory. */
 #define PREFETCH_BYTES 2048
 #define LINE_BYTES 64 // a step of one block
 
-/* One panel, and the blocks that it is multiplied with. */
+/* One panel, and those of the kept blocks that it is multiplied with. */
 struct product {
     const uint32_t *x; // packed
     int64_t panel;
     int n_rows;
     const struct blocks *blocks;
+    int64_t block; // the first
+    int n_blocks;
 };
 
 /* The blocks after these are fetched while these are used, each during another panel, so that
@@ -315,7 +340,7 @@ static void fetch_ahead(struct tile *t, const struct matmul_job *job, const stru
     int64_t last = p->panel == job->n_panels - 1 ? blocks->n - 1 : p->panel;
     t->ahead[0] = t->ahead[1] = t->b;
     t->ahead_step = 0;
-    if (blocks->memory || p->panel >= blocks->n)
+    if (blocks->memory || p->panel >= blocks->n || blocks->n > p->n_blocks)
         return;
     t->ahead[0] = next + (size_t)p->panel * blocks->block_bytes;
     t->ahead[1] = next + (size_t)last * blocks->block_bytes;
@@ -339,22 +364,25 @@ static void compute_columns(const struct matmul_job *job, const struct product *
                      .b_block = (int64_t)(blocks->block_bytes / element),
                      .prefetch_bytes = blocks->dense ? PREFETCH_BYTES : 0,
                      .c = sums,
-                     .c_row = blocks->n * 16};
+                     .c_row = p->n_blocks * 16};
+    const char *dense = blocks->dense;
+    if (dense)
+        dense += (size_t)(p->block - blocks->first) * blocks->block_bytes;
     for (int64_t at = start; at == start || at < end; at += t.n_k) {
         t.a = p->x + at * p->n_rows * words;
         t.accumulate = at > start;
         t.n_k = end - at;
-        if (blocks->dense) {
-            t.b = blocks->dense + (size_t)(at * t.b_step) * element;
+        if (dense) {
+            t.b = dense + (size_t)(at * t.b_step) * element;
             fetch_ahead(&t, job, p);
         } else {
             int64_t done = (at - start) * step, left = n_k - done;
             t.n_k = t.n_k < job->chunk ? t.n_k : job->chunk;
             cpu_expand(job->state, job->l, &job->quantized, blocks->memory, blocks->block_bytes,
-                       blocks->first, blocks->n, lane, first + done,
+                       p->block, p->n_blocks, lane, first + done,
                        left < t.n_k * step ? left : t.n_k * step, expands_to(job, lane));
         }
-        job->tile->run(&t, p->n_rows, blocks->n, job->factor.source);
+        job->tile->run(&t, p->n_rows, p->n_blocks, job->factor.source);
         if (t.n_k == 0)
             return;
     }
@@ -367,12 +395,12 @@ static void compute_runs(const struct matmul_job *job, const struct product *p, 
     float run[TILE_FLOATS_MAX] __attribute__((aligned(64)));
     const struct linear *l = job->l;
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    memset(sums, 0, (size_t)(p->n_rows * p->blocks->n * 16) * sizeof(float));
+    memset(sums, 0, (size_t)(p->n_rows * p->n_blocks * 16) * sizeof(float));
     for (int64_t first = 0, n; first < n_k; first += n) {
         n = cpu_quantized_run(l, lane, first, n_k - first);
         compute_columns(job, p, lane, first, n, run);
-        cpu_quantized_add_run(job->state, l, &job->quantized, sums, run, p->n_rows,
-                              p->blocks->first, p->blocks->n, lane, first);
+        cpu_quantized_add_run(job->state, l, &job->quantized, sums, run, p->n_rows, p->block,
+                              p->n_blocks, lane, first);
     }
 }
 
@@ -385,9 +413,9 @@ static void compute_lane(const struct matmul_job *job, const struct product *p, 
         struct tile t = {.a = p->x + job->steps.start[lane] * p->n_rows,
                          .a_step = p->n_rows,
                          .c = sums,
-                         .c_row = p->blocks->n * 16};
-        cpu_quantized_multiply(job->state, l, &job->quantized, &t, p->n_rows, p->blocks->first,
-                               p->blocks->n, lane);
+                         .c_row = p->n_blocks * 16};
+        cpu_quantized_multiply(job->state, l, &job->quantized, &t, p->n_rows, p->block, p->n_blocks,
+                               lane);
     } else if (is_factored(job, lane)) {
         compute_runs(job, p, lane, sums);
     } else {
@@ -395,40 +423,113 @@ static void compute_lane(const struct matmul_job *job, const struct product *p, 
     }
 }
 
-/* One panel times `blocks`: lanes, their tree, the epilogue. */
-static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x, int64_t panel,
-                         const struct blocks *blocks)
+/* sums[0] [n_rows, n_blocks * 16] <- all lanes, as their tree. */
+static void compute_lanes(const struct matmul_job *job, const struct product *p,
+                          float sums[4][TILE_FLOATS_MAX])
 {
-    const struct linear *l = job->l;
-    const int64_t row = panel_start(job, panel), block = blocks->first;
-    const int n_rows = (int)(panel_start(job, panel + 1) - row), n_blocks = blocks->n;
-    const struct product p = {.x = packed_x + row * job->steps.n * job->factor.words,
-                              .panel = panel,
-                              .n_rows = n_rows,
-                              .blocks = blocks};
-    float sums[4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     int depth = 0;
-    for (int r = 0; r < n_rows; r++) // y's lines come while the tile is computed
-        for (int i = 0; i < n_blocks; i++)
-            __builtin_prefetch(cpu_row(job->y, row + r) + (block + i) * 16, 1);
-    for (int i = 0; i < l->n_lanes; i++) {
-        compute_lane(job, &p, i, sums[depth]);
+    for (int i = 0; i < job->l->n_lanes; i++) {
+        compute_lane(job, p, i, sums[depth]);
         depth++;
         for (int carry = i; carry & 1; carry >>= 1, depth--)
-            job->vector->add(sums[depth - 2], sums[depth - 1], n_rows * n_blocks * 16);
+            job->vector->add(sums[depth - 2], sums[depth - 1], p->n_rows * p->n_blocks * 16);
     }
-    const struct epilogue *e = &job->epilogue;
-    const int64_t column = block * 16;
-    int64_t n = l->out_dim - column < n_blocks * 16 ? l->out_dim - column : n_blocks * 16;
-    for (int r = 0; r < n_rows; r++)
-        job->vector->epilogue(cpu_row(job->y, row + r) + column, sums[0] + r * n_blocks * 16, n,
-                              l->bias ? l->bias + column : NULL, e->act,
-                              e->scale ? e->scale + column : NULL,
-                              e->residual ? cpu_row(e->residual, row + r) + column : NULL);
 }
 
-/* The items are (group of panels, block): with one group, a thread's part of them is a contiguous
- * part of the weight. */
+/* One panel's rows of y, whose first column is `column`. */
+struct place {
+    char *y;
+    size_t row_bytes;
+    int64_t row, column, n_columns;
+    int n_rows;
+};
+
+static void place_init(struct place *at, const struct matmul_job *job, int64_t panel,
+                       int64_t column, int64_t n_columns)
+{
+    const struct tensor *y = job->y;
+    const size_t element = dtype_size(y->dtype);
+    at->row = panel_start(job, panel);
+    at->n_rows = (int)(panel_start(job, panel + 1) - at->row);
+    at->column = column;
+    at->n_columns = job->n_columns - column < n_columns ? job->n_columns - column : n_columns;
+    at->row_bytes = (size_t)y->row_stride * element;
+    at->y = (char *)y->data + (size_t)at->row * at->row_bytes + (size_t)column * element;
+    for (int r = 0; r < at->n_rows; r++) // its lines come while the tile is computed
+        for (size_t i = 0; i < (size_t)at->n_columns * element; i += 64)
+            __builtin_prefetch(at->y + (size_t)r * at->row_bytes + i, 1);
+}
+
+/* y <- the epilogue of sums, rows of n floats. */
+static void store_sums(const struct matmul_job *job, const struct place *at, const float *sums,
+                       int64_t n)
+{
+    const struct epilogue *e = &job->epilogue;
+    const float *bias = job->l->bias;
+    for (int r = 0; r < at->n_rows; r++)
+        job->vector->epilogue((float *)(void *)(at->y + (size_t)r * at->row_bytes), sums + r * n,
+                              at->n_columns, bias ? bias + at->column : NULL, e->act,
+                              e->scale ? e->scale + at->column : NULL,
+                              e->residual ? cpu_row(e->residual, at->row + r) + at->column : NULL);
+}
+
+/* y <- act(gate) * up, rows of n floats, to which biases are added. */
+static void store_gated(const struct matmul_job *job, const struct place *at, float *gate,
+                        float *up, int64_t n)
+{
+    const float *bias = job->l->bias;
+    for (int r = 0; r < at->n_rows; r++, gate += n, up += n) {
+        void *y = at->y + (size_t)r * at->row_bytes;
+        if (bias) {
+            job->vector->add(gate, bias + at->column, n);
+            job->vector->add(up, bias + job->n_columns + at->column, n);
+        }
+        job->vector->gated(job->y->dtype == DTYPE_F32 ? y : gate, gate, up, n, job->epilogue.act);
+        if (job->y->dtype == DTYPE_BF16)
+            job->vector->to_bf16(y, gate, n);
+    }
+}
+
+/* One panel times n_blocks of each of the kept parts, from their `first` on. */
+static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x, int64_t panel,
+                         const struct blocks *kept, int64_t first, int n_blocks)
+{
+    float sums[2][4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
+    const int64_t n = n_blocks * 16;
+    struct place at;
+    place_init(&at, job, panel, (kept->first + first) * 16, n);
+    for (int i = 0; i < job->n_parts; i++) {
+        const struct product p = {.x = packed_x + at.row * job->steps.n * job->factor.words,
+                                  .panel = panel,
+                                  .n_rows = at.n_rows,
+                                  .blocks = &kept[i],
+                                  .block = kept[i].first + first,
+                                  .n_blocks = n_blocks};
+        compute_lanes(job, &p, sums[i]);
+    }
+    if (job->n_parts == 1)
+        store_sums(job, &at, sums[0][0], n);
+    else
+        store_gated(job, &at, sums[0][0], sums[1][0], n);
+}
+
+/* The panels times blocks [first, end) of each part. */
+static void compute_blocks(const struct matmul_job *job, const uint32_t *packed_x, char *memory,
+                           int64_t first, int64_t end)
+{
+    struct blocks kept[2];
+    const int64_t n = end - first;
+    for (int i = 0; i < job->n_parts; i++)
+        blocks_init(&kept[i], job, memory ? memory + (size_t)i * job->expanded_bytes : NULL,
+                    i * n_blocks_of(job->n_columns) + first, (int)n);
+    for (int64_t panel = 0; panel < job->n_panels; panel++) {
+        for (int64_t at = 0; at < n; at += job->n_blocks_wide)
+            compute_tile(job, packed_x, panel, kept, at,
+                         (int)(n - at < job->n_blocks_wide ? n - at : job->n_blocks_wide));
+    }
+}
+
+/* The items are blocks: a thread's part of them is a contiguous part of the weight. */
 static void matmul_work(void *arg, int thread, int n_threads)
 {
     const struct matmul_job *job = arg;
@@ -443,60 +544,87 @@ static void matmul_work(void *arg, int thread, int n_threads)
         pack_x(job, own, 0, 1);
         packed_x = own;
     }
-    const int64_t n_blocks = n_blocks_of(job->l->out_dim);
-    int64_t at, end;
-    while (cpu_parts_take(job->state, thread, job->n_blocks_wide, &at, &end)) {
-        while (at < end) {
-            int64_t group = at / n_blocks, block = at % n_blocks, n = end - at;
-            if (n > n_blocks - block)
-                n = n_blocks - block;
-            struct blocks blocks;
-            blocks_init(&blocks, job, thread, block, (int)n);
-            for (int64_t p = group_start(job, group); p < group_start(job, group + 1); p++)
-                compute_tile(job, packed_x, p, &blocks);
-            at += n;
-        }
-    }
+    char *memory = NULL;
+    if (job->expanded_bytes > 0)
+        memory = cpu_scratch_reserve(&job->state->expanded[thread],
+                                     job->expanded_bytes * (size_t)job->n_parts);
+    int64_t first, end;
+    while (cpu_parts_take(job->state, thread, job->n_blocks_kept, &first, &end))
+        compute_blocks(job, packed_x, memory, first, end);
 }
 
 /* Input this small is packed by every thread for itself, which is cheaper than a barrier. */
 #define OWN_PACK_WORDS 16384
-/* Panels that stay in the second-level cache beside two blocks of the weight: well below a cache of
- * 1 MiB, whose pages collide (of 512 KiB, a quarter of the rate was lost with two threads). */
-#define GROUP_BYTES (192 << 10)
-#define GROUP_PANELS_MIN 8
+/* Of the blocks that are kept beside a panel: half a second-level cache of 1 MiB. */
+#define KEPT_BYTES (512 << 10)
+/* Fewer wait for memory, which is read without a break while each tile's blocks are kept alone. */
+#define KEPT_PANELS_MIN 9
+/* Of each thread, so that all are busy to the end. */
+#define ITEMS_MIN 4
 /* Bytes a block of a quantised weight that is expanded for one panel: four stay in the first-level
  * cache. A whole number of units of any format. */
 #define CHUNK_BYTES 4096
 
+/* Whole tiles. */
+static int blocks_kept(const struct matmul_job *job, int n_threads)
+{
+    const int64_t block_bytes = (int64_t)block_row_bytes(job) * job->steps.n * job->n_parts + 1;
+    int64_t n = n_blocks_of(job->n_columns) / (n_threads * ITEMS_MIN);
+    if (n > KEPT_BYTES / block_bytes)
+        n = KEPT_BYTES / block_bytes;
+    if (job->n_panels < KEPT_PANELS_MIN || n < job->n_blocks_wide)
+        n = job->n_blocks_wide;
+    return (int)(n / job->n_blocks_wide * job->n_blocks_wide);
+}
+
+/* The job's l, y, x, epilogue and parts are set. */
+static void run_job(struct backend *b, struct matmul_job *job)
+{
+    struct cpu_state *s = cpu_state(b);
+    const struct linear *l = job->l;
+    job->state = s;
+    job->tile = s->tile;
+    job->vector = s->vector;
+    job->n_columns = l->out_dim / job->n_parts;
+    steps_init(&job->steps, l);
+    job->factor = cpu_factor_of(s->tile, l->dtype);
+    job->n_rows = tensor_n_rows(job->x);
+    job->n_panels = (job->n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
+    int panel_rows = (int)((job->n_rows + job->n_panels - 1) / job->n_panels);
+    job->n_blocks_wide = s->tile->wide_blocks(panel_rows);
+    if (l->format != WEIGHT_FLOAT) {
+        cpu_quantized_layout(&job->quantized, l);
+        job->multiplies = cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows);
+        if (job->multiplies)
+            job->n_blocks_wide = s->expand->product_blocks((int)job->n_rows);
+    }
+    job->chunk = CHUNK_BYTES / (int64_t)block_row_bytes(job);
+    job->n_blocks_kept = blocks_kept(job, b->n_threads);
+    if (l->format != WEIGHT_FLOAT && !job->multiplies)
+        job->expanded_bytes =
+            block_row_bytes(job) * (size_t)(expanded_steps(job) * job->n_blocks_kept);
+    int64_t words = job->steps.n * job->factor.words;
+    if (job->n_rows * words > OWN_PACK_WORDS)
+        job->packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job->n_rows * words) * 4);
+    cpu_parts_init(s, n_blocks_of(job->n_columns));
+    cpu_parallel(b, job->n_rows * l->out_dim * l->in_dim, matmul_work, job);
+}
+
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                 const struct epilogue *e)
 {
-    struct cpu_state *s = cpu_state(b);
-    struct matmul_job job = {.tile = s->tile, .vector = s->vector, .state = s, .y = y, .x = x};
-    job.l = l;
+    struct matmul_job job = {.l = l, .y = y, .x = x, .n_parts = 1};
     if (e)
         job.epilogue = *e;
-    steps_init(&job.steps, l);
-    job.factor = cpu_factor_of(s->tile, l->dtype);
-    job.n_rows = tensor_n_rows(x);
-    job.n_panels = (job.n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
-    int panel_rows = (int)((job.n_rows + job.n_panels - 1) / job.n_panels);
-    job.n_blocks_wide = s->tile->wide_blocks(panel_rows);
-    if (l->format != WEIGHT_FLOAT) {
-        cpu_quantized_layout(&job.quantized, l);
-        job.multiplies = cpu_quantized_multiplies(s, l, &job.quantized, job.n_rows);
-        if (job.multiplies)
-            job.n_blocks_wide = s->expand->product_blocks((int)job.n_rows);
-    }
-    job.chunk = CHUNK_BYTES / (16 * job.steps.step * (int64_t)dtype_size(l->dtype));
-    int64_t words = job.steps.n * job.factor.words;
-    int64_t group_panels = GROUP_BYTES / (words * 4 * panel_rows + 1);
-    if (group_panels < GROUP_PANELS_MIN)
-        group_panels = GROUP_PANELS_MIN;
-    job.n_groups = (job.n_panels + group_panels - 1) / group_panels;
-    if (job.n_rows * words > OWN_PACK_WORDS)
-        job.packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job.n_rows * words) * 4);
-    cpu_parts_init(s, job.n_groups * n_blocks_of(l->out_dim));
-    cpu_parallel(b, job.n_rows * l->out_dim * l->in_dim, matmul_work, &job);
+    run_job(b, &job);
+}
+
+int cpu_matmul_gated(struct backend *b, struct tensor *y, const struct tensor *x,
+                     const struct linear *l, enum activation act)
+{
+    struct matmul_job job = {.l = l, .y = y, .x = x, .n_parts = 2, .epilogue = {.act = act}};
+    if (tensor_n_cols(y) % 16 != 0) // a block would have rows of both
+        return 0;
+    run_job(b, &job);
+    return 1;
 }

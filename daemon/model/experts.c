@@ -144,12 +144,11 @@ static void run_expert(const struct expert_layer *e, struct expert_scratch *s, s
     size_t n_bytes = (size_t)n * sizeof(int32_t);
     struct tensor in = tensor_2d(s->in, b->activation_dtype, n, dim);
     struct tensor gate_up = tensor_2d(s->gate_up, b->activation_dtype, n, 2 * columns);
-    struct tensor gated = tensor_2d(s->gated, b->activation_dtype, n, columns);
+    struct tensor gated = tensor_2d(s->gated, e->down[id].dtype, n, columns);
     struct tensor out = tensor_2d(s->out, DTYPE_F32, n, dim);
     op_upload(b, s->rows, s->host_rows, n_bytes);
     op_gather_rows(b, &in, x, s->rows);
-    op_matmul(b, &gate_up, &in, &e->gate_up[id], NULL);
-    op_gated_activation(b, &gated, &gate_up, t->hidden_act);
+    op_matmul_gated(b, &gated, &gate_up, &in, &e->gate_up[id], t->hidden_act);
     op_matmul(b, &out, &gated, &e->down[id], NULL);
     op_upload(b, s->rows, s->host_rows + n_tokens, n_bytes);
     op_scatter_rows(b, slots, &out, s->rows);

@@ -380,9 +380,8 @@ static void mlp(struct step *s, const struct language_layer *l)
     struct backend *b = m->backend;
     int64_t columns = l->down.in_dim;
     struct tensor gate_up = tensor_2d(m->scratch.gate_up, b->activation_dtype, s->n, 2 * columns);
-    struct tensor gated = tensor_2d(m->scratch.gated, b->activation_dtype, s->n, columns);
-    op_matmul(b, &gate_up, &s->normed, &l->gate_up, NULL);
-    op_gated_activation(b, &gated, &gate_up, m->config->hidden_act);
+    struct tensor gated = tensor_2d(m->scratch.gated, l->down.dtype, s->n, columns);
+    op_matmul_gated(b, &gated, &gate_up, &s->normed, &l->gate_up, m->config->hidden_act);
     op_matmul(b, &s->sum, &gated, &l->down, NULL);
 }
 

@@ -29,6 +29,10 @@ void op_case_compare(const char *op, const struct tensor *got, const float *want
 void op_case_same(const void *a, const void *b, size_t n_bytes, const char *what); // bitwise
 void op_case_report(void); // prints one line an op and clears
 
+/* op_matmul_gated() gives the bits of op_matmul() and op_gated_activation(), float32 and rounded,
+ * on m random rows; l's packed rows are gate then up. */
+void op_case_check_gated(struct backend *b, const struct linear *l, int64_t m);
+
 /* test_*.c */
 int op_matmul_tests(void);
 int op_quantized_tests(void);

@@ -244,6 +244,72 @@ static void test_isas_agree(void **state)
     free(y.data);
 }
 
+/* Gate and up, with whole blocks of sixteen rows each and without. */
+static void test_gated(void **state)
+{
+    (void)state;
+    static const struct shape gated[] = {
+        {1, 96, 65, 1},  {3, 64, 130, 4}, {4, 16, 96, 1},  {13, 80, 64, 8},
+        {29, 160, 7, 1}, {1, 40, 33, 2},  {17, 24, 96, 1},
+    };
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 2);
+        if (!b)
+            continue;
+        op_case_seed(5);
+        for (int s = 0; s < (int)(sizeof(gated) / sizeof(gated[0])); s++) {
+            for (int variant = 0; variant < 4; variant++) {
+                struct tensor w = op_case_matrix(2 * gated[s].n, gated[s].k);
+                struct tensor bias = op_case_matrix(1, 2 * gated[s].n);
+                struct linear l =
+                    linear_of(&w, variant & 1 ? DTYPE_BF16 : DTYPE_F32, gated[s].n_lanes);
+                op_linear_pack(b, &l, &w, variant & 2 ? &bias : NULL);
+                op_case_check_gated(b, &l, gated[s].m);
+                op_linear_free(b, &l);
+                free(w.data);
+                free(bias.data);
+            }
+        }
+        backend_close(b);
+    }
+}
+
+/* What is rounded already gives the bits of what is rounded for the product. */
+static void test_rounded_input(void **state)
+{
+    (void)state;
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 2);
+        if (!b)
+            continue;
+        op_case_seed(6);
+        for (int s = 0; s < N_SHAPES; s++) {
+            const struct shape *shape = &shapes[s];
+            struct tensor x = op_case_matrix(shape->m, shape->k), rounded = x;
+            struct tensor w = op_case_matrix(shape->n, shape->k);
+            struct tensor want = op_case_matrix(shape->m, shape->n);
+            struct tensor y = op_case_matrix(shape->m, shape->n);
+            struct linear l = linear_of(&w, DTYPE_BF16, shape->n_lanes);
+            rounded.dtype = DTYPE_BF16;
+            rounded.row_stride = shape->k + 3;
+            rounded.data = op_case_strided(shape->m, shape->k).data;
+            op_copy(b, &rounded, &x);
+            op_linear_pack(b, &l, &w, NULL);
+            op_matmul(b, &want, &x, &l, NULL);
+            op_matmul(b, &y, &rounded, &l, NULL);
+            op_case_same(want.data, y.data, (size_t)(shape->m * shape->n) * sizeof(float),
+                         "rounded input");
+            op_linear_free(b, &l);
+            free(x.data);
+            free(rounded.data);
+            free(w.data);
+            free(want.data);
+            free(y.data);
+        }
+        backend_close(b);
+    }
+}
+
 static void test_no_rows(void **state)
 {
     (void)state;
@@ -263,6 +329,7 @@ int op_matmul_tests(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_values),        cmocka_unit_test(test_rows_are_independent),
         cmocka_unit_test(test_shards_add_up), cmocka_unit_test(test_isas_agree),
+        cmocka_unit_test(test_gated),         cmocka_unit_test(test_rounded_input),
         cmocka_unit_test(test_no_rows),
     };
     return cmocka_run_group_tests_name("matmul", tests, NULL, NULL);

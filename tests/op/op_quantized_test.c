@@ -104,6 +104,37 @@ static void test_products(void **state)
     }
 }
 
+/* Gate and up in codes, for the rows that are multiplied at once, one panel of them and several. */
+static void test_gated(void **state)
+{
+    (void)state;
+    static const struct quantized_shape shapes[] = {
+        {1, 192, 256, 1, 64, 0}, {3, 64, 160, 2, 32, 16}, {7, 96, 250, 1, 128, 70},
+        {29, 160, 90, 4, 16, 8}, {2, 80, 96, 1, 32, 0},
+    };
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 2);
+        if (!b)
+            continue;
+        op_case_seed(9);
+        for (int s = 0; s < (int)(sizeof(shapes) / sizeof(shapes[0])); s++) {
+            for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++) {
+                struct quantized q =
+                    quantized_case(&shapes[s], (enum weight_format)f, 0, op_case_integer);
+                struct linear l = lanes_of(&shapes[s], DTYPE_BF16, 1);
+                for (int round = 0; round < 2; round++) {
+                    l.dtype = round ? DTYPE_BF16 : DTYPE_F32;
+                    op_linear_pack_quantized(b, &l, &q, NULL);
+                    op_case_check_gated(b, &l, shapes[s].m);
+                    op_linear_free(b, &l);
+                }
+                quantized_case_release(&q);
+            }
+        }
+        backend_close(b);
+    }
+}
+
 /* y <- the product of lanes [first, first + l->n_lanes / 2), as the rank that owns them has it. */
 static void half_product(struct backend *b, struct tensor *y, const struct tensor *x,
                          const struct quantized *q, const struct linear *l, int first)
@@ -336,10 +367,10 @@ static void test_fp8_codes(void **state)
 int op_quantized_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_products),     cmocka_unit_test(test_shards),
-        cmocka_unit_test(test_precision),    cmocka_unit_test(test_embed),
-        cmocka_unit_test(test_packed_bytes), cmocka_unit_test(test_quantize_group),
-        cmocka_unit_test(test_fp8_codes),
+        cmocka_unit_test(test_products),       cmocka_unit_test(test_gated),
+        cmocka_unit_test(test_shards),         cmocka_unit_test(test_precision),
+        cmocka_unit_test(test_embed),          cmocka_unit_test(test_packed_bytes),
+        cmocka_unit_test(test_quantize_group), cmocka_unit_test(test_fp8_codes),
     };
     return cmocka_run_group_tests_name("quantised weights", tests, NULL, NULL);
 }

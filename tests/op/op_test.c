@@ -85,6 +85,34 @@ struct tensor op_case_strided(int64_t m, int64_t n)
     return t;
 }
 
+void op_case_check_gated(struct backend *b, const struct linear *l, int64_t m)
+{
+    const int64_t d = l->out_dim / 2;
+    struct tensor x = op_case_matrix(m, l->in_dim), gate_up = op_case_matrix(m, 2 * d);
+    struct tensor scratch = op_case_matrix(m, 2 * d), want = op_case_strided(m, d), y = want;
+    y.data = op_case_strided(m, d).data;
+    op_matmul(b, &gate_up, &x, l, NULL);
+    op_gated_activation(b, &want, &gate_up, ACTIVATION_SILU);
+    op_matmul_gated(b, &y, &scratch, &x, l, ACTIVATION_SILU);
+    for (int64_t i = 0; i < m; i++)
+        op_case_same((float *)want.data + i * want.row_stride, (float *)y.data + i * y.row_stride,
+                     (size_t)d * sizeof(float), "gated");
+    if (l->dtype == DTYPE_BF16) {
+        struct tensor rounded = tensor_2d(scratch.data, DTYPE_BF16, m, d);
+        op_copy(b, &rounded, &want);
+        y.dtype = DTYPE_BF16;
+        op_matmul_gated(b, &y, &gate_up, &x, l, ACTIVATION_SILU);
+        for (int64_t i = 0; i < m; i++)
+            op_case_same((uint16_t *)rounded.data + i * d, (uint16_t *)y.data + i * y.row_stride,
+                         (size_t)d * 2, "gated, rounded");
+    }
+    free(x.data);
+    free(gate_up.data);
+    free(scratch.data);
+    free(want.data);
+    free(y.data);
+}
+
 #define N_REPORTS 32
 static struct report {
     char op[40];
