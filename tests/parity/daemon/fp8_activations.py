@@ -3,7 +3,7 @@
     fp8_activations.py LAYOUT... [--OPTION of internvld]...    T x P x V
 
 The demo model with FP8 linears, its vision tower's among them, but one that is left as floats. Every layout has the same
-bits, in prompts and in recorded decode steps. Beside the same weights with activations in bfloat16 only nearness is
+bits, in prompts and in recorded decode steps, and an answer the same alone and beside another. Beside the same weights with activations in bfloat16 only nearness is
 asked: E4M3 keeps four bits of a number, so that each of the 33 products behind each other adds noise of 2.6 % of what it
 yields (2^-3 / sqrt(12) / sqrt(2)), some 15 % in all, of log-probabilities that spread over a few units. What cannot be is
 refused in one line.
@@ -40,8 +40,10 @@ def ask(model, layout, extra):
             "--device", "cuda", "--deterministic", "--max-num-seqs", 2, "--max-model-len", 1024, "--max-vision-tiles", 1,
             *OPTIONS, *extra)) as d:
         client = Client(d.address)
-        answers = at_once([lambda p=p: client.generate(p, timeout=300, temperature=0, max_tokens=4, prompt_logprobs=1)
-                           for p in (chat(example("scene-two.png"), "Describe it."), chat("Write rat in capitals."))])
+        runs = [lambda p=p: client.generate(p, timeout=300, temperature=0, max_tokens=4, prompt_logprobs=1)
+                for p in (chat(example("scene-two.png"), "Describe it."), chat("Write rat in capitals."))]
+        answers, alone = at_once(runs), runs[1]()
+        assert bits([alone]) == bits(answers[1:]), f"{layout} {extra}: an answer has other bits alone"
         said = client.model().quantization
         client.close()
         counts = [x.split("activations in fp8: ")[1].split(" products")[0] for x in d.log().splitlines()
