@@ -155,9 +155,14 @@ for step in $steps; do
             run "daemon-$checkpoint" daemon cuda_emulation/daemon_parity.py $checkpoint $(layouts)
             # shellcheck disable=SC2046
             run "daemon-bfloat16-$checkpoint" daemon parity/daemon/bfloat16.py --cuda $checkpoint $(layouts)
+            # shellcheck disable=SC2046
+            run "daemon-int8-kv-$checkpoint" daemon parity/daemon/bfloat16.py --cuda $checkpoint $(layouts) \
+                --kv-cache-dtype=int8
         done
         # shellcheck disable=SC2046
         run daemon-graphs daemon cuda_emulation/daemon_graphs.py $(layouts)
+        # shellcheck disable=SC2046
+        run daemon-int8-kv-graphs daemon cuda_emulation/daemon_graphs.py $(layouts) --kv-cache-dtype=int8
         run daemon-quantized quantized
         # shellcheck disable=SC2046
         run daemon-fp8 daemon parity/daemon/fp8_activations.py $(layouts)

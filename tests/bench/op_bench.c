@@ -8,6 +8,8 @@
  *   --isa NAME      as INTERNVLD_ISA takes it; default: the best
  *   --threads N     default: the processors
  *   --rounds N      default 7
+ *   --layers N      paged_attention reads the pages of N layers in turn, as a model does: many
+ *                   are in no cache. Default: 1, again and again
  *   --csv FILE
  *
  * Each round measures the machine's own limits (op_limits.h) and then the op; a line has the
@@ -152,7 +154,7 @@ int main(int argc, char **argv)
     log_init();
     const char *model = NULL, *isa = best_isa();
     long n_threads = sysconf(_SC_NPROCESSORS_ONLN);
-    struct bench bench = {.n_rounds = 7};
+    struct bench bench = {.n_rounds = 7, .n_layers = 1};
     for (int i = 1; i < argc; i += 2) {
         const char *name = argv[i], *value = argv[i + 1];
         if (!value)
@@ -171,6 +173,8 @@ int main(int argc, char **argv)
             n_threads = number(value, 1024);
         else if (strcmp(name, "--rounds") == 0)
             bench.n_rounds = (int)number(value, N_ROUNDS_MAX);
+        else if (strcmp(name, "--layers") == 0)
+            bench.n_layers = (int)number(value, BENCH_LAYERS_MAX);
         else if (strcmp(name, "--csv") == 0 && !(bench.csv = fopen(value, "w")))
             die("%s cannot be written", value);
         else if (strcmp(name, "--csv") != 0)

@@ -15,11 +15,13 @@ struct shapes {
     int64_t v_dim, v_heads, v_inner;
 };
 
+#define BENCH_LAYERS_MAX 80
+
 struct bench {
     struct backend *b;
     struct limits limits;
     const struct shapes *shapes;
-    int n_rounds;
+    int n_rounds, n_layers;
     const char *only_op, *only_format; // NULL: all
     int64_t only_rows;                 // of products; 0: all
     FILE *csv;                         // or NULL

@@ -19,6 +19,8 @@ struct attention_case {
     struct backend *b;
     struct tensor q, k, v, out;
     struct kv_pages kv;
+    void *layers[BENCH_LAYERS_MAX][2]; // keys and values of each, read in turn
+    int n_layers, layer;
     struct paged_layout layout;
     int32_t *kv_of_head;
     float *cos, *sin;
@@ -29,6 +31,9 @@ struct attention_case {
 static void run_paged(void *arg)
 {
     struct attention_case *c = arg;
+    c->kv.k = c->layers[c->layer][0];
+    c->kv.v = c->layers[c->layer][1];
+    c->layer = (c->layer + 1) % c->n_layers;
     op_paged_attention(c->b, &c->out, &c->q, &c->kv, &c->layout, c->kv_of_head, c->n_heads, 0.125f,
                        0);
 }
@@ -90,13 +95,19 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
 {
     const struct shapes *s = bench->shapes;
     struct attention_case c = {.b = bench->b, .n_heads = (int32_t)s->n_heads};
+    if (!bench_wants(bench, "paged_attention", dtype_name(dtype)) &&
+        !bench_wants(bench, "kv_write", dtype_name(dtype)))
+        return;
+    c.n_layers = bench->n_layers;
     c.kv = (struct kv_pages){.dtype = dtype, .page_size = PAGE};
     c.kv.n_kv_heads = (int32_t)s->n_kv_heads;
     c.kv.head_dim = (int32_t)s->head_dim;
     layout_init(&c, load);
     const int64_t rows = c.layout.n_tokens, width = s->n_kv_heads * s->head_dim;
-    c.kv.k = values_of_pages(bench, &c.kv);
-    c.kv.v = values_of_pages(bench, &c.kv);
+    for (int i = 0; i < c.n_layers; i++) {
+        c.layers[i][0] = c.kv.k = values_of_pages(bench, &c.kv);
+        c.layers[i][1] = c.kv.v = values_of_pages(bench, &c.kv);
+    }
     c.q = bench_matrix(bench, DTYPE_F32, rows, s->n_heads * s->head_dim);
     c.out = bench_matrix(bench, DTYPE_F32, rows, s->n_heads * s->head_dim);
     c.k = bench_matrix(bench, DTYPE_F32, rows, width);
@@ -134,9 +145,13 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
     op.run = run_kv_write;
     if (bench_wants(bench, op.op, op.format) && load->n_sequences == 1 && load->context <= 1024)
         bench_measure(bench, &op);
-    void *memory[] = {c.kv.k, c.kv.v, c.q.data, c.k.data, c.v.data, c.out.data, c.cos, c.sin};
-    for (int i = 0; i < 8; i++)
+    void *memory[] = {c.q.data, c.k.data, c.v.data, c.out.data, c.cos, c.sin};
+    for (int i = 0; i < 6; i++)
         op_free(bench->b, memory[i]);
+    for (int i = 0; i < c.n_layers; i++) {
+        op_free(bench->b, c.layers[i][0]);
+        op_free(bench->b, c.layers[i][1]);
+    }
     free((void *)c.layout.query_start);
     free((void *)c.layout.pages);
     free(c.kv_of_head);
