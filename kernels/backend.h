@@ -196,7 +196,7 @@ struct backend_ops {
     /* y [n_tokens, d] <- act(gate) * up, both [n_tokens, d], of x W^T + bias, whose columns are
      * gate then up: bit for bit matmul, then gated_activation. y may be of the type that products
      * with W are computed from. Returns 0, having done nothing, where that is not to be had at
-     * once; NULL where it never is. */
+     * once or would be slower; NULL where it never is. */
     int (*matmul_gated)(struct backend *b, struct tensor *y, const struct tensor *x,
                         const struct linear *l, enum activation act);
     /* y [n_tokens, dim] <- table [n_rows, dim] (F32 or BF16) row ids[i] - first_row; rows outside

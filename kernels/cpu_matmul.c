@@ -625,6 +625,8 @@ int cpu_matmul_gated(struct backend *b, struct tensor *y, const struct tensor *x
     struct matmul_job job = {.l = l, .y = y, .x = x, .n_parts = 2, .epilogue = {.act = act}};
     if (tensor_n_cols(y) % 16 != 0) // a block would have rows of both
         return 0;
+    if (tensor_n_rows(x) <= cpu_state(b)->tile->max_rows) // one stream is read faster than two
+        return 0;
     run_job(b, &job);
     return 1;
 }

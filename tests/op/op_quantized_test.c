@@ -109,7 +109,7 @@ static void test_gated(void **state)
 {
     (void)state;
     static const struct quantized_shape shapes[] = {
-        {1, 192, 256, 1, 64, 0}, {3, 64, 160, 2, 32, 16}, {7, 96, 250, 1, 128, 70},
+        {1, 192, 256, 1, 64, 0}, {3, 64, 160, 2, 32, 16}, {17, 96, 250, 1, 128, 70},
         {29, 160, 90, 4, 16, 8}, {2, 80, 96, 1, 32, 0},
     };
     for (int i = 0; i < op_n_isas; i++) {
