@@ -163,6 +163,8 @@ for step in $steps; do
         run daemon-graphs daemon cuda_emulation/daemon_graphs.py $(layouts)
         # shellcheck disable=SC2046
         run daemon-int8-kv-graphs daemon cuda_emulation/daemon_graphs.py $(layouts) --kv-cache-dtype=int8
+        # shellcheck disable=SC2046
+        run daemon-draw daemon cuda_emulation/daemon_draw.py $(layouts)
         run daemon-quantized quantized
         # shellcheck disable=SC2046
         run daemon-fp8 daemon parity/daemon/fp8_activations.py $(layouts)

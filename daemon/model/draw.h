@@ -1,5 +1,6 @@
 /*
- * A step's logits to samples and targets, row by row, by the threads of the back end.
+ * A step's logits to samples and targets, row by row: by op_draw() where the back end has it and
+ * the best of the row suffice, else by the threads of the back end from the whole row.
  *
  * A row is one thread's, and what it gives is a function of the row alone (sampler.h): which thread
  * takes it does not matter. Owns each thread's scratch; knows the batch, not the model.
