@@ -338,7 +338,6 @@ static void fetch_ahead(struct tile *t, const struct matmul_job *job, const stru
     const struct blocks *blocks = p->blocks;
     const char *next = (const char *)t->b + (size_t)blocks->n * blocks->block_bytes;
     int64_t last = p->panel == job->n_panels - 1 ? blocks->n - 1 : p->panel;
-    t->ahead[0] = t->ahead[1] = t->b;
     t->ahead_step = 0;
     if (blocks->memory || p->panel >= blocks->n || blocks->n > p->n_blocks)
         return;

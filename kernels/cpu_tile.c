@@ -84,7 +84,9 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
     for (int i = 0; i < n_blocks; i++)
         b[i] = t->blocks ? t->blocks[first + i]
                          : (const char *)part->b + (size_t)((first + i) * t->b_block) * element;
-    const char *ahead[2] = {t->ahead[0], t->ahead[1]};
+    const char *ahead[2]; // with nothing to fetch, what is there already
+    for (int i = 0; i < 2; i++)
+        ahead[i] = t->ahead_step ? t->ahead[i] : (const char *)a;
     for (int64_t k = 0; k < part->n_k; k++) {
         vf v[TILE_BLOCKS_MAX * BLOCK_VECTORS];
         if (n_rows > TILE_ROWS_APART) {

@@ -43,7 +43,9 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
     for (int j = 0; j < n_blocks; j++)
         b[j] = t->blocks ? t->blocks[first + j]
                          : (const char *)part->b + (first + j) * t->b_block * element;
-    const char *ahead[2] = {t->ahead[0], t->ahead[1]};
+    const char *ahead[2]; // with nothing to fetch, what is there already
+    for (int i = 0; i < 2; i++)
+        ahead[i] = t->ahead_step ? t->ahead[i] : (const char *)a;
     for (int64_t k = 0; k < part->n_k; k++) {
         __m512bh v[TILE_BLOCKS_MAX];
         if (n_rows > TILE_ROWS_APART) {
