@@ -18,6 +18,9 @@
 /* With a GPU they bring the weights, copy and draw tokens: a few reach what the bus takes. */
 #define CUDA_THREADS_MAX 8
 
+/* Of ranks with the same cores, 1024 at most. */
+#define CLAIMS_BYTES ((size_t)64 << 10)
+
 /* FNV-1a, 64 bits: tells files apart that differ by accident, not by design. */
 #define HASH_BASIS 0xcbf29ce484222325u
 #define HASH_PRIME 0x100000001b3u
@@ -124,6 +127,8 @@ void job_describe(struct rank_host *mine, const struct options *o, const char *d
     gethostname(mine->host, sizeof(mine->host) - 1);
     mine->error = *error;
     look_at_cores(mine);
+    if (!o->threads)
+        host_memory_offer(&mine->memory, CLAIMS_BYTES);
     mine->n_devices = device_count();
     device_name(mine->device_name, sizeof(mine->device_name));
     if (error->code != ERROR_OK)
@@ -148,9 +153,10 @@ enum device_kind job_choose_device(struct rank_host *all, const struct options *
     return kind;
 }
 
+/* Threads of a rank that takes all of n_cores while nobody else is at work, or its part of them. */
 static int n_threads_of(const struct options *o, int n_cores, int n_ranks, enum device_kind kind)
 {
-    int n = n_cores / n_ranks;
+    int n = kind == DEVICE_CPU ? n_cores : n_cores / n_ranks;
 
     if (kind == DEVICE_CUDA && n > CUDA_THREADS_MAX)
         n = CUDA_THREADS_MAX;
@@ -171,4 +177,20 @@ void job_choose_threads(struct rank_host *all, const struct options *o, const st
     for (int r = 1; r < t->world; r++)
         all[r].n_threads =
             n_threads_of(o, all[r].n_cores, hosts_n_sharing_cores(all, t->world, r), kind);
+}
+
+int job_share_cores(struct cpu_cores *cores, const struct rank_host *all, const struct topology *t)
+{
+    int first = hosts_first_sharing_cores(all, t->rank, &cores->mine);
+
+    cores->n_ranks = hosts_n_sharing_cores(all, t->world, t->rank);
+    cores->n_cores = all[t->rank].n_cores;
+    cores->claims = (size_t)cores->n_ranks * sizeof(*cores->claims) <= CLAIMS_BYTES
+                        ? host_memory_map(&all[first].memory)
+                        : NULL;
+    if (cores->claims)
+        return all[t->rank].n_threads;
+    log_warn("job", "ranks on these %d cores cannot tell each other when they are at work",
+             cores->n_cores);
+    return cores->n_cores > cores->n_ranks ? cores->n_cores / cores->n_ranks : 1;
 }

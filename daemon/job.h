@@ -23,11 +23,15 @@ void job_describe(struct rank_host *mine, const struct options *o, const char *d
  * `all` which ranks use one. */
 enum device_kind job_choose_device(struct rank_host *all, const struct options *o,
                                    const struct topology *t);
-/* With how many threads each rank computes: --threads, or its cores divided by the ranks that have
- * the same cores; with a GPU, where they read weights, copy and draw tokens, at most 8 of these. */
+/* With how many threads each rank computes at most: --threads, or one a core, which ranks with the
+ * same cores share by who is at work; with a GPU, where they read weights, copy and draw tokens,
+ * its cores divided by these ranks, at most 8. */
 void job_choose_threads(struct rank_host *all, const struct options *o, const struct topology *t,
                         enum device_kind kind);
 /* The same of a rank of a job of `world` ranks that all have the cores of this process. */
 int job_planned_threads(const struct options *o, int world, enum device_kind kind);
+/* For a rank on the CPU without --threads: `cores` <- what it shares with others. Returns with how
+ * many threads it computes at most: its part of the cores, where they cannot be told of. */
+int job_share_cores(struct cpu_cores *cores, const struct rank_host *all, const struct topology *t);
 
 #endif

@@ -51,8 +51,9 @@ struct settings {
     struct auth auth;
     /* once the ranks have agreed */
     enum device_kind device_kind;
-    int device_index; // among this host's GPUs, -1: none
-    int n_threads;    // of this rank
+    int device_index;       // among this host's GPUs, -1: none
+    int n_threads;          // of this rank, at most
+    struct cpu_cores cores; // zeroed: its own
 };
 
 static int check_listen(const struct options *o, const char *name, const char *address,
@@ -353,6 +354,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
     struct device_options d = {.kind = s->device_kind,
                                .dtype = s->dtype,
                                .n_threads = s->n_threads,
+                               .cores = s->cores,
                                .isa = getenv("INTERNVLD_ISA"),
                                .index = s->device_index,
                                .deterministic = (int)s->options.deterministic,
@@ -415,6 +417,8 @@ static int agree(struct settings *s, const struct topology *t, int rank, int wor
     if (rc == 0) {
         s->device_index = hosts_device(all, world, rank);
         s->n_threads = all[rank].n_threads;
+        if (rank > 0 && s->device_kind == DEVICE_CPU && !s->options.threads)
+            s->n_threads = job_share_cores(&s->cores, all, t);
     }
     if (rc == 0 && rank == 0 && s->options.map)
         hosts_print(stdout, all, t);

@@ -101,8 +101,9 @@ static const struct option table[] = {
     {NULL, "--vision-ranks", NULL, OPTION_NUMBER, FIELD(vision_ranks), "V", 1, 1024,
      "Ranks that turn pictures into features; tiles are spread over them."},
     {NULL, "--threads", NULL, OPTION_NUMBER, FIELD(threads), "N", 1, 1024,
-     "Threads of each vision and language rank. Default: its cores divided by the ranks that "
-     "have the same cores; with GPUs at most 8, which read weights, copy and draw tokens."},
+     "Threads of each vision and language rank, always so many. Default: one a core while other "
+     "ranks with the same cores have nothing to do, and their part of these while they have; with "
+     "GPUs the part, at most 8, which read weights, copy and draw tokens."},
     {NULL, "--device", NULL, OPTION_CHOICE, FIELD(device), "auto|cpu|cuda", 0, 0,
      "What vision and language ranks compute on. auto is cuda where this build has it and every "
      "host of theirs has a GPU. Each of them takes a GPU of its own, in order of rank."},

@@ -287,13 +287,17 @@ struct backend {
     int kv_in_pairs;             // how bfloat16 and int8 pages are laid out (struct kv_pages)
     int replays;                 // steps are to be recorded and replayed as graphs
     int has_fp8;                 // products of E4M3 with E4M3 (struct linear's x_in_fp8)
-    int n_threads;               // on the host
+    int n_threads;               // on the host, at most
     void *state;                 // the back end's own
 };
 
 /* isa: NULL or "auto" (CPUID), "avx512bf16", "avx512", "avx2", "scalar" (INTERNVLD_ISA): a name
  * this processor lacks dies. n_threads >= 1. The caller closes it. */
 struct backend *backend_cpu_open(int n_threads, const char *isa);
+/* From now on ops take this rank's share of `cores`, at most n_threads, which is what others leave
+ * (cpu_cores.h). Without it they take n_threads. */
+struct cpu_cores;
+void backend_cpu_share(struct backend *b, const struct cpu_cores *cores);
 void backend_close(struct backend *b);
 /* What products of up to n_rows rows of in_dim columns take of the process's memory beyond their
  * operands, with a weight of `dtype`; `isa` as above. */

@@ -215,7 +215,9 @@ void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q
     job.q_words = job.dim_steps * job.factor.words;
     job.p_words = job.n_steps * job.factor.words;
     int64_t n_heads_total = n_tiles * n_heads;
-    job.n_splits = (int32_t)((b->n_threads + n_heads_total - 1) / n_heads_total);
+    job.n_splits = (int32_t)((job.state->n_threads + n_heads_total - 1) / n_heads_total);
     cpu_parts_init(job.state, n_heads_total * job.n_splits);
-    cpu_parallel(b, tensor_n_rows(q) * job.n_tokens * tensor_n_cols(q), full_work, &job);
+    cpu_parallel(
+        b, cpu_product_cost(job.state, 2 * tensor_n_rows(q) * job.n_tokens * tensor_n_cols(q)),
+        full_work, &job);
 }

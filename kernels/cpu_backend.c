@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "kernels/clock.h"
 #include "kernels/log.h"
 
 struct isa {
@@ -77,15 +78,32 @@ void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)
 }
 
 /* A team wakes in a microsecond while its threads still spin, in tens when they sleep, and later
- * where other processes have the cores: less than about 30 us of work stays with one thread. */
-#define PARALLEL_MIN_COST 500000
+ * where other processes have the cores: less than about 5 us of work stays with one thread. */
+#define PARALLEL_MIN_COST 80000
+
+/* What the next op has to share is seen when this one has ended. */
+static void run(struct backend *b, int n_threads, void (*work)(void *, int, int), void *arg)
+{
+    struct cpu_state *s = cpu_state(b);
+    if (b->n_threads == 1) {
+        work(arg, 0, 1);
+        return;
+    }
+    if (n_threads == 1) {
+        work(arg, 0, 1);
+    } else {
+        cpu_cores_claim(&s->cores);
+        cpu_team_run(s->team, n_threads, work, arg);
+    }
+    uint64_t now = clock_now_ns();
+    int share = cpu_cores_share(&s->cores, now);
+    cpu_cores_release(&s->cores, now);
+    s->n_threads = share < b->n_threads ? share : b->n_threads;
+}
 
 void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int), void *arg)
 {
-    if (b->n_threads == 1 || cost < PARALLEL_MIN_COST)
-        work(arg, 0, 1);
-    else
-        cpu_team_run(cpu_state(b)->team, work, arg);
+    run(b, cost < PARALLEL_MIN_COST ? 1 : cpu_state(b)->n_threads, work, arg);
 }
 
 void cpu_parts_init(struct cpu_state *s, int64_t n)
@@ -201,7 +219,7 @@ static void cpu_sync(struct backend *b)
 
 static void cpu_run(struct backend *b, void (*work)(void *, int, int), void *arg)
 {
-    cpu_team_run(cpu_state(b)->team, work, arg);
+    run(b, cpu_state(b)->n_threads, work, arg);
 }
 
 static void cpu_close(struct backend *b)
@@ -277,6 +295,7 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     if (!s->parts)
         die("out of memory");
     s->n_threads = n_threads;
+    s->cores = (struct cpu_cores){.n_cores = n_threads};
     s->team = n_threads > 1 ? cpu_team_open(n_threads) : NULL;
     snprintf(s->description, sizeof(s->description), "cpu %s, %d thread%s", chosen->title,
              n_threads, n_threads == 1 ? "" : "s");
@@ -287,4 +306,9 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     b->n_threads = n_threads;
     b->state = s;
     return b;
+}
+
+void backend_cpu_share(struct backend *b, const struct cpu_cores *cores)
+{
+    cpu_state(b)->cores = *cores;
 }

@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 
 #include "kernels/backend.h"
+#include "kernels/cpu_cores.h"
 #include "kernels/cpu_isa.h"
 #include "kernels/cpu_team.h"
 
@@ -30,10 +31,11 @@ struct cpu_state {
     const struct cpu_vector_ops *vector;
     struct cpu_team *team;        // NULL: one thread
     struct cpu_scratch shared;    // filled by all threads of an op
-    struct cpu_scratch *thread;   // [n_threads] each its thread's own
-    struct cpu_scratch *expanded; // [n_threads] the part of a quantised weight a thread works on
-    struct cpu_part *parts;       // [n_threads] of the items of the op that runs
-    int n_threads;
+    struct cpu_scratch *thread;   // [team] each its thread's own
+    struct cpu_scratch *expanded; // [team] the part of a quantised weight a thread works on
+    struct cpu_part *parts;       // [team] of the items of the op that runs
+    struct cpu_cores cores;
+    int n_threads; // of the next op: the rank's share of its cores, at most the team
     char description[64];
 };
 
@@ -45,10 +47,15 @@ static inline struct cpu_state *cpu_state(const struct backend *b)
 /* At least n_bytes, contents undefined; dies when out of memory. */
 void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes);
 
-/* Calls work(arg, thread, n_threads) on every thread of a team, or directly with one thread when
- * `cost` (roughly, float operations or four bytes moved) would not repay waking a team. Inside,
- * cpu_team_barrier() waits for the team where n_threads > 1. */
+/* Calls work(arg, thread, n_threads) on this rank's share of the team, or directly with one thread
+ * when `cost` would not repay waking others. Its unit is some 60 ps: a float operation, or four
+ * bytes moved. Inside, cpu_team_barrier() waits for the others where n_threads > 1. */
 void cpu_parallel(struct backend *b, int64_t cost, void (*work)(void *, int, int), void *arg);
+/* Of so many multiply-adds in tiles. */
+static inline int64_t cpu_product_cost(const struct cpu_state *s, int64_t n)
+{
+    return n / s->tile->products_a_unit;
+}
 
 static inline int64_t cpu_round16(int64_t n)
 {

@@ -60,6 +60,7 @@ struct tile {
 struct cpu_tile_ops {
     int max_rows;                   // largest n_rows of run()
     int takes_bf16;                 // a of pairs is uint32_t pairs
+    int products_a_unit;            // of cost (cpu_parallel()): multiply-adds in the time of one
     int (*wide_blocks)(int n_rows); // blocks that run() holds in registers at once
     void (*run)(const struct tile *t, int n_rows, int n_blocks, enum tile_source source);
 };

@@ -598,7 +598,7 @@ static void run_job(struct backend *b, struct matmul_job *job)
             job->n_blocks_wide = s->expand->product_blocks((int)job->n_rows);
     }
     job->chunk = CHUNK_BYTES / (int64_t)block_row_bytes(job);
-    job->n_blocks_kept = blocks_kept(job, b->n_threads);
+    job->n_blocks_kept = blocks_kept(job, s->n_threads);
     if (l->format != WEIGHT_FLOAT && !job->multiplies)
         job->expanded_bytes =
             block_row_bytes(job) * (size_t)(expanded_steps(job) * job->n_blocks_kept);
@@ -606,7 +606,9 @@ static void run_job(struct backend *b, struct matmul_job *job)
     if (job->n_rows * words > OWN_PACK_WORDS)
         job->packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job->n_rows * words) * 4);
     cpu_parts_init(s, n_blocks_of(job->n_columns));
-    cpu_parallel(b, job->n_rows * l->out_dim * l->in_dim, matmul_work, job);
+    int64_t weight = l->out_dim * l->in_dim; // few rows take the time to read it
+    int64_t cost = cpu_product_cost(s, job->n_rows * weight);
+    cpu_parallel(b, cost > weight ? cost : weight, matmul_work, job);
 }
 
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,

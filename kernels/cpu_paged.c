@@ -491,8 +491,10 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     job.step_bytes = (size_t)(job.dim16 * job.factor.step) * job.element;
     /* Full tiles unless that would leave threads without one. */
     int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
-    job.tile_rows =
-        (int)smaller((n_rows + b->n_threads - 1) / b->n_threads, job.state->tile->max_rows);
-    cpu_parts_init(job.state, cut_items(&job, n_rows, b->n_threads));
-    cpu_parallel(b, n_rows * kv->head_dim * layout->max_context_len, paged_work, &job);
+    const int n_threads = job.state->n_threads;
+    job.tile_rows = (int)smaller((n_rows + n_threads - 1) / n_threads, job.state->tile->max_rows);
+    cpu_parts_init(job.state, cut_items(&job, n_rows, n_threads));
+    cpu_parallel(b,
+                 cpu_product_cost(job.state, 2 * n_rows * kv->head_dim * layout->max_context_len),
+                 paged_work, &job);
 }

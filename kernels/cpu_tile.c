@@ -228,6 +228,7 @@ static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source
 const struct cpu_tile_ops CPU_TILE_OPS = {
     .max_rows = MAX_ROWS,
     .takes_bf16 = 0,
+    .products_a_unit = VF_N / 4,
     .wide_blocks = wide_blocks,
     .run = run,
 };

@@ -173,6 +173,7 @@ static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source
 const struct cpu_tile_ops cpu_tile_avx512bf16 = {
     .max_rows = MAX_ROWS,
     .takes_bf16 = 1,
+    .products_a_unit = 8,
     .wide_blocks = wide_blocks,
     .run = run,
 };

@@ -125,7 +125,7 @@ static void sync_stream(struct backend *b)
 
 static void run_team(struct backend *b, void (*work)(void *, int, int), void *arg)
 {
-    cpu_team_run(cuda_state_of(b)->team, work, arg);
+    cpu_team_run(cuda_state_of(b)->team, b->n_threads, work, arg);
 }
 
 static void close_backend(struct backend *b)

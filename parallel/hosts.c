@@ -192,6 +192,18 @@ int hosts_n_sharing_cores(const struct rank_host *all, int world, int r)
     return n;
 }
 
+int hosts_first_sharing_cores(const struct rank_host *all, int r, int *index)
+{
+    int first = r;
+    *index = 0;
+    for (int i = r - 1; i >= 0; i--)
+        if (is_peer(all, r, i)) {
+            first = i;
+            *index += 1;
+        }
+    return first;
+}
+
 void hosts_warn(const struct rank_host *all, const struct topology *t)
 {
     for (int stage = 0; stage < t->layout.pipeline_parallel; stage++)
@@ -205,8 +217,8 @@ void hosts_warn(const struct rank_host *all, const struct topology *t)
             n_threads += all[i].n_threads;
             most = all[i].n_threads > most ? all[i].n_threads : most;
         }
-        if (first == r && n_threads > all[r].n_cores &&
-            most > 1) /* of one each there is no fewer */
+        /* Of one each there is no fewer, and who says when it is at work takes its share. */
+        if (first == r && n_threads > all[r].n_cores && most > 1 && all[r].memory.n_bytes == 0)
             log_warn("hosts", "%s: rank %d and those on the same cores have %d threads on %d cores",
                      all[r].host, r, n_threads, all[r].n_cores);
     }

@@ -35,8 +35,11 @@ struct backend *device_open_backend(const struct device_options *o)
                                 .deterministic = o->deterministic,
                                 .enforce_eager = o->enforce_eager};
 
-    return o->kind == DEVICE_CUDA ? backend_cuda_open(&cuda)
-                                  : backend_cpu_open(o->n_threads, o->isa);
+    struct backend *b =
+        o->kind == DEVICE_CUDA ? backend_cuda_open(&cuda) : backend_cpu_open(o->n_threads, o->isa);
+    if (o->kind == DEVICE_CPU && o->cores.claims)
+        backend_cpu_share(b, &o->cores);
+    return b;
 }
 
 /* A group of the language ranks that share `color`, ordered by `key`; others pass -1. */

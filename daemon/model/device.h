@@ -10,20 +10,22 @@
 
 #include "daemon/model/model_comm.h"
 #include "kernels/backend.h"
+#include "kernels/cpu_cores.h"
 #include "parallel/topology.h"
 
 enum device_kind { DEVICE_CPU, DEVICE_CUDA };
 
 struct device_options {
     enum device_kind kind;
-    enum dtype dtype;    // of the model's products, F32 or BF16: activations on CUDA have it
-    int n_threads;       // at least 1; CUDA: that read weights, copy and draw
-    const char *isa;     // CPU: NULL or "auto": CPUID
-    int index;           // CUDA: number among this host's devices
-    int deterministic;   // CUDA: sums by lanes and tree, bitwise the same in every layout
-    int enforce_eager;   // CUDA: no step is recorded and replayed
-    int fp8_activations; // CUDA: products in FP8 are wanted
-    int one_shot;        // CUDA: short sums over CUDA IPC where that is possible
+    enum dtype dtype;       // of the model's products, F32 or BF16: activations on CUDA have it
+    int n_threads;          // at least 1; CUDA: that read weights, copy and draw
+    const char *isa;        // CPU: NULL or "auto": CPUID
+    struct cpu_cores cores; // CPU: with whom the threads share theirs; zeroed: with nobody
+    int index;              // CUDA: number among this host's devices
+    int deterministic;      // CUDA: sums by lanes and tree, bitwise the same in every layout
+    int enforce_eager;      // CUDA: no step is recorded and replayed
+    int fp8_activations;    // CUDA: products in FP8 are wanted
+    int one_shot;           // CUDA: short sums over CUDA IPC where that is possible
 };
 
 /* What the activations of a back end of `kind` are when products are of `dtype`. */

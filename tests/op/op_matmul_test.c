@@ -11,6 +11,7 @@
 
 #include <cmocka.h>
 
+#include "kernels/cpu_cores.h"
 #include "kernels/log.h"
 #include "tests/op/op_case.h"
 #include "tests/op/op_naive.h"
@@ -310,6 +311,38 @@ static void test_rounded_input(void **state)
     }
 }
 
+/* How many threads an op takes changes from one to the next while others come and go; its bits
+ * do not. */
+static void test_cores_are_shared(void **state)
+{
+    (void)state;
+    enum { M = 40, N = 300, K = 257, N_OTHERS = 5 };
+    struct core_claim claims[1 + N_OTHERS] = {{0}};
+    struct cpu_cores cores = {.claims = claims, .n_ranks = 1 + N_OTHERS, .n_cores = 6};
+    op_case_seed(6);
+    struct tensor x = op_case_matrix(M, K), w = op_case_matrix(N, K);
+    struct tensor want = op_case_matrix(M, N), y = op_case_matrix(M, N);
+    struct linear l = linear_of(&w, DTYPE_BF16, 4);
+    struct epilogue e = {.act = ACTIVATION_GELU};
+    struct backend *b = backend_cpu_open(6, NULL);
+    product(NULL, 1, &want, &x, &w, DTYPE_BF16, 4);
+    backend_cpu_share(b, &cores);
+    op_linear_pack(b, &l, &w, NULL);
+    for (int i = 0; i < 200; i++) {
+        for (int r = 1; r <= N_OTHERS; r++)
+            atomic_store(&claims[r].until_ns, r <= i * 7 % (N_OTHERS + 1) ? UINT64_MAX : 0);
+        memset(y.data, 0xff, M * N * sizeof(float));
+        op_matmul(b, &y, &x, &l, &e);
+        op_case_same(want.data, y.data, M * N * sizeof(float), "shared cores");
+    }
+    op_linear_free(b, &l);
+    backend_close(b);
+    free(x.data);
+    free(w.data);
+    free(want.data);
+    free(y.data);
+}
+
 static void test_no_rows(void **state)
 {
     (void)state;
@@ -327,9 +360,13 @@ static void test_no_rows(void **state)
 int op_matmul_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_values),        cmocka_unit_test(test_rows_are_independent),
-        cmocka_unit_test(test_shards_add_up), cmocka_unit_test(test_isas_agree),
-        cmocka_unit_test(test_gated),         cmocka_unit_test(test_rounded_input),
+        cmocka_unit_test(test_values),
+        cmocka_unit_test(test_rows_are_independent),
+        cmocka_unit_test(test_shards_add_up),
+        cmocka_unit_test(test_isas_agree),
+        cmocka_unit_test(test_gated),
+        cmocka_unit_test(test_rounded_input),
+        cmocka_unit_test(test_cores_are_shared),
         cmocka_unit_test(test_no_rows),
     };
     return cmocka_run_group_tests_name("matmul", tests, NULL, NULL);

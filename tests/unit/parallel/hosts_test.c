@@ -133,11 +133,17 @@ static void devices_are_dealt_out(void **state)
 static void cores_are_shared(void **state)
 {
     static const int expected[WORLD] = {1, 3, 3, 3, 2, 2};
+    static const int first[WORLD] = {0, 1, 1, 1, 4, 4}, place[WORLD] = {0, 0, 1, 2, 0, 1};
     struct rank_host all[WORLD];
+    int index;
     (void)state;
     make_job(all);
     for (int r = 0; r < WORLD; r++)
         assert_int_equal(hosts_n_sharing_cores(all, WORLD, r), expected[r]);
+    for (int r = 0; r < WORLD; r++) {
+        assert_int_equal(hosts_first_sharing_cores(all, r, &index), first[r]);
+        assert_int_equal(index, place[r]);
+    }
     all[3].cores_hash = 1; /* bound to cores of its own */
     assert_int_equal(hosts_n_sharing_cores(all, WORLD, 2), 2);
     assert_int_equal(hosts_n_sharing_cores(all, WORLD, 3), 1);
