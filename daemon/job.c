@@ -153,10 +153,11 @@ enum device_kind job_choose_device(struct rank_host *all, const struct options *
     return kind;
 }
 
-/* Threads of a rank that takes all of n_cores while nobody else is at work, or its part of them. */
-static int n_threads_of(const struct options *o, int n_cores, int n_ranks, enum device_kind kind)
+/* Of one of n_ranks ranks on these cores; who `shares` takes all while nobody else is at work. */
+static int n_threads_of(const struct options *o, int n_cores, int n_ranks, enum device_kind kind,
+                        int shares)
 {
-    int n = kind == DEVICE_CPU ? n_cores : n_cores / n_ranks;
+    int n = shares ? n_cores : n_cores / n_ranks;
 
     if (kind == DEVICE_CUDA && n > CUDA_THREADS_MAX)
         n = CUDA_THREADS_MAX;
@@ -168,15 +169,17 @@ int job_planned_threads(const struct options *o, int world, enum device_kind kin
     struct rank_host here = {0};
 
     look_at_cores(&here);
-    return n_threads_of(o, here.n_cores, world, kind);
+    return n_threads_of(o, here.n_cores, world, kind, kind == DEVICE_CPU);
 }
 
 void job_choose_threads(struct rank_host *all, const struct options *o, const struct topology *t,
                         enum device_kind kind)
 {
-    for (int r = 1; r < t->world; r++)
-        all[r].n_threads =
-            n_threads_of(o, all[r].n_cores, hosts_n_sharing_cores(all, t->world, r), kind);
+    for (int r = 1; r < t->world; r++) {
+        int index, first = hosts_first_sharing_cores(all, r, &index);
+        all[r].n_threads = n_threads_of(o, all[r].n_cores, hosts_n_sharing_cores(all, t->world, r),
+                                        kind, kind == DEVICE_CPU && all[first].memory.n_bytes > 0);
+    }
 }
 
 int job_share_cores(struct cpu_cores *cores, const struct rank_host *all, const struct topology *t)
@@ -185,6 +188,8 @@ int job_share_cores(struct cpu_cores *cores, const struct rank_host *all, const 
 
     cores->n_ranks = hosts_n_sharing_cores(all, t->world, t->rank);
     cores->n_cores = all[t->rank].n_cores;
+    if (cores->n_ranks == 1)
+        return all[t->rank].n_threads;
     cores->claims = (size_t)cores->n_ranks * sizeof(*cores->claims) <= CLAIMS_BYTES
                         ? host_memory_map(&all[first].memory)
                         : NULL;

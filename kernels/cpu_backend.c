@@ -89,12 +89,11 @@ static void run(struct backend *b, int n_threads, void (*work)(void *, int, int)
         work(arg, 0, 1);
         return;
     }
-    if (n_threads == 1) {
+    cpu_cores_claim(&s->cores);
+    if (n_threads == 1)
         work(arg, 0, 1);
-    } else {
-        cpu_cores_claim(&s->cores);
+    else
         cpu_team_run(s->team, n_threads, work, arg);
-    }
     uint64_t now = clock_now_ns();
     int share = cpu_cores_share(&s->cores, now);
     cpu_cores_release(&s->cores, now);

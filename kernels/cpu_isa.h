@@ -151,9 +151,8 @@ struct cpu_vector_ops {
     /* dst[j][r] <- src[r][j] for n_rows rows of n words of 4 bytes. */
     void (*transpose)(uint32_t *dst, int64_t dst_row, const uint32_t *src, int64_t src_row,
                       int64_t n_rows, int64_t n);
-    void (*exp)(float *y, const float *x, int64_t n); // what softmax and activations use
-    /* x[r][j] *= by[j] for n_rows rows. */
-    void (*multiply_columns)(float *x, int64_t x_row, int n_rows, const float *by, int64_t n);
+    void (*exp)(float *y, const float *x, int64_t n);
+    void (*multiply_by)(float *x, const float *by, int64_t n); // x[i] *= by[i]
     /* The scale of a vector of int8 codes, and sixteen of its codes: struct kv_pages. n is a
      * multiple of 16. */
     float (*code_scale)(const float *x, int64_t n);

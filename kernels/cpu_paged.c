@@ -292,24 +292,23 @@ static void score_keys(const struct paged_job *job, struct paged_tile *t,
     job->state->tile->run(&product, t->n_rows, n_blocks, f->source);
 }
 
-/* Scores <- their products with the scales of the step's keys, or of its values. Slots that no row
- * of the tile sees may hold anything: theirs count as 0, or a probability of 0 would become a NaN.
- */
+/* Scores <- their products with the scales of the step's keys, or of its values, where a row sees
+ * them: others may hold anything, and a probability of 0 times that could be a NaN. */
 static void multiply_scales(const struct paged_job *job, struct paged_tile *t,
                             const struct paged_step *s, int is_values)
 {
-    const int64_t lo = larger(t->lo[0] - s->first, s->from);
-    const int64_t hi = smaller(t->hi[t->n_rows - 1] - s->first, s->to);
     float *scales = t->scales;
     for (int i = 0; i < s->n_runs; i++) {
         const struct paged_run *run = &s->runs[i];
         memcpy(scales + run->column, is_values ? run->v_scale : run->k_scale,
                (size_t)run->n * sizeof(float));
     }
-    memset(scales + s->from, 0, (size_t)(lo - s->from) * sizeof(float));
-    memset(scales + hi, 0, (size_t)(s->to - hi) * sizeof(float));
-    job->state->vector->multiply_columns(t->scores + s->from, STEP_MAX, t->n_rows, scales + s->from,
-                                         s->to - s->from);
+    for (int r = 0; r < t->n_rows; r++) {
+        const int64_t lo = larger(t->lo[r] - s->first, s->from);
+        const int64_t hi = smaller(t->hi[r] - s->first, s->to);
+        if (lo < hi)
+            job->state->vector->multiply_by(t->scores + r * STEP_MAX + lo, scales + lo, hi - lo);
+    }
 }
 
 /* Each row takes in the keys that it sees of the step. Others may hold anything (a page is reused

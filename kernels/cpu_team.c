@@ -147,7 +147,8 @@ struct cpu_team *cpu_team_open(int n_threads)
         int status = pthread_create(&t->members[i].thread, NULL, serve, &t->members[i]);
 
         if (status)
-            die("thread %d of %d: %s", i + 2, n_threads, strerror(status));
+            die("thread %d of %d cannot be had: %s; ask for fewer", i + 2, n_threads,
+                strerror(status));
     }
     return t;
 }

@@ -278,12 +278,10 @@ static void exponential(float *y, const float *x, int64_t n)
         store_at(y, i, n, vf_exp(load_at(x, i, n)));
 }
 
-static void multiply_columns(float *x, int64_t x_row, int n_rows, const float *by, int64_t n)
+static void multiply_by(float *x, const float *by, int64_t n)
 {
-    for (int r = 0; r < n_rows; r++, x += x_row) {
-        for (int64_t i = 0; i < n; i += VF_N)
-            store_at(x, i, n, load_at(x, i, n) * load_at(by, i, n));
-    }
+    for (int64_t i = 0; i < n; i += VF_N)
+        store_at(x, i, n, load_at(x, i, n) * load_at(by, i, n));
 }
 
 /* Magnitudes are compared as integers: in the order of floats, infinity and NaNs above all. */
@@ -336,7 +334,7 @@ const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .round_bf16 = round_bf16,
     .transpose = transpose,
     .exp = exponential,
-    .multiply_columns = multiply_columns,
+    .multiply_by = multiply_by,
     .code_scale = code_scale,
     .code16 = code16,
 };

@@ -36,7 +36,7 @@ void *host_memory_map(const struct host_memory *m)
     if (m->n_bytes == 0)
         return NULL;
     snprintf(path, sizeof(path), "/proc/%lld/fd/%d", (long long)m->pid, (int)m->fd);
-    fd = open(path, O_RDWR | O_CLOEXEC);
+    fd = open(path, O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
     if (fd < 0)
         return NULL;
     if (fstat(fd, &st) == 0 && st.st_dev == m->device && st.st_ino == m->inode)

@@ -166,6 +166,7 @@ static void test_rows_are_independent(void **state)
             check_rows(op_isas[i], (enum dtype)dtype, 29, 112, 300, 1);
             check_rows(op_isas[i], (enum dtype)dtype, 14, 70, 301, 8);
             check_rows(op_isas[i], (enum dtype)dtype, 150, 33, 90, 4);
+            check_rows(op_isas[i], (enum dtype)dtype, 110, 560, 40, 2); // blocks are kept
         }
     }
 }
@@ -251,7 +252,7 @@ static void test_gated(void **state)
     (void)state;
     static const struct shape gated[] = {
         {1, 96, 65, 1},  {3, 64, 130, 4}, {4, 16, 96, 1},  {13, 80, 64, 8},
-        {29, 160, 7, 1}, {1, 40, 33, 2},  {17, 24, 96, 1},
+        {29, 160, 7, 1}, {1, 40, 33, 2},  {17, 24, 96, 1}, {110, 528, 40, 2},
     };
     for (int i = 0; i < op_n_isas; i++) {
         struct backend *b = op_case_open(op_isas[i], 2);
@@ -311,6 +312,40 @@ static void test_rounded_input(void **state)
     }
 }
 
+struct at_work {
+    const struct core_claim *mine;
+    _Atomic int n_threads, n_unclaimed;
+};
+
+static void look_at_claim(void *arg, int thread, int n_threads)
+{
+    struct at_work *w = arg;
+    atomic_fetch_add(&w->n_threads, 1);
+    atomic_fetch_add(&w->n_unclaimed, atomic_load(&w->mine->until_ns) != UINT64_MAX);
+    (void)thread, (void)n_threads;
+}
+
+/* Who has one core left is seen to be at work too. */
+static void test_claims(void **state)
+{
+    (void)state;
+    struct core_claim claims[2] = {{0}};
+    struct cpu_cores cores = {.claims = claims, .n_ranks = 2, .n_cores = 2};
+    struct at_work w = {.mine = &claims[0]};
+    struct backend *b = backend_cpu_open(2, NULL);
+    backend_cpu_share(b, &cores);
+    for (int busy = 0; busy < 2; busy++) {
+        atomic_store(&claims[1].until_ns, busy ? UINT64_MAX : 0);
+        op_parallel(b, look_at_claim, &w); // the share of the op after it
+        w = (struct at_work){.mine = &claims[0]};
+        op_parallel(b, look_at_claim, &w);
+        assert_int_equal(atomic_load(&w.n_threads), busy ? 1 : 2);
+        assert_int_equal(atomic_load(&w.n_unclaimed), 0);
+        assert_true(atomic_load(&claims[0].until_ns) != UINT64_MAX);
+    }
+    backend_close(b);
+}
+
 /* How many threads an op takes changes from one to the next while others come and go; its bits
  * do not. */
 static void test_cores_are_shared(void **state)
@@ -360,13 +395,10 @@ static void test_no_rows(void **state)
 int op_matmul_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_values),
-        cmocka_unit_test(test_rows_are_independent),
-        cmocka_unit_test(test_shards_add_up),
-        cmocka_unit_test(test_isas_agree),
-        cmocka_unit_test(test_gated),
-        cmocka_unit_test(test_rounded_input),
-        cmocka_unit_test(test_cores_are_shared),
+        cmocka_unit_test(test_values),        cmocka_unit_test(test_rows_are_independent),
+        cmocka_unit_test(test_shards_add_up), cmocka_unit_test(test_isas_agree),
+        cmocka_unit_test(test_gated),         cmocka_unit_test(test_rounded_input),
+        cmocka_unit_test(test_claims),        cmocka_unit_test(test_cores_are_shared),
         cmocka_unit_test(test_no_rows),
     };
     return cmocka_run_group_tests_name("matmul", tests, NULL, NULL);
