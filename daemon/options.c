@@ -87,8 +87,9 @@ static const struct option table[] = {
      "none|fp8", 0, 0,
      "With cuda, bfloat16 and FP8 weights that have a scale a matrix or a row: round what is "
      "multiplied with these to FP8 (E4M3) too, with a scale for each token. Products are then in "
-     "FP8, less exact, and need GPUs of compute capability 8.9 or newer. none: activations are "
-     "never rounded to fewer bits than --dtype's."},
+     "FP8, less exact, and need GPUs of compute capability 8.9 or newer; without --deterministic "
+     "what is rounded depends on --tensor-parallel-size. none: what is multiplied with weights "
+     "keeps --dtype's bits."},
     {NULL, "--max-model-len", NULL, OPTION_NUMBER, FIELD(max_model_len), "TOKENS", 2, INT32_MAX / 4,
      "Most tokens of one prompt and its answer together. Default: the checkpoint's "
      "max_position_embeddings."},

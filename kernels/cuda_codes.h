@@ -1,7 +1,7 @@
 /*
  * Quantised weights as CUDA holds them, and what one code is worth. Shared by cuda_quantized.cu,
- * which packs them and makes them dense, and cuda_codes.cu, which multiplies them as they are;
- * included by these alone.
+ * which packs them and makes them dense, cuda_codes.cu, which multiplies them as they are, and
+ * cuda_fp8.cu, which multiplies them with FP8; included by these alone.
  *
  * A packed weight: codes [out_dim] rows of row_bytes | scales [out_dim, n_groups] float32 | zeros
  * [out_dim, n_groups] int8 where it has any | what cuda_matmul.cu puts behind every weight.

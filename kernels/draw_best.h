@@ -116,7 +116,7 @@ DRAW_FN int32_t draw_place(struct draw_list *c, const struct draw_params *p,
         if (sum > p->u * c->total)
             return c->places[i];
     }
-    return c->closed ? c->places[c->n - 1] : -1;
+    return c->closed && c->n > 0 ? c->places[c->n - 1] : -1;
 }
 
 /* What op_draw() gives for p, whose row's best these are. c->weights [best->n] are draw_weight()'s,

@@ -10,6 +10,7 @@
 #include "kernels/log.h"
 
 #define E4M3_MAX 448.0f
+#define E4M3_NAN 0x7f
 
 static const float int4_table[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 static const float code_table[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -139,6 +140,8 @@ static float quantize_int4(const float *w, int64_t n, uint8_t *codes)
 /* The nearest, ties to even; of the largest where x is above it. */
 static uint8_t f32_to_fp8_e4m3(float x)
 {
+    if (isnan(x))
+        return E4M3_NAN;
     float magnitude = fminf(fabsf(x), E4M3_MAX);
     uint8_t sign = signbit(x) ? 0x80 : 0;
     uint32_t bits;

@@ -102,22 +102,25 @@ enum draw_wish draw_wants(const struct batch *b, const int32_t *rows, int32_t n,
     return most;
 }
 
-int draw_take(const struct batch *b, const int32_t *rows, int32_t first, int32_t n,
-              const struct draw_params *params, const struct drawn *drawn, const struct top_k *best,
-              struct sample_result *samples, uint8_t *is_drawn)
+void draw_take(const struct batch *b, const int32_t *rows, int32_t first, int32_t n,
+               const struct draw_params *params, const struct drawn *drawn,
+               const struct top_k *best, struct sample_result *samples, uint8_t *is_drawn)
 {
-    int more = 0;
-    for (int32_t j = 0; j < n; j++)
-        more |= b->targets[rows[j]] >= 0;
     for (int32_t i = 0; i < b->n_samples; i++) {
         if (!is_of(&b->samples[i], rows, n))
             continue;
         is_drawn[i] = params[i].row >= 0 && drawn[i].id != DRAWN_TOO_FEW;
         if (is_drawn[i])
             sampler_take(&samples[i], &b->samples[i], &drawn[i], &best[params[i].row - first]);
-        more |= !is_drawn[i];
     }
-    return more;
+}
+
+int draw_wants_row(const struct batch *b, int32_t row, const uint8_t *is_drawn)
+{
+    int wants = b->targets[row] >= 0;
+    for (int32_t i = 0; i < b->n_samples; i++)
+        wants |= b->samples[i].row == row && !is_drawn[i];
+    return wants;
 }
 
 int32_t draw_n_targets(const struct batch *b, const int32_t *rows, int32_t n)
@@ -145,6 +148,8 @@ static void draw_row(const struct rows_job *job, struct drawer *d, int32_t j)
 {
     const struct batch *b = job->batch;
     int32_t row = job->rows[j], vocab = job->draw->vocab;
+    if (!draw_wants_row(b, row, job->is_drawn))
+        return;
     const float *logits = logits_row(job->logits, j, d->row);
     if (b->targets[row] >= 0) {
         int32_t k = b->target_tops[row];

@@ -57,11 +57,12 @@ enum draw_wish draw_wants(const struct batch *b, const int32_t *rows, int32_t n,
                           const struct draw_params *params);
 /* Takes what op_draw() gave for the samples of rows [n], a run of those that begins with the
  * first-th, and their best [n] where draw_wants() them; marks in is_drawn [n_samples of the batch]
- * who has a token. Returns 1 when another sample or a target of these rows asks for the whole row.
- */
-int draw_take(const struct batch *b, const int32_t *rows, int32_t first, int32_t n,
-              const struct draw_params *params, const struct drawn *drawn, const struct top_k *best,
-              struct sample_result *samples, uint8_t *is_drawn);
+ * who has a token. */
+void draw_take(const struct batch *b, const int32_t *rows, int32_t first, int32_t n,
+               const struct draw_params *params, const struct drawn *drawn,
+               const struct top_k *best, struct sample_result *samples, uint8_t *is_drawn);
+/* 1 when a target of this row, or a sample of it without a token yet, asks for all of it. */
+int draw_wants_row(const struct batch *b, int32_t row, const uint8_t *is_drawn);
 
 /* How many token_logprobs the targets of these rows [n] of the batch give. */
 int32_t draw_n_targets(const struct batch *b, const int32_t *rows, int32_t n);

@@ -517,6 +517,12 @@ void language_record(struct language_model *m)
 
 /* ---- the last stage ---- */
 
+static int captures_logits(const struct step *s, int32_t row)
+{
+    const struct batch *b = s->batch;
+    return b->want_logits[row] && b->captures[s->m->sequence_of[row]] & CAPTURE_LOGITS;
+}
+
 /* Logits of needed[first, first + n): row j of shard t begins at (t * n + j) * vocab.n. */
 static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
 {
@@ -528,7 +534,7 @@ static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
     int32_t run_row = -1, n_targets = draw_n_targets(b, needed, n);
     for (int32_t j = 0; j < n; j++) {
         int32_t row = needed[j], sequence = m->sequence_of[row];
-        if (!b->want_logits[row] || !(b->captures[sequence] & CAPTURE_LOGITS))
+        if (!captures_logits(s, row))
             continue;
         int32_t last = j; // the run ends where a row, the sequence or the wish does
         while (last + 1 < n && needed[last + 1] == needed[last] + 1 &&
@@ -551,20 +557,16 @@ static void finish_chunk(struct step *s, const int32_t *needed, int32_t n)
 }
 
 /* The device draws what the best of needed[first, first + n), whose logits are gathered, suffice
- * for. Returns 1 when anything wants the rows themselves. */
-static int finish_on_device(struct step *s, int32_t first, int32_t n)
+ * for. */
+static void finish_on_device(struct step *s, int32_t first, int32_t n)
 {
     struct language_model *m = s->m;
     struct backend *b = m->backend;
     const struct batch *batch = s->batch;
     const int32_t *needed = s->host.needed + first, vocab = m->config->vocab_size;
     enum draw_wish wish = draw_wants(batch, needed, n, s->host.draws);
-    int captured = 0;
     if (wish == DRAW_NOTHING)
-        return 1;
-    for (int32_t j = 0; j < n; j++)
-        captured |= batch->want_logits[needed[j]] &&
-                    (batch->captures[m->sequence_of[needed[j]]] & CAPTURE_LOGITS);
+        return;
     op_top_k(b, m->scratch.best, m->scratch.gathered, m->n_shards, n, (int32_t)m->cut.vocab.n,
              vocab, s->inputs.temperature + first);
     op_draw(b, m->scratch.drawn, s->inputs.draws, batch->n_samples, m->scratch.best, first, n,
@@ -573,9 +575,33 @@ static int finish_on_device(struct step *s, int32_t first, int32_t n)
         op_download(b, m->host_best, m->scratch.best, (size_t)n * sizeof(*m->host_best));
     op_download(b, m->host_drawn, m->scratch.drawn,
                 (size_t)batch->n_samples * sizeof(*m->host_drawn));
-    return draw_take(batch, needed, first, n, s->host.draws, m->host_drawn, m->host_best,
-                     m->samples, m->is_drawn) ||
-           captured;
+    draw_take(batch, needed, first, n, s->host.draws, m->host_drawn, m->host_best, m->samples,
+              m->is_drawn);
+}
+
+/* What the host still wants of needed[first, first + n): those rows, or all where they are many.
+ * Returns 0 when it is nothing. */
+static int download_logits(struct step *s, int32_t first, int32_t n)
+{
+    struct language_model *m = s->m;
+    const int32_t *needed = s->host.needed + first;
+    int64_t part = m->cut.vocab.n;
+    int32_t wanted[LANGUAGE_LOGIT_ROWS], n_wanted = 0;
+    for (int32_t j = 0; j < n; j++)
+        if (captures_logits(s, needed[j]) || draw_wants_row(s->batch, needed[j], m->is_drawn))
+            wanted[n_wanted++] = j;
+    if (n_wanted > n / 4) {
+        op_download(m->backend, m->host_logits, m->scratch.gathered,
+                    (size_t)(m->n_shards * n * part) * sizeof(float));
+        return 1;
+    }
+    for (int32_t i = 0; i < n_wanted; i++)
+        for (int t = 0; t < m->n_shards; t++) {
+            int64_t at = ((int64_t)t * n + wanted[i]) * part;
+            op_download(m->backend, m->host_logits + at, m->scratch.gathered + at,
+                        (size_t)part * sizeof(float));
+        }
+    return n_wanted > 0;
 }
 
 static void finish(struct step *s)
@@ -593,15 +619,15 @@ static void finish(struct step *s)
         n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
         struct tensor chosen = tensor_2d(m->scratch.sum, b->activation_dtype, n, dim);
         struct tensor logits = tensor_2d(m->scratch.logits, DTYPE_F32, n, part);
-        size_t n_bytes = (size_t)n * (size_t)part * sizeof(float);
         op_gather_rows(b, &chosen, &s->normed, s->inputs.needed + first);
         op_matmul(b, &logits, &chosen, &m->lm_head, NULL);
         all_gather(m, m->scratch.gathered, logits.data, n * part);
         if (m->shard != 0)
             continue;
-        if (b->ops->draw && !finish_on_device(s, first, n))
+        if (b->ops->draw)
+            finish_on_device(s, first, n);
+        if (!download_logits(s, first, n))
             continue;
-        op_download(b, m->host_logits, m->scratch.gathered, n_bytes * (size_t)m->n_shards);
         uint64_t begin_ns = trace_begin();
         finish_chunk(s, s->host.needed + first, n);
         trace_end("sample", begin_ns, "rows", n);

@@ -362,6 +362,7 @@ static void test_fp8_codes(void **state)
             assert_int_equal(fp8_code_of(nextafterf(middle, v)), sign + code);
             assert_int_equal(fp8_code_of(nextafterf(middle, next)), sign + code + 1);
         }
+    assert_int_equal(fp8_code_of(NAN), 127);
 }
 
 int op_quantized_tests(void)

@@ -157,6 +157,7 @@ static void from_the_best_where_they_suffice(void **state)
     struct drawn drawn[N_SAMPLES];
     float temperature[N_ROWS];
     uint8_t is_drawn[N_SAMPLES] = {0};
+    uint8_t all_drawn[N_SAMPLES];
     int n_drawn = 0;
     (void)state;
     make_batch(&c);
@@ -164,6 +165,7 @@ static void from_the_best_where_they_suffice(void **state)
         c.samples[i].n_banned = i % 2;
     c.samples[N_ROWS + 1].sampling.temperature = 0.1f; // another than the first of its row
     c.samples[N_ROWS + 1].n_banned = 0;
+    memset(all_drawn, 1, sizeof(all_drawn));
     whole[3][17] = 1; // nothing that is not finite
     draw_prepare(&c.b, c.rows, N_ROWS, temperature, params);
     assert_int_equal(params[N_ROWS + 1].row, -1);
@@ -175,12 +177,18 @@ static void from_the_best_where_they_suffice(void **state)
             assert_int_equal(c.rows[params[i].row], c.samples[i].row);
             drawn[i] = naive_draw(&params[i], &best[params[i].row], VOCAB);
         }
-    assert_int_equal(draw_take(&c.b, c.rows, 0, SPLIT, params, drawn, best, got, is_drawn), 1);
+    draw_take(&c.b, c.rows, 0, SPLIT, params, drawn, best, got, is_drawn);
     for (int i = SPLIT; i < N_ROWS; i++)
         assert_int_equal(is_drawn[i], 0);
-    assert_int_equal(draw_take(&c.b, c.rows + SPLIT, SPLIT, N_ROWS - SPLIT, params, drawn,
-                               best + SPLIT, got, is_drawn),
-                     1);
+    draw_take(&c.b, c.rows + SPLIT, SPLIT, N_ROWS - SPLIT, params, drawn, best + SPLIT, got,
+              is_drawn);
+    for (int j = 0; j < N_ROWS; j++) {
+        int wants = c.b.targets[c.rows[j]] >= 0;
+        for (int i = 0; i < N_SAMPLES; i++)
+            wants |= c.samples[i].row == c.rows[j] && !is_drawn[i];
+        assert_int_equal(draw_wants_row(&c.b, c.rows[j], is_drawn), wants);
+        assert_int_equal(draw_wants_row(&c.b, c.rows[j], all_drawn), c.b.targets[c.rows[j]] >= 0);
+    }
     for (int i = 0; i < N_SAMPLES; i++) {
         n_drawn += is_drawn[i];
         assert_true(!is_drawn[i] || c.samples[i].n_banned == 0);
