@@ -302,6 +302,10 @@ void backend_close(struct backend *b);
 /* What products of up to n_rows rows of in_dim columns take of the process's memory beyond their
  * operands, with a weight of `dtype`; `isa` as above. */
 size_t backend_cpu_matmul_bytes(const char *isa, int64_t n_rows, int64_t in_dim, enum dtype dtype);
+/* What each thread may take beside that for products with a quantised weight [out_dim, in_dim] that
+ * is expanded to `dtype`; n_parts 2: gate and up (op_matmul_gated()), else 1. */
+size_t backend_cpu_expanded_bytes(const char *isa, int64_t out_dim, int64_t in_dim, int n_parts,
+                                  enum dtype dtype);
 /* 1 when this processor has the instruction-set path `isa`. */
 int backend_cpu_has(const char *isa);
 

@@ -279,6 +279,12 @@ size_t backend_cpu_matmul_bytes(const char *isa, int64_t n_rows, int64_t in_dim,
     return cpu_matmul_bytes(isa_choose(isa)->tile, n_rows, in_dim, dtype);
 }
 
+size_t backend_cpu_expanded_bytes(const char *isa, int64_t out_dim, int64_t in_dim, int n_parts,
+                                  enum dtype dtype)
+{
+    return cpu_expanded_bytes(isa_choose(isa)->tile, out_dim, in_dim, n_parts, dtype);
+}
+
 struct backend *backend_cpu_open(int n_threads, const char *isa)
 {
     if (n_threads < 1)

@@ -124,6 +124,9 @@ void cpu_linear_pack_bias(struct backend *b, struct linear *l, const struct tens
 /* Of the packed input of any product of this size: backend_cpu_matmul_bytes(). */
 size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
                         enum dtype dtype);
+/* backend_cpu_expanded_bytes() */
+size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int64_t in_dim,
+                          int n_parts, enum dtype dtype);
 void cpu_linear_free(struct backend *b, struct linear *l);
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                 const struct epilogue *e);

@@ -576,6 +576,25 @@ static int blocks_kept(const struct matmul_job *job, int n_threads)
     return (int)(n / job->n_blocks_wide * job->n_blocks_wide);
 }
 
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* A thread keeps most when it is alone. */
+size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int64_t in_dim,
+                          int n_parts, enum dtype dtype)
+{
+    const int64_t block_bytes = (in_dim + LANES_MAX) * 16 * (int64_t)dtype_size(dtype) * n_parts;
+    const int64_t all = n_blocks_of(out_dim / n_parts) / ITEMS_MIN * block_bytes;
+    int64_t wide = 1;
+    for (int rows = 1; rows <= tile->max_rows; rows++) // of a panel that is not alone
+        if (2 * rows >= tile->max_rows)
+            wide = larger(wide, tile->wide_blocks(rows));
+    return (size_t)larger(larger(wide * block_bytes, all < KEPT_BYTES ? all : KEPT_BYTES),
+                          (int64_t)TILE_BLOCKS_MAX * CHUNK_BYTES * n_parts);
+}
+
 /* The job's l, y, x, epilogue and parts are set. */
 static void run_job(struct backend *b, struct matmul_job *job)
 {

@@ -132,12 +132,34 @@ static int is_stacked_alike(const struct weight_list *list, const struct weight_
     return alike;
 }
 
+/* What the threads expand a quantised weight to, with those that stand in one linear with it. */
+static uint64_t expanded_bytes(const struct weight_spec *s, const struct weight_list *list,
+                               const struct weight_cut *cut, const struct text_config *t,
+                               const struct plan_settings *p)
+{
+    const struct weight_spec *parts[3];
+    int n_parts = weight_list_stack(list, s, parts);
+    int64_t n_rows = 0, n_columns = 0;
+    if (s->format == WEIGHT_FLOAT)
+        return 0;
+    for (int i = 0; i < n_parts; i++) {
+        struct range rows = {0, weight_spec_rows(parts[i])};
+        struct range columns = {0, weight_spec_columns(parts[i])};
+        if (s->home != HOME_VISION)
+            weight_cut_ranges(cut, t, parts[i], &rows, &columns);
+        n_rows += rows.n;
+        n_columns = columns.n;
+    }
+    return (uint64_t)p->n_threads * backend_cpu_expanded_bytes(p->cpu_isa, n_rows, n_columns,
+                                                               n_parts == 2 ? 2 : 1, p->dtype);
+}
+
 static void add_weights(struct plan_rank *r, const struct model_config *c,
                         const struct plan_settings *s, const struct weight_cut *cut,
                         const struct weight_list *list)
 {
     const struct text_config *t = &c->text;
-    uint64_t dense = 0;
+    uint64_t floats = 0; // that codes become before a product
     for (int i = 0; i < list->n; i++) {
         struct weight_spec w = list->specs[i];
         if (!holds(&r->topology, &w, t->n_layers) || is_embedding_again(&r->topology, &w, c, list))
@@ -145,10 +167,11 @@ static void add_weights(struct plan_rank *r, const struct model_config *c,
         if (w.format != WEIGHT_FLOAT && !is_stacked_alike(list, &w))
             w.format = WEIGHT_FLOAT;
         r->weight_bytes += held_bytes(&w, list, cut, t, s);
-        uint64_t n = s->on_cuda ? plan_cuda_dense_bytes(&w, list, cut, t, s->dtype) : 0;
-        dense = n > dense ? n : dense;
+        uint64_t n = s->on_cuda ? plan_cuda_dense_bytes(&w, list, cut, t, s->dtype)
+                                : expanded_bytes(&w, list, cut, t, s);
+        floats = n > floats ? n : floats;
     }
-    r->scratch_bytes += dense;
+    r->scratch_bytes += floats;
 }
 
 static int plan_rank(struct plan_rank *r, const struct plan *p, const struct model_config *c,

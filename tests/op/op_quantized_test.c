@@ -13,6 +13,7 @@
 
 #include <cmocka.h>
 
+#include "kernels/cpu_backend.h"
 #include "kernels/log.h"
 #include "tests/op/op_case.h"
 #include "tests/op/op_naive.h"
@@ -116,6 +117,7 @@ static void test_gated(void **state)
         struct backend *b = op_case_open(op_isas[i], 2);
         if (!b)
             continue;
+        size_t most = 0; // that a thread may take for what it expands
         op_case_seed(9);
         for (int s = 0; s < (int)(sizeof(shapes) / sizeof(shapes[0])); s++) {
             for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++) {
@@ -126,11 +128,16 @@ static void test_gated(void **state)
                     l.dtype = round ? DTYPE_BF16 : DTYPE_F32;
                     op_linear_pack_quantized(b, &l, &q, NULL);
                     op_case_check_gated(b, &l, shapes[s].m);
+                    size_t planned =
+                        backend_cpu_expanded_bytes(op_isas[i], l.out_dim, l.in_dim, 2, l.dtype);
+                    most = planned > most ? planned : most;
                     op_linear_free(b, &l);
                 }
                 quantized_case_release(&q);
             }
         }
+        for (int t = 0; t < 2; t++)
+            assert_in_range(cpu_state(b)->expanded[t].n_bytes, most / 3, most + 63);
         backend_close(b);
     }
 }
