@@ -153,15 +153,20 @@ enum device_kind job_choose_device(struct rank_host *all, const struct options *
     return kind;
 }
 
+static int part_of_cores(int n_cores, int n_ranks)
+{
+    return n_cores > n_ranks ? n_cores / n_ranks : 1;
+}
+
 /* Of one of n_ranks ranks on these cores; who `shares` takes all while nobody else is at work. */
 static int n_threads_of(const struct options *o, int n_cores, int n_ranks, enum device_kind kind,
                         int shares)
 {
-    int n = shares ? n_cores : n_cores / n_ranks;
+    int n = shares ? n_cores : part_of_cores(n_cores, n_ranks);
 
     if (kind == DEVICE_CUDA && n > CUDA_THREADS_MAX)
         n = CUDA_THREADS_MAX;
-    return o->threads ? (int)o->threads : n > 1 ? n : 1;
+    return o->threads ? (int)o->threads : n;
 }
 
 int job_planned_threads(const struct options *o, int world, enum device_kind kind)
@@ -197,5 +202,5 @@ int job_share_cores(struct cpu_cores *cores, const struct rank_host *all, const 
         return all[t->rank].n_threads;
     log_warn("job", "ranks on these %d cores cannot tell each other when they are at work",
              cores->n_cores);
-    return cores->n_cores > cores->n_ranks ? cores->n_cores / cores->n_ranks : 1;
+    return part_of_cores(cores->n_cores, cores->n_ranks);
 }

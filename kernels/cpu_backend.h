@@ -57,6 +57,16 @@ static inline int64_t cpu_product_cost(const struct cpu_state *s, int64_t n)
     return n / s->tile->products_a_unit;
 }
 
+static inline int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static inline int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 static inline int64_t cpu_round16(int64_t n)
 {
     return (n + 15) / 16 * 16;

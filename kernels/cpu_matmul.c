@@ -576,11 +576,6 @@ static int blocks_kept(const struct matmul_job *job, int n_threads)
     return (int)(n / job->n_blocks_wide * job->n_blocks_wide);
 }
 
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* A thread keeps most when it is alone. */
 size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int64_t in_dim,
                           int n_parts, enum dtype dtype)
@@ -627,7 +622,7 @@ static void run_job(struct backend *b, struct matmul_job *job)
     cpu_parts_init(s, n_blocks_of(job->n_columns));
     int64_t weight = l->out_dim * l->in_dim; // few rows take the time to read it
     int64_t cost = cpu_product_cost(s, job->n_rows * weight);
-    cpu_parallel(b, cost > weight ? cost : weight, matmul_work, job);
+    cpu_parallel(b, larger(cost, weight), matmul_work, job);
 }
 
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,

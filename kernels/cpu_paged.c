@@ -87,16 +87,6 @@ struct paged_tile {
     char *values;        // [STEP_MAX][dim16] of the page's type, where 16 divides not head_dim
 };
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int thread)
 {
     const int64_t rows = TILE_ROWS_MAX, dim = job->dim16;

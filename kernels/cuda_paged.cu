@@ -725,27 +725,45 @@ __device__ __forceinline__ void rotate_token(T *key, int token, const struct wri
     __syncthreads(); // a key's dimensions are stored by other threads
 }
 
-/* One block a token. The rows that pad a recorded step are no sequence's. */
+/* Where the keys and values of this block's token go. */
+struct written {
+    int token, sequence, position, slot;
+};
+
+/* One block a token, whose key and queries it rotates. 0: a row that pads a recorded step is no
+ * sequence's. */
+template <class T>
+__device__ __forceinline__ int begin_token(struct written *at, T *k, const struct write_params &w,
+                                           const struct paged_params &p)
+{
+    int token = (int)blockIdx.x;
+
+    if (token >= p.query_start[p.n_sequences])
+        return 0;
+    if (w.q)
+        rotate_token(k + token * w.k_stride, token, w, p);
+    at->token = token;
+    at->sequence = sequence_of(p, token);
+    at->position = p.context_len[at->sequence] - p.query_start[at->sequence + 1] + token;
+    at->slot = at->position % p.page_size;
+    return 1;
+}
+
 template <class T, class KV>
 __global__ void kv_write_kernel(T *k, const T *v, const struct write_params w,
                                 const struct paged_params p)
 {
-    int token = (int)blockIdx.x;
-    T *key = k + token * w.k_stride;
+    struct written at;
 
-    if (token >= p.query_start[p.n_sequences])
+    if (!begin_token(&at, k, w, p))
         return;
-    if (w.q)
-        rotate_token(key, token, w, p);
-    int sequence = sequence_of(p, token);
-    int position = p.context_len[sequence] - p.query_start[sequence + 1] + token;
-    int slot = position % p.page_size;
+    const T *key = k + at.token * w.k_stride, *value = v + at.token * w.v_stride;
     for (int i = threadIdx.x; i < p.n_kv_heads * p.head_dim; i += blockDim.x) {
         int head = i / p.head_dim, d = i % p.head_dim;
-        KV *keys = (KV *)page_of<KV>(p.k, p, sequence, position, head);
-        KV *values = (KV *)page_of<KV>(p.v, p, sequence, position, head);
-        keys[d * p.page_size + slot] = from_float<KV>(to_float(key[i]));
-        values[slot * p.head_dim + d] = from_float<KV>(to_float(v[token * w.v_stride + i]));
+        KV *keys = (KV *)page_of<KV>(p.k, p, at.sequence, at.position, head);
+        KV *values = (KV *)page_of<KV>(p.v, p, at.sequence, at.position, head);
+        keys[d * p.page_size + at.slot] = from_float<KV>(to_float(key[i]));
+        values[at.slot * p.head_dim + d] = from_float<KV>(to_float(value[i]));
     }
 }
 
@@ -777,25 +795,20 @@ template <class T>
 __global__ void kv_encode_kernel(T *k, const T *v, const struct write_params w,
                                  const struct paged_params p)
 {
-    int token = (int)blockIdx.x;
-    T *key = k + token * w.k_stride;
+    struct written at;
 
-    if (token >= p.query_start[p.n_sequences])
+    if (!begin_token(&at, k, w, p))
         return;
-    if (w.q)
-        rotate_token(key, token, w, p);
-    int sequence = sequence_of(p, token);
-    int position = p.context_len[sequence] - p.query_start[sequence + 1] + token;
-    int slot = position % p.page_size;
+    const T *key = k + at.token * w.k_stride, *value = v + at.token * w.v_stride;
     for (int i = threadIdx.x >> 5; i < 2 * p.n_kv_heads; i += blockDim.x >> 5) {
         int head = i >> 1, is_value = i & 1;
-        int8_t *page = (int8_t *)page_of<int8_t>(is_value ? p.v : p.k, p, sequence, position, head);
-        float *scale = (float *)scales_of(page, p) + slot;
+        int8_t *page =
+            (int8_t *)page_of<int8_t>(is_value ? p.v : p.k, p, at.sequence, at.position, head);
+        float *scale = (float *)scales_of(page, p) + at.slot;
         if (is_value)
-            encode(page + slot * p.head_dim, 1, scale, v + token * w.v_stride + head * p.head_dim,
-                   p.head_dim);
+            encode(page + at.slot * p.head_dim, 1, scale, value + head * p.head_dim, p.head_dim);
         else
-            encode(page + slot, p.page_size, scale, key + head * p.head_dim, p.head_dim);
+            encode(page + at.slot, p.page_size, scale, key + head * p.head_dim, p.head_dim);
     }
 }
 
