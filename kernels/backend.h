@@ -291,8 +291,9 @@ struct backend {
     void *state;                 // the back end's own
 };
 
-/* isa: NULL or "auto" (CPUID), "avx512bf16", "avx512", "avx2", "scalar" (INTERNVLD_ISA): a name
- * this processor lacks dies. n_threads >= 1. The caller closes it. */
+/* isa: NULL or "auto" (backend_cpu_best()), "avx512bf16", "avx512bf16fma", "avx512", "avx2",
+ * "scalar" (INTERNVLD_ISA): a name this processor lacks dies. n_threads >= 1. The caller closes it.
+ */
 struct backend *backend_cpu_open(int n_threads, const char *isa);
 /* From now on ops take this rank's share of `cores`, at most n_threads, which is what others leave
  * (cpu_cores.h). Without it they take n_threads. */
@@ -308,6 +309,9 @@ size_t backend_cpu_expanded_bytes(const char *isa, int64_t out_dim, int64_t in_d
                                   enum dtype dtype);
 /* 1 when this processor has the instruction-set path `isa`. */
 int backend_cpu_has(const char *isa);
+/* The name of the path that is the fastest here: CPUID's, and, between the two of AVX-512 BF16,
+ * which has the faster tile, tried once a process (some 100 us). */
+const char *backend_cpu_best(void);
 
 /* ---- front doors: same contracts as the table above; a wrong shape or type is a BUG ---- */
 void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,

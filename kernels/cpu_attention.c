@@ -207,7 +207,7 @@ void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q
     job.head_dim = tensor_n_cols(q) / n_heads;
     job.scale = scale;
     job.probs = probs;
-    job.factor = cpu_factor_of(job.state->tile, dtype);
+    job.factor = cpu_factor_of(job.state->tile->takes_bf16, dtype);
     job.n16 = cpu_round16(job.n_tokens);
     job.dim16 = cpu_round16(job.head_dim);
     job.n_steps = (job.n_tokens + job.factor.step - 1) / job.factor.step;

@@ -23,10 +23,12 @@ struct isa {
     const struct cpu_vector_ops *vector;
 };
 
-/* Best first. */
+/* Best first, where dots_pay(). */
 static const struct isa isas[] = {
 #if INTERNVLD_CPU_X86
     {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_expand_avx512bf16,
+     &cpu_vector_avx512bf16},
+    {"avx512bf16fma", "AVX-512 BF16 (FMA tiles)", &cpu_tile_avx512bf16fma, &cpu_expand_avx512bf16,
      &cpu_vector_avx512bf16},
     {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_vector_avx512},
     {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_vector_avx2},
@@ -45,23 +47,83 @@ int backend_cpu_has(const char *isa)
         return avx2;
     if (strcmp(isa, "avx512") == 0)
         return avx512;
-    if (strcmp(isa, "avx512bf16") == 0)
+    if (strcmp(isa, "avx512bf16") == 0 || strcmp(isa, "avx512bf16fma") == 0)
         return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     return strcmp(isa, "scalar") == 0;
 }
 
+#if INTERNVLD_CPU_X86
+#define TRIAL_STEPS 256 // of k pairs: some 5 us
+#define TRIALS 5
+
+/* The least time of a tile of operands in the cache. */
+static uint64_t tile_time_ns(const struct cpu_tile_ops *tile, const struct tile *t, uint64_t least)
+{
+    uint64_t begun = clock_now_ns();
+    tile->run(t, TILE_ROWS_MAX, 2, TILE_BF16_PAIRS);
+    uint64_t time = clock_now_ns() - begun;
+    return time < least ? time : least;
+}
+
+/* 1 where vdpbf16ps is no slower than two multiply-adds, which no flag of CPUID says. Both give the
+ * same bits, so that a wrong answer, of a machine that is busy elsewhere, costs only time. */
+static int dots_pay(void)
+{
+    float *memory = xcalloc(TRIAL_STEPS * (TILE_ROWS_MAX * 2 + 2 * 16) + TILE_FLOATS_MAX, 4);
+    const struct tile t = {.a = memory,
+                           .a_step = TILE_ROWS_MAX,
+                           .a_row = 1,
+                           .b = memory + TRIAL_STEPS * TILE_ROWS_MAX * 2,
+                           .b_step = 32,
+                           .b_block = TRIAL_STEPS * 32,
+                           .c = memory + TRIAL_STEPS * (TILE_ROWS_MAX * 2 + 2 * 16),
+                           .c_row = 32,
+                           .n_k = TRIAL_STEPS};
+    uint64_t dots = UINT64_MAX, fma = UINT64_MAX;
+    for (int i = 0; i < TRIALS; i++) {
+        dots = tile_time_ns(&cpu_tile_avx512bf16, &t, dots);
+        fma = tile_time_ns(&cpu_tile_avx512bf16fma, &t, fma);
+    }
+    free(memory);
+    return dots <= fma;
+}
+#endif
+
+/* The same at every call. */
+static const struct isa *isa_best(void)
+{
+    static const struct isa *best;
+    if (best)
+        return best;
+    best = isas;
+    while (!backend_cpu_has(best->name))
+        best++;
+#if INTERNVLD_CPU_X86
+    if (best->tile == &cpu_tile_avx512bf16 && !dots_pay())
+        best++;
+#endif
+    return best;
+}
+
 static const struct isa *isa_choose(const char *name)
 {
-    int is_auto = name == NULL || strcmp(name, "auto") == 0;
+    if (name == NULL || strcmp(name, "auto") == 0)
+        return isa_best();
     for (int i = 0; i < N_ISAS; i++) {
-        if (is_auto ? backend_cpu_has(isas[i].name) : strcmp(isas[i].name, name) == 0) {
-            if (!backend_cpu_has(isas[i].name))
+        if (strcmp(isas[i].name, name) == 0) {
+            if (!backend_cpu_has(name))
                 die("this processor lacks the instruction set \"%s\"", name);
             return &isas[i];
         }
     }
-    die("unknown instruction set \"%s\": auto, avx512bf16, avx512, avx2 or scalar", name);
+    die("unknown instruction set \"%s\": auto, avx512bf16, avx512bf16fma, avx512, avx2 or scalar",
+        name);
+}
+
+const char *backend_cpu_best(void)
+{
+    return isa_best()->name;
 }
 
 void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)

@@ -101,13 +101,13 @@ static inline float *cpu_row(const struct tensor *t, int64_t i)
 }
 
 /* cpu_factor.c */
-/* The left factor of a product with values of `dtype` as the tile takes it: in steps of one k or of
- * a pair, which is one word of 4 bytes (two bfloat16) or two (rounded, still float32). */
+/* The left factor of a product with values of `dtype`, in steps of one k or of a pair: a pair is one
+ * word of 4 bytes (two bfloat16, for tables of takes_bf16) or two (rounded, still float32). */
 struct cpu_factor {
     enum tile_source source;
     int step, words;
 };
-struct cpu_factor cpu_factor_of(const struct cpu_tile_ops *tile, enum dtype dtype);
+struct cpu_factor cpu_factor_of(int takes_bf16, enum dtype dtype);
 /* dst [n_rows] rows of dst_row words <- n >= 1 floats of each row of src, a last pair being filled
  * with a zero. Returns the words of a row. */
 int64_t cpu_factor_rows(const struct cpu_vector_ops *vector, const struct cpu_factor *f,

@@ -617,6 +617,7 @@ const struct cpu_expand_ops CPU_EXPAND_OPS = {
     .add_run = add_run,
     .product_blocks = product_blocks,
 #if defined(__AVX512BF16__)
+    .takes_bf16 = 1,
     .multiply = multiply,
 #endif
 };

@@ -6,13 +6,13 @@
 
 #include "kernels/cpu_backend.h"
 
-struct cpu_factor cpu_factor_of(const struct cpu_tile_ops *tile, enum dtype dtype)
+struct cpu_factor cpu_factor_of(int takes_bf16, enum dtype dtype)
 {
     if (dtype == DTYPE_F32)
         return (struct cpu_factor){.source = TILE_F32, .step = 1, .words = 1};
     return (struct cpu_factor){.source = dtype == DTYPE_I8 ? TILE_I8_PAIRS : TILE_BF16_PAIRS,
                                .step = 2,
-                               .words = tile->takes_bf16 ? 1 : 2};
+                               .words = takes_bf16 ? 1 : 2};
 }
 
 int64_t cpu_factor_rows(const struct cpu_vector_ops *vector, const struct cpu_factor *f,

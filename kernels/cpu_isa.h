@@ -4,7 +4,8 @@
  * cpu_tile.c, cpu_expand.c and cpu_vector.c are compiled once per instruction set and export one
  * table each; cpu_backend.c picks one of each by CPUID. Everything above (threads, layouts, pages,
  * lanes) is written once over them. The bits of a result do not depend on the table, with one
- * exception: the products and roundings of AVX-512 BF16 flush denormals.
+ * exception: the products and roundings of AVX-512 BF16 flush denormals, on whichever of its two
+ * tiles.
  */
 #ifndef INTERNVLD_KERNELS_CPU_ISA_H
 #define INTERNVLD_KERNELS_CPU_ISA_H
@@ -114,6 +115,7 @@ struct cpu_expand_ops {
      * run's end (kernels/quantized.h). `scales` is the first block's. */
     void (*add_run)(float *sums, const float *part, int n_rows, int n_blocks, const float *scales,
                     int64_t block_bytes, enum weight_format format);
+    int takes_bf16;                    // multiply()'s a, as the tile's
     int (*product_blocks)(int n_rows); // that multiply() takes at once
     /* NULL where the tile takes no bfloat16. */
     void (*multiply)(const struct expand_product *m, const struct expansion *e,
@@ -160,7 +162,7 @@ struct cpu_vector_ops {
 };
 
 extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512,
-    cpu_tile_avx512bf16;
+    cpu_tile_avx512bf16, cpu_tile_avx512bf16fma;
 extern const struct cpu_expand_ops cpu_expand_scalar, cpu_expand_avx2, cpu_expand_avx512,
     cpu_expand_avx512bf16;
 extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512,

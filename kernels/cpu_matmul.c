@@ -213,7 +213,7 @@ static int64_t panel_start(const struct matmul_job *job, int64_t panel)
 size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
                         enum dtype dtype)
 {
-    struct cpu_factor f = cpu_factor_of(tile, dtype);
+    struct cpu_factor f = cpu_factor_of(tile->takes_bf16, dtype);
     return (size_t)n_rows * (size_t)(in_dim + LANES_MAX) * 4 * (size_t)f.words / (size_t)f.step;
 }
 
@@ -600,7 +600,6 @@ static void run_job(struct backend *b, struct matmul_job *job)
     job->vector = s->vector;
     job->n_columns = l->out_dim / job->n_parts;
     steps_init(&job->steps, l);
-    job->factor = cpu_factor_of(s->tile, l->dtype);
     job->n_rows = tensor_n_rows(job->x);
     job->n_panels = (job->n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
     int panel_rows = (int)((job->n_rows + job->n_panels - 1) / job->n_panels);
@@ -611,6 +610,8 @@ static void run_job(struct backend *b, struct matmul_job *job)
         if (job->multiplies)
             job->n_blocks_wide = s->expand->product_blocks((int)job->n_rows);
     }
+    job->factor =
+        cpu_factor_of(job->multiplies ? s->expand->takes_bf16 : s->tile->takes_bf16, l->dtype);
     job->chunk = CHUNK_BYTES / (int64_t)block_row_bytes(job);
     job->n_blocks_kept = blocks_kept(job, s->n_threads);
     if (l->format != WEIGHT_FLOAT && !job->multiplies)

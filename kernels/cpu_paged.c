@@ -467,7 +467,7 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     job.n_heads = n_heads;
     job.scale = scale;
     job.window = window;
-    job.factor = cpu_factor_of(job.state->tile, kv->dtype);
+    job.factor = cpu_factor_of(job.state->tile->takes_bf16, kv->dtype);
     job.pairs = kv->dtype != DTYPE_F32;
     job.has_scales = kv->dtype == DTYPE_I8;
     job.step = job.pairs ? STEP_BF16 : STEP_F32;

@@ -194,17 +194,22 @@ ALWAYS_INLINE void vf_store_n(float *p, vf x, int64_t n)
     memcpy(p, tail, (size_t)n * sizeof(float));
 }
 
-/* Rounded to bfloat16, to nearest even, in the upper half of each element; a NaN stays one. */
+/* Rounded to bfloat16, to nearest even, in the upper half of each element; a NaN stays one. The
+ * processor's own rounding takes denormals for 0. */
 ALWAYS_INLINE vu vf_round_bf16(vf x)
 {
+#if defined(__AVX512BF16__)
+    return __builtin_convertvector((vh)_mm512_cvtneps_pbh(x), vu) << 16;
+#else
     vu u = (vu)x;
     vi is_nan = x != x;
     vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
     vu quiet = u | 0x400000u;
     return (((vu)is_nan & quiet) | (~(vu)is_nan & rounded)) & 0xffff0000u;
+#endif
 }
 
-/* The same in half the width. The processor's own rounding takes denormals for 0. */
+/* The same in half the width. */
 ALWAYS_INLINE vh vf_to_bf16(vf x)
 {
 #if defined(__AVX512BF16__)

@@ -139,20 +139,10 @@ static long number(const char *text, long most)
     return n;
 }
 
-static const char *best_isa(void)
-{
-    static const char *const names[] = {"avx512bf16", "avx512", "avx2"};
-    for (int i = 0; i < 3; i++) {
-        if (backend_cpu_has(names[i]))
-            return names[i];
-    }
-    return "scalar";
-}
-
 int main(int argc, char **argv)
 {
     log_init();
-    const char *model = NULL, *isa = best_isa();
+    const char *model = NULL, *isa = backend_cpu_best();
     long n_threads = sysconf(_SC_NPROCESSORS_ONLN);
     struct bench bench = {.n_rounds = 7, .n_layers = 1};
     for (int i = 1; i < argc; i += 2) {

@@ -22,7 +22,7 @@ struct limits {
 struct limits_rates {
     double bytes_per_s;   // read from memory
     double f32_per_s;     // float operations, of float32 multiply-adds
-    double bf16_per_s;    // the same of bfloat16 products, where the path has such instructions
+    double bf16_per_s;    // the same of bfloat16 products, where those are faster
     uint64_t duration_ns; // that measuring took
 };
 

@@ -2,6 +2,7 @@
  * matmul: values against the naive loop over shapes, types, lanes and epilogues; and the promises
  * of batch and layout invariance, bit for bit.
  */
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -222,6 +223,37 @@ static void test_shards_add_up(void **state)
     }
 }
 
+/* The two tiles of AVX-512 BF16 flush the same denormals: factors whose products are denormal,
+ * sums that become so, operands that are. */
+static void test_bf16_tiles_agree(void **state)
+{
+    (void)state;
+    const int m = 13, n = 50, k = 333;
+    if (!op_case_has("avx512bf16"))
+        return;
+    op_case_seed(6);
+    struct tensor x = op_case_matrix(m, k), w = op_case_matrix(n, k);
+    struct tensor dots = op_case_matrix(m, n), fma = op_case_matrix(m, n),
+                  kept = op_case_matrix(m, n);
+    const size_t n_bytes = (size_t)(m * n) * sizeof(float);
+    for (int power = -130; power <= -10; power += 10) { // of x; products lie around 2^-126
+        for (int i = 0; i < m * k; i++)
+            ((float *)x.data)[i] = ldexpf(op_case_random(), power + i % 7);
+        for (int i = 0; i < n * k; i++)
+            ((float *)w.data)[i] = ldexpf(op_case_random(), -126 - power + i % 11 - 8);
+        product("avx512bf16", 2, &dots, &x, &w, DTYPE_BF16, 4);
+        product("avx512bf16fma", 2, &fma, &x, &w, DTYPE_BF16, 4);
+        product("avx512", 2, &kept, &x, &w, DTYPE_BF16, 4);
+        op_case_same(dots.data, fma.data, n_bytes, "FMA tiles");
+        assert_memory_not_equal(dots.data, kept.data, n_bytes);
+    }
+    free(x.data);
+    free(w.data);
+    free(dots.data);
+    free(fma.data);
+    free(kept.data);
+}
+
 /* Float32 weights give the same bits on every instruction set; bfloat16 ones too, as long as no
  * product or sum is denormal (vdpbf16ps flushes those). */
 static void test_isas_agree(void **state)
@@ -395,11 +427,11 @@ static void test_no_rows(void **state)
 int op_matmul_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_values),        cmocka_unit_test(test_rows_are_independent),
-        cmocka_unit_test(test_shards_add_up), cmocka_unit_test(test_isas_agree),
-        cmocka_unit_test(test_gated),         cmocka_unit_test(test_rounded_input),
-        cmocka_unit_test(test_claims),        cmocka_unit_test(test_cores_are_shared),
-        cmocka_unit_test(test_no_rows),
+        cmocka_unit_test(test_values),           cmocka_unit_test(test_rows_are_independent),
+        cmocka_unit_test(test_shards_add_up),    cmocka_unit_test(test_isas_agree),
+        cmocka_unit_test(test_bf16_tiles_agree), cmocka_unit_test(test_gated),
+        cmocka_unit_test(test_rounded_input),    cmocka_unit_test(test_claims),
+        cmocka_unit_test(test_cores_are_shared), cmocka_unit_test(test_no_rows),
     };
     return cmocka_run_group_tests_name("matmul", tests, NULL, NULL);
 }

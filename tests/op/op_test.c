@@ -15,8 +15,8 @@
 #include "kernels/log.h"
 #include "tests/op/op_case.h"
 
-const char *const op_isas[] = {"avx512bf16", "avx512", "avx2", "scalar"};
-const int op_n_isas = 4;
+const char *const op_isas[] = {"avx512bf16", "avx512bf16fma", "avx512", "avx2", "scalar"};
+const int op_n_isas = 5;
 
 int op_case_has(const char *isa)
 {
