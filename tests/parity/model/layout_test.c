@@ -192,7 +192,7 @@ static void *run_rank(void *arg)
     struct language_model m;
     struct error err;
     struct language_limits limits = model_run_limits();
-    struct backend *b = backend_cpu_open(1, NULL);
+    struct backend *b = backend_cpu_open(1, getenv("INTERNVLD_ISA"));
     struct manner plain = {.first_page = 2};
     *mine = *r->prompt;
     if (weights_open(&w, mine->path, r->config, 0, &err) != 0)
@@ -279,7 +279,7 @@ static int check_checkpoint(const char *name, const char *quantization)
     snprintf(p->path, sizeof(p->path), "%s/checkpoints/%s", p->dir, name);
     if (quantization_parse(&r->config.quantization, quantization, 32, &err) != 0)
         die("%s", err.msg);
-    struct backend *b = backend_cpu_open(2, NULL);
+    struct backend *b = backend_cpu_open(2, getenv("INTERNVLD_ISA"));
     model_run_open(r, p->path, DTYPE_F32, b);
     read_prompt(p, name);
     encode_tiles(p, r, name);

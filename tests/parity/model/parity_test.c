@@ -439,8 +439,10 @@ int main(int argc, char **argv)
     };
     int n_failed = 0, on_cuda = argc > 1 && strcmp(argv[1], "--cuda") == 0;
     const char *only = argv[1 + on_cuda]; // NULL: all
-    struct device_options device = {
-        .kind = on_cuda ? DEVICE_CUDA : DEVICE_CPU, .n_threads = 2, .deterministic = 1};
+    struct device_options device = {.kind = on_cuda ? DEVICE_CUDA : DEVICE_CPU,
+                                    .n_threads = 2,
+                                    .isa = getenv("INTERNVLD_ISA"),
+                                    .deterministic = 1};
     for (enum dtype t = DTYPE_F32; t <= DTYPE_BF16; t++) {
         device.dtype = t;
         backends[t] = device_open_backend(&device);
