@@ -51,6 +51,13 @@ ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) // a * b + c, rounded once
     return _mm512_fmadd_ps(a, b, c);
 }
 
+/* sum += a * b, rounded once, in the sum's own register: where the compiler may choose, it writes
+ * some over a factor that it needs no longer, and copies or spills them to get them back. */
+ALWAYS_INLINE void vf_add_product(vf *sum, vf a, vf b)
+{
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
+}
+
 ALWAYS_INLINE vf vf_max(vf a, vf b) // a > b ? a : b, so b when either is a NaN
 {
     return _mm512_max_ps(a, b);
@@ -87,6 +94,11 @@ ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+ALWAYS_INLINE void vf_add_product(vf *sum, vf a, vf b)
+{
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
+}
+
 ALWAYS_INLINE vf vf_max(vf a, vf b)
 {
     return _mm256_max_ps(a, b);
@@ -120,6 +132,11 @@ ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c)
 {
     return (vf){fmaf(a[0], b[0], c[0]), fmaf(a[1], b[1], c[1]), fmaf(a[2], b[2], c[2]),
                 fmaf(a[3], b[3], c[3])};
+}
+
+ALWAYS_INLINE void vf_add_product(vf *sum, vf a, vf b)
+{
+    *sum = vf_fma(a, b, *sum);
 }
 
 ALWAYS_INLINE vf vf_max(vf a, vf b)

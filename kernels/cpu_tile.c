@@ -63,7 +63,7 @@ ALWAYS_INLINE void add_step(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const fl
         vf x = vf_set(a[r * a_row]);
 #pragma GCC unroll 16
         for (int j = 0; j < n_vectors; j++)
-            acc[r][j] = vf_fma(x, v[j], acc[r][j]);
+            vf_add_product(&acc[r][j], x, v[j]);
     }
 }
 
