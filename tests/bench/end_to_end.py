@@ -1,20 +1,28 @@
 """The whole daemon at a real model's shapes, random weights, beside the machine's limits and beside peers.
 
-    python tests/bench/end_to_end.py BUILD [--model 1b] [--quantization none] [--rounds 5] [--csv FILE] [--plot FILE]
-                                     [--only decode] [--transformers] [--llama-bench PROGRAM --gguf FILE]
+    python tests/bench/end_to_end.py BUILD [--model 1b] [--quantization none] [--rounds 5] [--only decode ...]
+                                     [--transformers] [--llama-cpp FOLDER --gguf FOLDER]
+                                     [--rounds-csv FILE] [--csv FILE]
+    python tests/bench/end_to_end.py --medians-of FILE --csv FILE
+    python tests/bench/end_to_end.py --csv FILE --plot FILE
 
 BUILD holds daemon/internvld, client/internvl and tests/bench/op_bench. Measured are, at batch 1, a token of an answer
 (against the weights' bytes at the measured memory bandwidth), the first token of prompts of 512 and 1024 tokens, a
-picture of 1 and of 13 tiles (against their float operations at the measured peak of bfloat16), and 16 answers at once.
-Every round of a measure takes the limits, the daemon and the peers in turn; medians are printed. Transformers (with
-PyTorch, in bfloat16, by this Python) and llama.cpp's llama-bench (on a file that end_to_end_gguf.py makes, text alone)
-are peers where they are asked for.
+picture of 1 and of 13 tiles (against their float operations at the measured peak of bfloat16's products, or float32's
+where those are faster), and 16 answers at once.
+Every round of a measure takes the limits, the daemon and the peers in turn; medians are printed. --rounds-csv keeps
+each round, so that several short runs in quiet minutes make one table (--medians-of).
+
+Peers, where they are asked for: Transformers (with PyTorch, in bfloat16, by this Python), and llama.cpp, whose folder
+of programs has llama-bench, llama-batched-bench (the streams) and llama-mtmd-cli (the pictures, the encoder's own time
+as the program logs it); end_to_end_gguf.py makes its files. Its pictures have bfloat16 weights whatever --quantization.
 """
 import argparse
 import csv
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -66,6 +74,16 @@ def make_model(folder, name):
     return config
 
 
+def make_pictures(folder):
+    """{tiles: path} of pictures that both ours and llama.cpp's tiling cuts into so many."""
+    paths = {}
+    for n, (width, height) in {1: (448, 448), 13: (1792, 1344)}.items():
+        row = b"\0" + bytes(i % 251 for i in range(3 * width))
+        paths[n] = folder / f"{n}.png"
+        paths[n].write_bytes(made_files.png(width, height, row * height))
+    return paths
+
+
 def limits(build, folder):
     table = folder / "limits.csv"
     subprocess.run([build / "tests/bench/op_bench", "--op", "limits", "--format", "bfloat16", "--model", "1b", "--csv",
@@ -77,13 +95,9 @@ def limits(build, folder):
 class Ours:
     name = "internvld"
 
-    def __init__(self, build, address, folder, trace):
-        self.command, self.trace = [build / "client/internvl", "bench", "--address", address, "--json"], trace
-        self.pictures = {n: folder / f"{n}.png" for n in TILES}
-        for n, path in self.pictures.items():
-            width, height = (1792, 1344) if n == 13 else (448, 448)
-            row = b"\0" + bytes(i % 251 for i in range(3 * width))
-            path.write_bytes(made_files.png(width, height, row * height))
+    def __init__(self, build, address, pictures, trace):
+        self.command = [build / "client/internvl", "bench", "--address", address, "--json"]
+        self.pictures, self.trace = pictures, trace
         one, many = (self.bench("--input-len", n)["prompt_tokens"] for n in (10, 110))
         self.per_word, self.base = (many - one) / 100, one - (many - one) / 10
 
@@ -162,14 +176,22 @@ class Transformers:
 
 
 class LlamaCpp:
+    """Each measure starts a program anew, which warms up and then times its own work."""
     name = "llama.cpp"
 
-    def __init__(self, program, gguf, n_threads):
-        self.command = [program, "-m", gguf, "-t", str(n_threads), "-o", "json", "-r", "1"]
+    def __init__(self, programs, files, quantization, pictures, n_threads):
+        self.programs, self.files, self.pictures = programs, files, pictures
+        self.language, self.threads = files / f"{quantization}.gguf", n_threads
+
+    def run(self, program, *options):
+        """What it prints and what it logs."""
+        words = [self.programs / program, "-t", self.threads, *options]
+        done = subprocess.run([str(x) for x in words], capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr
 
     def rate(self, *options):
-        done = subprocess.run([*self.command, *map(str, options)], check=True, capture_output=True, text=True)
-        return json.loads(done.stdout)[-1]["avg_ts"]
+        out, _ = self.run("llama-bench", "-m", self.language, "-o", "json", "-r", 1, *options)
+        return json.loads(out)[-1]["avg_ts"]
 
     def decode_s(self):
         return 1 / self.rate("-p", 0, "-n", ANSWER)
@@ -178,10 +200,16 @@ class LlamaCpp:
         return n / self.rate("-p", n, "-n", 0, "-ub", 1024, "-b", 1024)
 
     def tiles_s(self, n):
-        return None
+        _, log = self.run("llama-mtmd-cli", "-m", self.files / "stub.gguf", "--mmproj", self.files / "vision.gguf",
+                          "--chat-template", "chatml", "-c", 4096, "-n", 0, "-p", "a", "--image", self.pictures[n])
+        assert sum(map(int, re.findall(r"encoding mtmd batch, n_chunks = (\d+)", log))) == n, log
+        return sum(map(int, re.findall(r"mtmd batch encoding done in (\d+) ms", log))) / 1e3
 
     def streams_s(self):
-        return None
+        out, log = self.run("llama-batched-bench", "-m", self.language, "-c", 2048, "-npp", 32, "-ntg", ANSWER, "-npl",
+                            STREAMS, "--output-format", "jsonl")
+        line = next(x for x in (out + log).splitlines() if '"speed_tg"' in x)
+        return 1 / json.loads(line[line.index("{"):])["speed_tg"]
 
 
 MEASURES = {"decode, a token": lambda engine: engine.decode_s(),
@@ -203,46 +231,70 @@ def limit_of(work, measure, machine):
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("build", type=lambda x: pathlib.Path(x).resolve())
+    p.add_argument("build", nargs="?", type=lambda x: pathlib.Path(x).resolve())
     p.add_argument("--model", default="1b", choices=["1b", "2b", "8b"])
     p.add_argument("--quantization", default="none", choices=list(BITS))
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--only", default="", help="measures whose names begin so")
+    p.add_argument("--only", nargs="+", default=[""], help="measures whose names begin so")
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--csv", type=pathlib.Path, help="lines are added")
+    p.add_argument("--rounds-csv", type=pathlib.Path, help="every round's lines are added")
+    p.add_argument("--csv", type=pathlib.Path, help="lines of medians are added")
+    p.add_argument("--medians-of", type=pathlib.Path, help="take the rounds of this --rounds-csv and measure nothing")
     p.add_argument("--plot", type=pathlib.Path, help="draw the lines of --csv and measure nothing")
     p.add_argument("--transformers", action="store_true")
-    p.add_argument("--llama-bench")
-    p.add_argument("--gguf")
+    p.add_argument("--llama-cpp", type=pathlib.Path, help="folder of its programs")
+    p.add_argument("--gguf", type=pathlib.Path, help="folder that end_to_end_gguf.py has filled")
     return p.parse_args()
 
 
-def measure(a, folder, config):
+def measure(a, folder):
+    """A line for every engine in every round."""
+    config = make_model(folder, a.model)
+    pictures = make_pictures(folder)
     trace = folder / "trace.json"
     os.environ.update(INTERNVLD_DAEMON=str(a.build / "daemon/internvld"), INTERNVLD_TRACE=str(trace))
     peers = []
     if a.transformers:
         peers.append(Transformers(folder, a.threads))
-    if a.llama_bench:
-        peers.append(LlamaCpp(a.llama_bench, a.gguf, a.threads))
+    if a.llama_cpp:
+        peers.append(LlamaCpp(a.llama_cpp, a.gguf, a.quantization, pictures, a.threads))
     options = ["--load-format", "dummy", "--quantization", a.quantization, "--threads", a.threads,
                "--max-num-batched-tokens", max(PROMPTS), "--max-vision-tiles", max(TILES), "--vision-cache-bytes", 0,
                "--no-enable-prefix-caching"]
-    times, shares = {}, {}
+    rows = []
     with daemon.Daemon(model=folder, dtype="bfloat16", extra=options) as d:
-        engines = [Ours(a.build, d.address, folder, trace), *peers]
+        engines = [Ours(a.build, d.address, pictures, trace), *peers]
         work = Work(config, a.quantization)
-        for name in [name for name in MEASURES for _ in range(a.rounds) if name.startswith(a.only)]:
+        for name in [name for name in MEASURES for _ in range(a.rounds) if name.startswith(tuple(a.only))]:
+            begun, lines = round(time.time()), []
             for engine in engines:
                 machine = limits(a.build, folder)
                 seconds = MEASURES[name](engine)
-                if seconds is None:
-                    continue
-                times.setdefault((engine.name, name), []).append(seconds)
-                shares.setdefault((engine.name, name), []).append(limit_of(work, name, machine) / seconds)
-                print(f"  {engine.name:12s} {name:22s} {seconds * 1e3:9.1f} ms, {shares[engine.name, name][-1]:.2f} of "
-                      "the limit", flush=True)
-    return times, shares
+                share = limit_of(work, name, machine) / seconds
+                lines.append({"model": a.model, "quantization": a.quantization, "measure": name, "round": begun,
+                              "engine": engine.name, "ms": round(seconds * 1e3, 3), "share_of_limit": round(share, 4),
+                              "limit_gb_per_s": round(machine["bytes"] / 1e9, 1),
+                              "limit_gflop_per_s": round(machine["flops"] / 1e9, 1)})
+                print(f"  {engine.name:12s} {name:22s} {seconds * 1e3:9.1f} ms, {share:.2f} of the limit", flush=True)
+            if a.rounds_csv:
+                results_file.append(a.rounds_csv, lines)
+            rows += lines
+    return rows
+
+
+def medians(rounds):
+    """The table of results: a line for each engine's measure, over its rounds."""
+    lines, ours = {}, {}
+    for r in rounds:
+        lines.setdefault((r["model"], r["quantization"], r["engine"], r["measure"]), []).append(r)
+        if r["engine"] == Ours.name:
+            ours[r["model"], r["quantization"], r["measure"], r["round"]] = float(r["ms"])
+    for (model, quantization, engine, name), found in lines.items():
+        ratios = [float(r["ms"]) / ours[model, quantization, name, r["round"]] for r in found]
+        yield {"model": model, "quantization": quantization, "engine": engine, "measure": name,
+               "ms": round(statistics.median(float(r["ms"]) for r in found), 2),
+               "share_of_limit": round(statistics.median(float(r["share_of_limit"]) for r in found), 3),
+               "ours_faster": round(statistics.median(ratios), 2), "rounds": len(found)}
 
 
 def plot(table, path):
@@ -250,8 +302,7 @@ def plot(table, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with table.open(newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = read_rows(table)
     labels = list(dict.fromkeys((r["model"], r["quantization"], r["measure"]) for r in rows))
     figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.33 * len(labels)))
     for i, (engine, colour) in enumerate((("internvld", "tab:blue"), ("llama.cpp", "tab:orange"),
@@ -272,23 +323,23 @@ def plot(table, path):
     figure.savefig(path, dpi=90)
 
 
+def read_rows(path):
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def main():
     a = parse()
     if a.plot:
         return plot(a.csv, a.plot)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        config = make_model(folder, a.model)
-        times, shares = measure(a, folder, config)
-    rows = []
-    for (engine, what), values in times.items():
-        ratios = [peer / own for peer, own in zip(values, times["internvld", what])]
-        rows.append({"model": a.model, "quantization": a.quantization, "engine": engine, "measure": what,
-                     "ms": round(statistics.median(values) * 1e3, 2),
-                     "share_of_limit": round(statistics.median(shares[engine, what]), 3),
-                     "ours_faster": round(statistics.median(ratios), 2)})
-        r = rows[-1]
-        print(f"{engine:12s} {what:22s} {r['ms']:9.1f} ms  {r['share_of_limit']:5.2f} of the limit, "
+    if a.medians_of:
+        rounds = read_rows(a.medians_of)
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            rounds = measure(a, pathlib.Path(name))
+    rows = list(medians(rounds))
+    for r in rows:
+        print(f"{r['engine']:12s} {r['measure']:22s} {r['ms']:9.1f} ms  {r['share_of_limit']:5.2f} of the limit, "
               f"internvld is {r['ours_faster']:.2f} times as fast")
     if a.csv:
         results_file.append(a.csv, rows)
