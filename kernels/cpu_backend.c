@@ -20,6 +20,7 @@ struct isa {
     const char *name, *title;
     const struct cpu_tile_ops *tile;
     const struct cpu_expand_ops *expand;
+    const struct cpu_multiply_ops *multiply; // NULL: it gains nothing
     const struct cpu_vector_ops *vector;
 };
 
@@ -27,13 +28,14 @@ struct isa {
 static const struct isa isas[] = {
 #if INTERNVLD_CPU_X86
     {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_expand_avx512bf16,
-     &cpu_vector_avx512bf16},
+     &cpu_multiply_avx512bf16, &cpu_vector_avx512bf16},
     {"avx512bf16fma", "AVX-512 BF16 (FMA tiles)", &cpu_tile_avx512bf16fma, &cpu_expand_avx512bf16,
-     &cpu_vector_avx512bf16},
-    {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_vector_avx512},
-    {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_vector_avx2},
+     &cpu_multiply_avx512bf16, &cpu_vector_avx512bf16},
+    {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_multiply_avx512,
+     &cpu_vector_avx512},
+    {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_multiply_avx2, &cpu_vector_avx2},
 #endif
-    {"scalar", "portable C", &cpu_tile_scalar, &cpu_expand_scalar, &cpu_vector_scalar},
+    {"scalar", "portable C", &cpu_tile_scalar, &cpu_expand_scalar, NULL, &cpu_vector_scalar},
 };
 #define N_ISAS ((int)(sizeof(isas) / sizeof(isas[0])))
 
@@ -355,6 +357,7 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     struct cpu_state *s = xcalloc(1, sizeof(*s));
     s->tile = chosen->tile;
     s->expand = chosen->expand;
+    s->multiply = chosen->multiply;
     s->vector = chosen->vector;
     s->thread = xcalloc((size_t)n_threads, sizeof(*s->thread));
     s->expanded = xcalloc((size_t)n_threads, sizeof(*s->expanded));

@@ -28,6 +28,7 @@ struct cpu_part {
 struct cpu_state {
     const struct cpu_tile_ops *tile;
     const struct cpu_expand_ops *expand;
+    const struct cpu_multiply_ops *multiply; // NULL: codes are expanded
     const struct cpu_vector_ops *vector;
     struct cpu_team *team;        // NULL: one thread
     struct cpu_scratch shared;    // filled by all threads of an op
@@ -101,8 +102,8 @@ static inline float *cpu_row(const struct tensor *t, int64_t i)
 }
 
 /* cpu_factor.c */
-/* The left factor of a product with values of `dtype`, in steps of one k or of a pair: a pair is one
- * word of 4 bytes (two bfloat16, for tables of takes_bf16) or two (rounded, still float32). */
+/* The left factor of a product with values of `dtype`, in steps of one k or of a pair: a pair is
+ * one word of 4 bytes (two bfloat16, for tables of takes_bf16) or two (rounded, still float32). */
 struct cpu_factor {
     enum tile_source source;
     int step, words;
@@ -148,7 +149,7 @@ void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct
                                const struct tensor *bias);
 /* Where things lie in a packed block of a quantised weight, in bytes. */
 struct cpu_quantized_layout {
-    size_t zeros, codes, n_bytes;
+    size_t scales, zeros, n_bytes;
     int64_t lane_unit[LANES_MAX + 1]; // first unit of each lane
     int unit;                         // k
     unsigned irregular; // bit i: lane i has groups in no order, or that meet within a unit
@@ -170,7 +171,7 @@ void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
 /* 1 where so few rows are multiplied without expanding. */
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows);
-/* t->c <- the product of lane `lane`, t->a (bfloat16) having all its steps; t's b is not used. */
+/* t->c <- the product of lane `lane`, t->a having all its steps; t's b is not used. */
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
                             int64_t block, int n_blocks, int lane);

@@ -1,11 +1,6 @@
 /*
- * What differs between the processor's instruction sets: three small tables of inner loops.
+ * What differs between the processor's instruction sets: four small tables of inner loops.
  *
- * cpu_tile.c, cpu_expand.c and cpu_vector.c are compiled once per instruction set and export one
- * table each; cpu_backend.c picks one of each by CPUID. Everything above (threads, layouts, pages,
- * lanes) is written once over them. The bits of a result do not depend on the table, with one
- * exception: the products and roundings of AVX-512 BF16 flush denormals, on whichever of its two
- * tiles.
  */
 #ifndef INTERNVLD_KERNELS_CPU_ISA_H
 #define INTERNVLD_KERNELS_CPU_ISA_H
@@ -91,33 +86,33 @@ enum expand_to {
     EXPAND_MULTIPLES, // quantized_multiple(), exact, as EXPAND_BF16 lies; without group_of
 };
 
-/* c[r][j] <- one lane's sum over k of a[r][k] * w[k][j], in the order of TILE_BF16_PAIRS, for
- * blocks of sixteen columns: of the values rounded, or, where weight_format_is_factored(), of the
- * multiples of each run (kernels/quantized.h). The expansion is the first block's; it has no
- * group_of, and its groups follow each other. */
-#define PRODUCT_ROWS_MAX 4
-#define PRODUCT_BLOCKS_MAX 8
-struct expand_product {
-    float *c; // [n_rows] rows of c_row
-    int64_t c_row;
-    const uint32_t
-        *a; // pairs of bfloat16: [n_k / 2 rounded up] rows of a_step, n_rows of each used
-    int64_t a_step;
-    int n_rows, n_blocks;
-    int64_t first_run, run;            // k of the first run and of those that follow: whole units
-    int64_t block_bytes;               // from one block's codes, scales and zeros to the next one's
-    int64_t codes_before, codes_bytes; // of a block: those before the lane's, and all
-};
-
 struct cpu_expand_ops {
     void (*run)(void *dst, const struct expansion *e, enum weight_format format, enum expand_to to);
     /* sums[r][j] += scale of j * part[r][j], one fused multiply-add, for rows of n_blocks blocks; a
      * run's end (kernels/quantized.h). `scales` is the first block's. */
     void (*add_run)(float *sums, const float *part, int n_rows, int n_blocks, const float *scales,
                     int64_t block_bytes, enum weight_format format);
-    int takes_bf16;                    // multiply()'s a, as the tile's
+};
+
+/* c[r][j] <- one lane's sum over k of a[k][r] * w[k][j], in the order of TILE_BF16_PAIRS, for
+ * blocks of sixteen columns: of the values rounded, or, where weight_format_is_factored(), of the
+ * multiples of each run (kernels/quantized.h). The expansion is the first block's; it has no
+ * group_of, and its groups follow each other. Up to three bytes past a block's codes are read. */
+#define PRODUCT_ROWS_MAX 4
+#define PRODUCT_BLOCKS_MAX 8
+struct expand_product {
+    float *c; // [n_rows] rows of c_row
+    int64_t c_row;
+    const void *a; // [n_k or pairs][n_rows], as a tile's of TILE_BF16_PAIRS
+    int n_rows, n_blocks;
+    int64_t first_run, run;            // k of the first run and of those that follow: whole units
+    int64_t block_bytes;               // from one block's codes, scales and zeros to the next one's
+    int64_t codes_before, codes_bytes; // of a block: those before the lane's, and all
+};
+
+struct cpu_multiply_ops {
+    int takes_bf16;                    // a, as the tile's
     int (*product_blocks)(int n_rows); // that multiply() takes at once
-    /* NULL where the tile takes no bfloat16. */
     void (*multiply)(const struct expand_product *m, const struct expansion *e,
                      enum weight_format format);
 };
@@ -165,6 +160,8 @@ extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512
     cpu_tile_avx512bf16, cpu_tile_avx512bf16fma;
 extern const struct cpu_expand_ops cpu_expand_scalar, cpu_expand_avx2, cpu_expand_avx512,
     cpu_expand_avx512bf16;
+extern const struct cpu_multiply_ops cpu_multiply_avx2, cpu_multiply_avx512,
+    cpu_multiply_avx512bf16;
 extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512,
     cpu_vector_avx512bf16;
 

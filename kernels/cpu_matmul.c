@@ -409,8 +409,7 @@ static void compute_lane(const struct matmul_job *job, const struct product *p, 
 {
     const struct linear *l = job->l;
     if (job->multiplies) {
-        struct tile t = {.a = p->x + job->steps.start[lane] * p->n_rows,
-                         .a_step = p->n_rows,
+        struct tile t = {.a = p->x + job->steps.start[lane] * p->n_rows * job->factor.words,
                          .c = sums,
                          .c_row = p->n_blocks * 16};
         cpu_quantized_multiply(job->state, l, &job->quantized, &t, p->n_rows, p->block, p->n_blocks,
@@ -608,10 +607,10 @@ static void run_job(struct backend *b, struct matmul_job *job)
         cpu_quantized_layout(&job->quantized, l);
         job->multiplies = cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows);
         if (job->multiplies)
-            job->n_blocks_wide = s->expand->product_blocks((int)job->n_rows);
+            job->n_blocks_wide = s->multiply->product_blocks((int)job->n_rows);
     }
     job->factor =
-        cpu_factor_of(job->multiplies ? s->expand->takes_bf16 : s->tile->takes_bf16, l->dtype);
+        cpu_factor_of(job->multiplies ? s->multiply->takes_bf16 : s->tile->takes_bf16, l->dtype);
     job->chunk = CHUNK_BYTES / (int64_t)block_row_bytes(job);
     job->n_blocks_kept = blocks_kept(job, s->n_threads);
     if (l->format != WEIGHT_FLOAT && !job->multiplies)

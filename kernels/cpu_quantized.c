@@ -2,11 +2,12 @@
  * Quantised weights on the CPU: how they are packed, which part of one is expanded to floats or
  * multiplied, and rows of one as floats.
  *
- *     block of 16 outputs | scales     | group | 16 outputs   float32
+ *     block of 16 outputs | codes lane | unit of 4 or 8 k     64 bytes (kernels/cpu_isa.h)
+ *                         | scales     | group | 16 outputs   float32
  *                         | zeros      | group | 16 outputs   int8, where the format has them
- *                         | codes lane | unit of 4 or 8 k     64 bytes (kernels/cpu_isa.h)
  *
- * A block lies together, so that a product reads one stream. A lane's columns are padded to whole
+ * A block lies together, so that a product reads one stream, which may read a little past the
+ * codes. A lane's columns are padded to whole
  * units. A group that a lane or a shard cuts serves both sides: scales are found by column, not by
  * lane. Where groups do not begin at whole units, or columns are in no order (GPTQ's g_idx), each
  * column carries its group's number.
@@ -34,8 +35,6 @@ static int lane_is_regular(const struct linear *l, int lane, int unit)
 void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *l)
 {
     at->unit = UNIT_BYTES / 2 / weight_format_bits(l->format);
-    at->zeros = (size_t)l->n_groups * 16 * sizeof(float);
-    at->codes = at->zeros + (size_t)(l->has_zeros ? round_up(l->n_groups * 16, 64) : 0);
     at->is_factored = l->dtype == DTYPE_BF16 && weight_format_is_factored(l->format);
     at->irregular = 0;
     at->lane_unit[0] = 0;
@@ -44,7 +43,9 @@ void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *
         at->lane_unit[i + 1] = at->lane_unit[i] + (n_k + at->unit - 1) / at->unit;
         at->irregular |= (unsigned)!lane_is_regular(l, i, at->unit) << i;
     }
-    at->n_bytes = at->codes + (size_t)at->lane_unit[l->n_lanes] * UNIT_BYTES;
+    at->scales = (size_t)at->lane_unit[l->n_lanes] * UNIT_BYTES;
+    at->zeros = at->scales + (size_t)l->n_groups * 16 * sizeof(float);
+    at->n_bytes = at->zeros + (size_t)(l->has_zeros ? round_up(l->n_groups * 16, 64) : 0);
 }
 
 /* ---- packing ---- */
@@ -102,14 +103,14 @@ static void pack_work(void *arg, int thread, int n_threads)
         uint8_t *block = (uint8_t *)l->packed + (size_t)(row / 16) * job->at.n_bytes;
         int j = (int)(row % 16);
         for (int64_t g = 0; g < l->n_groups; g++) {
-            memcpy(block + (size_t)(g * 16 + j) * sizeof(float), q->scales + row * l->n_groups + g,
-                   sizeof(float));
+            memcpy(block + job->at.scales + (size_t)(g * 16 + j) * sizeof(float),
+                   q->scales + row * l->n_groups + g, sizeof(float));
             if (l->has_zeros)
                 block[job->at.zeros + (size_t)(g * 16 + j)] =
                     (uint8_t)q->zeros[row * l->n_groups + g];
         }
         for (int lane = 0; lane < l->n_lanes; lane++)
-            pack_codes(job, block + job->at.codes, row, lane, j);
+            pack_codes(job, block, row, lane, j);
     }
 }
 
@@ -148,7 +149,8 @@ int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64
 static const float *scales_of(const struct linear *l, const struct cpu_quantized_layout *at,
                               int64_t block, int64_t group)
 {
-    return (const float *)l->packed + (size_t)block * at->n_bytes / sizeof(float) + group * 16;
+    return (const float *)l->packed + ((size_t)block * at->n_bytes + at->scales) / sizeof(float) +
+           group * 16;
 }
 
 /* The n_k columns of one block's lane from `first` on, which are of one group where the lane is
@@ -161,7 +163,7 @@ static struct expansion expansion_of(const struct linear *l, const struct cpu_qu
     const int is_regular = !(at->irregular >> lane & 1);
     const int64_t group = is_regular ? group_at(l, lane, first) : 0;
     return (struct expansion){
-        .codes = from + at->codes + unit * UNIT_BYTES,
+        .codes = from + unit * UNIT_BYTES,
         .scales = scales_of(l, at, block, group),
         .zeros = l->has_zeros ? (const int8_t *)from + at->zeros + group * 16 : NULL,
         .table = weight_format_table(l->format, l->has_zeros),
@@ -199,8 +201,7 @@ void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows)
 {
-    return s->expand->multiply && l->dtype == DTYPE_BF16 && n_rows <= PRODUCT_ROWS_MAX &&
-           !at->irregular;
+    return s->multiply && l->dtype == DTYPE_BF16 && n_rows <= PRODUCT_ROWS_MAX && !at->irregular;
 }
 
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
@@ -213,16 +214,15 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
         .c = t->c,
         .c_row = t->c_row,
         .a = t->a,
-        .a_step = t->a_step,
         .n_rows = n_rows,
         .n_blocks = n_blocks,
         .first_run = cpu_quantized_run(l, lane, 0, n_k),
         .run = l->group_size,
         .block_bytes = (int64_t)at->n_bytes,
         .codes_before = at->lane_unit[lane] * UNIT_BYTES,
-        .codes_bytes = at->lane_unit[l->n_lanes] * UNIT_BYTES,
+        .codes_bytes = (int64_t)at->scales,
     };
-    s->expand->multiply(&m, &e, l->format);
+    s->multiply->multiply(&m, &e, l->format);
 }
 
 /* ---- rows ---- */

@@ -1,0 +1,261 @@
+/*
+ * What codes of a quantised weight are as numbers, in this translation unit's vectors.
+ *
+ * Included only by the files that are compiled once per instruction set and read codes
+ * (cpu_expand.c, cpu_multiply.c). They come as values, as quantized_value() says, in the same
+ * roundings at every vector width; or as multiples of the scale, exact in bfloat16 (but for those
+ * of NF4 and FP4), and then the scale comes in at the end of each run (kernels/quantized.h).
+ *
+ * A pair is what the bfloat16 layout has of two k: 32 values, those of a column side by side. The
+ * codes of a unit (kernels/cpu_isa.h) lie as the values of its pairs will.
+ */
+#ifndef INTERNVLD_KERNELS_CPU_CODES_H
+#define INTERNVLD_KERNELS_CPU_CODES_H
+
+#include "kernels/cpu_isa.h"
+#include "kernels/cpu_simd.h"
+
+/* Bytes of codes ahead of the loads, of one block. */
+#define PREFETCH_BYTES 2048
+
+/* How codes become numbers, before the scale. */
+enum decoding { DECODE_INT8, DECODE_INT8_127, DECODE_FP8, DECODE_INT4, DECODE_TABLE };
+
+ALWAYS_INLINE int bits_of(const enum decoding d)
+{
+    return d == DECODE_INT4 || d == DECODE_TABLE ? 4 : 8;
+}
+
+ALWAYS_INLINE int pairs_of_unit(const enum decoding d)
+{
+    return 16 / bits_of(d);
+}
+
+/* table[index % 16] */
+struct lookup {
+#if VF_N == 16
+    __m512 all;
+#elif VF_N == 8
+    __m256 lower, upper;
+#else
+    const float *table;
+#endif
+};
+
+ALWAYS_INLINE struct lookup lookup_of(const float *table)
+{
+#if VF_N == 16
+    return (struct lookup){_mm512_loadu_ps(table)};
+#elif VF_N == 8
+    return (struct lookup){_mm256_loadu_ps(table), _mm256_loadu_ps(table + 8)};
+#else
+    return (struct lookup){table};
+#endif
+}
+
+ALWAYS_INLINE vf look_up(const struct lookup *l, vu index)
+{
+#if VF_N == 16
+    return _mm512_permutexvar_ps((__m512i)index, l->all);
+#elif VF_N == 8
+    __m256i i = (__m256i)index;
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(l->lower, i),
+                            _mm256_permutevar8x32_ps(l->upper, i),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+#else
+    vu low = index & 15u;
+    return (vf){l->table[low[0]], l->table[low[1]], l->table[low[2]], l->table[low[3]]};
+#endif
+}
+
+/* ---- of one group ---- */
+
+/* The sign and the seven other bits of E4M3 put where float32 has its sign and lowest exponents,
+ * so that also the denormals come out right; 2^120 is the difference of the two biases. */
+ALWAYS_INLINE vf decode_fp8(vu code)
+{
+    return (vf)((code << 24 & 0x80000000u) | (code << 20 & 0x07f00000u)) * vf_set(0x1p120f);
+}
+
+/* Integer codes become floats by bits: one that lies `at` bits up in a word, put into the mantissa
+ * of 2^(23 - at), adds itself to it exactly. */
+ALWAYS_INLINE uint32_t bits_of_power(const int at)
+{
+    return (uint32_t)(127 + 23 - at) << 23;
+}
+
+/* Sixteen zero points of a group as floats. */
+ALWAYS_INLINE void load_zeros(float *dst, const int8_t *zeros)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += VF_N)
+        vf_store(dst + i, vf_load_i8(zeros + i));
+}
+
+/* What decodes a format. */
+struct decoder {
+    struct lookup table; // of 4 bits
+#if VF_N == 16
+    vu words; // [32] bfloat16: INT4's multiples by the low five bits of a word, FP8's denormals
+#endif
+};
+
+/* And of one group of sixteen columns. */
+struct grid {
+    vf scale[BLOCK_VECTORS];
+    /* Subtracted of a code that lies 0, 4, 8 or 12 bits up: its zero point and the power above. */
+    vf bias[4][BLOCK_VECTORS];
+#if VF_N == 16
+    vu zeros; // INT4's, of each column twice, as words
+#endif
+};
+
+ALWAYS_INLINE void init_bias(struct grid *g, const struct expansion *e, int64_t group,
+                             const enum decoding d, const int has_zeros)
+{
+    float zeros[16];
+    if (has_zeros)
+        load_zeros(zeros, e->zeros + group * 16);
+#pragma GCC unroll 4
+    for (int v = 0; v < BLOCK_VECTORS; v++) {
+        /* A stored code less what it means: but codes of 4 bits with zero points lie as they are.
+         */
+        vf offset = vf_set(d == DECODE_INT4 ? 8.0f : 128.0f);
+        if (has_zeros)
+            offset = vf_load(zeros + v * VF_N) + (d == DECODE_INT4 ? 0.0f : 128.0f);
+#pragma GCC unroll 4
+        for (int at = 0; at < 16; at += bits_of(d))
+            g->bias[at / 4][v] = offset + (vf)((vu){0} + bits_of_power(at));
+    }
+}
+
+#if VF_N == 16
+/* The upper halves of 32 floats. */
+ALWAYS_INLINE vu upper_halves(vf low, vf high)
+{
+    __m256i l = _mm512_cvtepi32_epi16((__m512i)((vu)low >> 16));
+    __m256i h = _mm512_cvtepi32_epi16((__m512i)((vu)high >> 16));
+    return (vu)_mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1);
+}
+
+ALWAYS_INLINE vu words_of(const enum decoding d, const int has_zeros)
+{
+    const vf ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vf mantissa = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+    if (d == DECODE_FP8)
+        return upper_halves(mantissa * 0x1p-9f, mantissa * 0x1p-9f);
+    if (has_zeros) // a code less its zero point in five bits: 0 … 15, then -16 … -1
+        return upper_halves(ramp, ramp - 16.0f);
+    return upper_halves(ramp - 8.0f, ramp - 8.0f); // the fifth bit is another code's
+}
+#endif
+
+ALWAYS_INLINE struct decoder decoder_of(const struct expansion *e, const enum decoding d,
+                                        const int has_zeros)
+{
+    struct decoder f = {0};
+    (void)has_zeros;
+    if (bits_of(d) == 4)
+        f.table = lookup_of(e->table);
+#if VF_N == 16
+    if (d == DECODE_INT4 || d == DECODE_FP8)
+        f.words = words_of(d, has_zeros);
+#endif
+    return f;
+}
+
+ALWAYS_INLINE void grid_init(struct grid *g, const struct expansion *e, int64_t group,
+                             const enum decoding d, const int has_zeros)
+{
+#pragma GCC unroll 4
+    for (int v = 0; v < BLOCK_VECTORS; v++)
+        g->scale[v] = vf_load(e->scales + group * 16 + v * VF_N);
+    if (d != DECODE_TABLE && d != DECODE_FP8)
+        init_bias(g, e, group, d, has_zeros);
+#if VF_N == 16
+    if (d == DECODE_INT4 && has_zeros) {
+        const void *of_group = e->zeros + group * 16;
+        vu zero = (vu)_mm512_cvtepi8_epi32(_mm_loadu_si128(of_group));
+        g->zeros = zero | zero << 16;
+    }
+#endif
+}
+
+/* Multiples of the scale: of the even or the odd k of pair p of a unit, whose words of the columns
+ * of vector v are u. */
+ALWAYS_INLINE vf multiple(vu u, const int p, const int is_odd, const int v, const struct decoder *f,
+                          const struct grid *g, const enum decoding d)
+{
+    const int at = bits_of(d) * p;
+    if (d == DECODE_TABLE)
+        return look_up(&f->table, u >> (at + 16 * is_odd));
+    if (d == DECODE_FP8)
+        return decode_fp8(u >> (at + 16 * is_odd));
+    const uint32_t mask = ((1u << bits_of(d)) - 1) << at;
+    vu half = is_odd ? u >> 16 : u;
+    return (vf)((half & mask) | bits_of_power(at)) - g->bias[at / 4][v];
+}
+
+/* quantized_value() */
+ALWAYS_INLINE vf value(vu u, const int p, const int is_odd, const int v, const struct decoder *f,
+                       const struct grid *g, const enum decoding d)
+{
+    vf x = multiple(u, p, is_odd, v, f, g, d) * g->scale[v];
+    return d == DECODE_INT8_127 ? x * INT8_127_FACTOR : x;
+}
+
+/* ---- pairs of bfloat16 ---- */
+
+/* Rounded to the nearest, ties to even; finite values only. */
+ALWAYS_INLINE vu rounded_pair(vf even, vf odd)
+{
+#if defined(__AVX512BF16__)
+    static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order),
+                                        (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+#else
+    vu e = (vu)even, o = (vu)odd;
+    e = (e + 0x7fffu + ((e >> 16) & 1u)) >> 16;
+    o = (o + 0x7fffu + ((o >> 16) & 1u)) & 0xffff0000u;
+    return e | o;
+#endif
+}
+
+#if VF_N == 16
+ALWAYS_INLINE vu int4_pair(vu u, const int p, const struct decoder *f, const struct grid *g,
+                           const int has_zeros)
+{
+    __m512i index = (__m512i)(u >> (4 * p));
+    if (has_zeros)
+        index = _mm512_sub_epi16((__m512i)((vu)index & 0x000f000fu), (__m512i)g->zeros);
+    return (vu)_mm512_permutexvar_epi16(index, (__m512i)f->words);
+}
+
+/* Where E4M3's exponent is not 0, bfloat16's is 120 more. */
+ALWAYS_INLINE vu fp8_pair(vu u, const int p, const struct decoder *f)
+{
+    vu high = p == 0 ? u << 8 : u; // each code in the upper half of a word, whatever is below
+    __m512i x = _mm512_add_epi16((__m512i)(high >> 4 & 0x07f007f0u), _mm512_set1_epi16(120 << 7));
+    __mmask32 is_denormal = _mm512_testn_epi16_mask((__m512i)high, _mm512_set1_epi16(0x7800));
+    x = _mm512_mask_permutexvar_epi16(x, is_denormal, (__m512i)(high >> 8), (__m512i)f->words);
+    return (vu)x | (high & 0x80008000u);
+}
+#endif
+
+/* Multiples of pair p of a unit: exact. */
+ALWAYS_INLINE vu multiples_pair(vu u, const int p, const int v, const struct decoder *f,
+                                const struct grid *g, const enum decoding d, const int has_zeros)
+{
+#if VF_N == 16
+    if (d == DECODE_INT4)
+        return int4_pair(u, p, f, g, has_zeros);
+    if (d == DECODE_FP8)
+        return fp8_pair(u, p, f);
+#endif
+    (void)has_zeros;
+    return (vu)multiple(u, p, 0, v, f, g, d) >> 16 | (vu)multiple(u, p, 1, v, f, g, d);
+}
+
+#endif

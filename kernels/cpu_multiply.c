@@ -1,0 +1,415 @@
+/*
+ * Products of a few rows with the codes of a quantised weight, each weight multiplied as it is
+ * decoded. Compiled once per instruction set that gains by it (CPU_MULTIPLY_OPS names the table it
+ * exports).
+ *
+ * The order of the sums is that of the tile on expanded codes, and so are their bits: one sum a
+ * column, pair after pair, the odd k of a pair first; where the format is factored, one sum a run,
+ * which its scale adds to the lane's (kernels/quantized.h). Where the processor has vdpbf16ps that
+ * takes both products of a pair, elsewhere a multiply-add each.
+ *
+ * A row waits for memory, so what counts is instructions a weight: several blocks at once, for
+ * their sums to hide each other's latency and to keep more of memory in flight, and each format
+ * decoded in the fewest.
+ */
+#include "kernels/cpu_codes.h"
+
+/* x of a pair of k: one word of two bfloat16, or two floats. */
+#if defined(__AVX512BF16__)
+#define DOTS 1
+#define PAIR_WORDS 1
+typedef uint32_t x_word;
+#else
+#define DOTS 0
+#define PAIR_WORDS 2
+typedef float x_word;
+#endif
+
+/* The sums of a run or, of values, of a lane: of each row, the vectors of blocks side by side. */
+struct sums {
+    vf of[PRODUCT_ROWS_MAX][PRODUCT_BLOCKS_MAX * BLOCK_VECTORS];
+};
+
+/* Blocks whose sums stay in registers. */
+static int product_blocks(int n_rows)
+{
+    if (VF_N == 16)
+        return n_rows == 1 ? 8 : 4;
+    return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1;
+}
+
+ALWAYS_INLINE void clear(struct sums *s, const int n_rows, const int n_vectors)
+{
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n_vectors; i++)
+            s->of[r][i] = vf_set(0.0f);
+    }
+}
+
+/* ---- whole units ---- */
+
+/* What comes later than codes at `codes`, which a block has `before` bytes before, is fetched: of
+ * these blocks, or of those that come next. */
+ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t before,
+                               const int n_blocks)
+{
+    const uint8_t *ahead = codes + PREFETCH_BYTES;
+    if (before + PREFETCH_BYTES >= m->codes_bytes)
+        ahead += n_blocks * m->block_bytes - m->codes_bytes;
+#pragma GCC unroll 8
+    for (int b = 0; b < n_blocks; b++) {
+        __builtin_prefetch(ahead);
+        ahead += m->block_bytes;
+        __asm__("" : "+r"(ahead)); // not one register for each block
+    }
+}
+
+/* From any byte on. */
+ALWAYS_INLINE vu load_codes(const uint8_t *codes)
+{
+    vu u;
+    memcpy(&u, codes, sizeof(u));
+    return u;
+}
+
+#if DOTS
+/* Pair p of a unit u of block b times that pair of each row. */
+ALWAYS_INLINE void add_pair(struct sums *s, const int b, const __m512i *x, vu u, const int p,
+                            const struct decoder *f, const struct grid *g, const int n_rows,
+                            const enum decoding d, const int has_zeros)
+{
+    vu w = d == DECODE_TABLE ? rounded_pair(value(u, p, 0, 0, f, g, d), value(u, p, 1, 0, f, g, d))
+                             : multiples_pair(u, p, 0, f, g, d, has_zeros);
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; r++)
+        s->of[r][b] = (vf)_mm512_dpbf16_ps((__m512)s->of[r][b], (__m512bh)x[r], (__m512bh)w);
+}
+
+ALWAYS_INLINE void load_pair(__m512i *x, const x_word *a, const int n_rows)
+{
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; r++) {
+        x[r] = _mm512_set1_epi32((int32_t)a[r]);
+        __asm__("" : "+v"(x[r])); // one broadcast for all blocks, not an operand's for each
+    }
+}
+
+ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
+                            int64_t block_bytes, const struct decoder *f, const struct grid *g,
+                            const int n_rows, const int n_blocks, const enum decoding d,
+                            const int has_zeros)
+{
+    vu u[PRODUCT_BLOCKS_MAX];
+#pragma GCC unroll 8
+    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
+        u[b] = load_codes(codes);
+        __asm__("" : "+r"(codes));
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < pairs_of_unit(d); p++, a += n_rows) {
+        __m512i x[PRODUCT_ROWS_MAX];
+        load_pair(x, a, n_rows);
+#pragma GCC unroll 8
+        for (int b = 0; b < n_blocks; b++)
+            add_pair(s, b, x, u[b], p, f, &g[b], n_rows, d, has_zeros);
+    }
+}
+
+/* The first pair of u, vector v of block b. */
+ALWAYS_INLINE void add_first_pair(struct sums *s, const int b, const int v, const x_word *a, vu u,
+                                  const struct decoder *f, const struct grid *g, const int n_rows,
+                                  const enum decoding d, const int has_zeros)
+{
+    __m512i x[PRODUCT_ROWS_MAX];
+    (void)v;
+    load_pair(x, a, n_rows);
+    add_pair(s, b, x, u, 0, f, g, n_rows, d, has_zeros);
+}
+#else
+/* Vector i of the sums += a pair of weights times that pair of each row. */
+ALWAYS_INLINE void add_weights(struct sums *s, const int i, const x_word *a, vf even, vf odd,
+                               const int n_rows)
+{
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; r++)
+        s->of[r][i] = vf_fma(vf_set(a[n_rows + r]), odd, s->of[r][i]);
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; r++)
+        s->of[r][i] = vf_fma(vf_set(a[r]), even, s->of[r][i]);
+}
+
+/* The same of bfloat16. */
+ALWAYS_INLINE void add_bf16(struct sums *s, const int i, const x_word *a, vu w, const int n_rows)
+{
+    add_weights(s, i, a, (vf)(w << 16), (vf)(w & 0xffff0000u), n_rows);
+}
+
+#if VF_N == 8
+/* INT4 without zero points: two look-ups by bytes give the upper and the lower halves of 32 codes
+ * as bfloat16, first those of a pair of four columns, then of the pair after the next. */
+ALWAYS_INLINE void add_int4_unit(struct sums *s, const int i, const x_word *a, vu u,
+                                 const int n_rows)
+{
+    static const uint8_t upper[16] = {0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf,
+                                      0x00, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40};
+    static const uint8_t lower[16] = {0x00, 0xe0, 0xc0, 0xa0, 0x80, 0x40, 0x00, 0x80,
+                                      0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0};
+    static const uint8_t order[16] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
+    const __m256i up = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)upper));
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)lower));
+    const __m256i by = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)order));
+    const vu mask = (vu){0} + 0x0f0f0f0fu;
+    u = (vu)_mm256_shuffle_epi8((__m256i)u, by);
+    __m256i even = (__m256i)(u & mask), odd = (__m256i)(u >> 4 & mask); // of pairs
+    __m256i even_up = _mm256_shuffle_epi8(up, even), even_low = _mm256_shuffle_epi8(low, even);
+    __m256i odd_up = _mm256_shuffle_epi8(up, odd), odd_low = _mm256_shuffle_epi8(low, odd);
+    add_bf16(s, i, a, (vu)_mm256_unpacklo_epi8(even_low, even_up), n_rows);
+    add_bf16(s, i, a + 2 * n_rows, (vu)_mm256_unpacklo_epi8(odd_low, odd_up), n_rows);
+    add_bf16(s, i, a + 4 * n_rows, (vu)_mm256_unpackhi_epi8(even_low, even_up), n_rows);
+    add_bf16(s, i, a + 6 * n_rows, (vu)_mm256_unpackhi_epi8(odd_low, odd_up), n_rows);
+}
+#endif
+
+/* Pair p of u, vector v of block b. */
+ALWAYS_INLINE void add_pair(struct sums *s, const int b, const int v, const x_word *a, vu u,
+                            const int p, const struct decoder *f, const struct grid *g,
+                            const int n_rows, const enum decoding d, const int has_zeros)
+{
+    const int i = b * BLOCK_VECTORS + v;
+    if (d == DECODE_TABLE)
+        add_bf16(s, i, a, rounded_pair(value(u, p, 0, v, f, g, d), value(u, p, 1, v, f, g, d)),
+                 n_rows);
+    else if (VF_N == 16 && d == DECODE_FP8) // denormals of it are none of float32
+        add_bf16(s, i, a, multiples_pair(u, p, v, f, g, d, has_zeros), n_rows);
+    else
+        add_weights(s, i, a, multiple(u, p, 0, v, f, g, d), multiple(u, p, 1, v, f, g, d), n_rows);
+}
+
+/* Vector v of block b. */
+ALWAYS_INLINE void add_vector(struct sums *s, const int b, const int v, const x_word *a,
+                              const uint8_t *codes, const struct decoder *f, const struct grid *g,
+                              const int n_rows, const enum decoding d, const int has_zeros)
+{
+    vu u = load_codes(codes);
+#if VF_N == 8
+    if (d == DECODE_INT4 && !has_zeros) {
+        add_int4_unit(s, b * BLOCK_VECTORS + v, a, u, n_rows);
+        return;
+    }
+#endif
+#pragma GCC unroll 4
+    for (int p = 0; p < pairs_of_unit(d); p++, a += 2 * n_rows) {
+#if VF_N == 16
+        if (d == DECODE_INT4 && !has_zeros) {
+            /* Where a code lies in a byte matters, which byte does not: loads shift for nothing. */
+            vu even = load_codes(codes + p / 2), odd = load_codes(codes + p / 2 + 2);
+            add_weights(s, b, a, look_up(&f->table, even >> (p % 2 * 4)),
+                        look_up(&f->table, odd >> (p % 2 * 4)), n_rows);
+            continue;
+        }
+#endif
+        add_pair(s, b, v, a, u, p, f, g, n_rows, d, has_zeros);
+    }
+}
+
+ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
+                            int64_t block_bytes, const struct decoder *f, const struct grid *g,
+                            const int n_rows, const int n_blocks, const enum decoding d,
+                            const int has_zeros)
+{
+#pragma GCC unroll 8
+    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
+#pragma GCC unroll 2
+        for (int v = 0; v < BLOCK_VECTORS; v++)
+            add_vector(s, b, v, a, codes + v * VF_N * 4, f, &g[b], n_rows, d, has_zeros);
+        __asm__("" : "+r"(codes));
+    }
+}
+
+ALWAYS_INLINE void add_first_pair(struct sums *s, const int b, const int v, const x_word *a, vu u,
+                                  const struct decoder *f, const struct grid *g, const int n_rows,
+                                  const enum decoding d, const int has_zeros)
+{
+    add_pair(s, b, v, a, u, 0, f, g, n_rows, d, has_zeros);
+}
+#endif
+
+/* ---- runs and lanes ---- */
+
+/* n_pairs, fewer than a unit has. */
+ALWAYS_INLINE void add_rest(struct sums *s, const x_word *a, const uint8_t *codes,
+                            int64_t block_bytes, int64_t n_pairs, const struct decoder *f,
+                            const struct grid *g, const int n_rows, const int n_blocks,
+                            const enum decoding d, const int has_zeros)
+{
+#pragma GCC unroll 8
+    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
+#pragma GCC unroll 2
+        for (int v = 0; v < BLOCK_VECTORS; v++) {
+            vu u = load_codes(codes + v * VF_N * 4);
+            for (int64_t p = 0; p < n_pairs; p++, u >>= bits_of(d))
+                add_first_pair(s, b, v, a + p * PAIR_WORDS * n_rows, u, f, &g[b], n_rows, d,
+                               has_zeros);
+        }
+    }
+}
+
+/* n_k of one group. */
+ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m, const uint8_t *codes,
+                             const x_word *a, int64_t n_k, int64_t before, const struct decoder *f,
+                             const struct grid *g, const int n_rows, const int n_blocks,
+                             const enum decoding d, const int has_zeros)
+{
+    const int n_pairs = pairs_of_unit(d);
+    int64_t left = (n_k + 1) / 2; // pairs
+    for (; left >= n_pairs; left -= n_pairs, codes += UNIT_BYTES, before += UNIT_BYTES) {
+        fetch_ahead(m, codes, before, n_blocks);
+        add_unit(s, a, codes, m->block_bytes, f, g, n_rows, n_blocks, d, has_zeros);
+        a += n_pairs * PAIR_WORDS * n_rows;
+    }
+    if (left > 0)
+        add_rest(s, a, codes, m->block_bytes, left, f, g, n_rows, n_blocks, d, has_zeros);
+}
+
+/* The expansion of block b, from the `group`-th of the lane on. */
+ALWAYS_INLINE struct expansion block_of(const struct expand_product *m, const struct expansion *e,
+                                        int64_t group, int b)
+{
+    struct expansion at = *e;
+    at.scales =
+        (const float *)(const void *)((const char *)(e->scales + group * 16) + b * m->block_bytes);
+    at.zeros = e->zeros ? e->zeros + group * 16 + b * m->block_bytes : NULL;
+    return at;
+}
+
+ALWAYS_INLINE void store(const struct sums *s, const struct expand_product *m, const int n_rows,
+                         const int n_vectors)
+{
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n_vectors; i++)
+            vf_store(m->c + r * m->c_row + i * VF_N, s->of[r][i]);
+    }
+}
+
+/* The end of a run of the `group`-th of the lane. */
+ALWAYS_INLINE void add_scaled(const struct sums *s, const struct expand_product *m,
+                              const struct expansion *e, int64_t group, float factor,
+                              const int n_rows, const int n_blocks)
+{
+#pragma GCC unroll 8
+    for (int i = 0; i < n_blocks * BLOCK_VECTORS; i++) {
+        const float *scales = block_of(m, e, group, i / BLOCK_VECTORS).scales;
+        vf scale = vf_load(scales + i % BLOCK_VECTORS * VF_N) * factor;
+#pragma GCC unroll 4
+        for (int r = 0; r < n_rows; r++) {
+            float *c = m->c + r * m->c_row + i * VF_N;
+            vf_store(c, vf_fma(scale, s->of[r][i], vf_load(c)));
+        }
+    }
+}
+
+ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expansion *e,
+                               float factor, const int n_rows, const int n_blocks,
+                               const enum decoding d, const int has_zeros)
+{
+    const int is_factored = d != DECODE_TABLE, n_vectors = n_blocks * BLOCK_VECTORS;
+    const struct decoder f = decoder_of(e, d, has_zeros);
+    const uint8_t *codes = e->codes;
+    const x_word *a = m->a;
+    struct grid g[PRODUCT_BLOCKS_MAX];
+    struct sums s;
+    int64_t run = m->first_run, before = m->codes_before;
+    clear(&s, n_rows, n_vectors);
+    if (is_factored)
+        store(&s, m, n_rows, n_vectors);
+    for (int64_t left = e->n_k, group = 0; left > 0; left -= run, run = m->run, group++) {
+        run = run < left ? run : left;
+#pragma GCC unroll 8
+        for (int b = 0; b < n_blocks; b++) {
+            const struct expansion at = block_of(m, e, group, b);
+            grid_init(&g[b], &at, 0, d, has_zeros);
+            __builtin_prefetch((const char *)at.scales + n_blocks * m->block_bytes);
+        }
+        if (is_factored)
+            clear(&s, n_rows, n_vectors);
+        add_codes(&s, m, codes, a, run, before, &f, g, n_rows, n_blocks, d, has_zeros);
+        if (is_factored) {
+            __asm__ volatile("" ::: "memory"); // scales are loaded now, not kept until now
+            add_scaled(&s, m, e, group, factor, n_rows, n_blocks);
+        }
+        codes += run / (2 * pairs_of_unit(d)) * UNIT_BYTES;
+        before += run / (2 * pairs_of_unit(d)) * UNIT_BYTES;
+        a += run / 2 * PAIR_WORDS * n_rows;
+    }
+    if (!is_factored)
+        store(&s, m, n_rows, n_vectors);
+}
+
+/* ---- choosing ---- */
+
+/* Blocks that are left over go four at a time and one by one. */
+ALWAYS_INLINE void multiply_blocks(const struct expand_product *m, const struct expansion *e,
+                                   float factor, const int n_rows, const int wide,
+                                   const enum decoding d, const int has_zeros)
+{
+    struct expand_product part = *m;
+    struct expansion of = *e;
+    for (int done = 0, n; done < m->n_blocks; done += n) {
+        const int left = m->n_blocks - done;
+        n = left >= wide ? wide : wide > 4 && left >= 4 ? 4 : 1;
+        of.codes = e->codes + done * m->block_bytes;
+        of.scales = block_of(m, e, 0, done).scales;
+        of.zeros = block_of(m, e, 0, done).zeros;
+        part.c = m->c + done * 16;
+        if (n == wide)
+            multiply_as(&part, &of, factor, n_rows, wide, d, has_zeros);
+        else if (wide > 4 && n == 4)
+            multiply_as(&part, &of, factor, n_rows, 4, d, has_zeros);
+        else
+            multiply_as(&part, &of, factor, n_rows, 1, d, has_zeros);
+    }
+}
+
+ALWAYS_INLINE void multiply_rows(const struct expand_product *m, const struct expansion *e,
+                                 float factor, const enum decoding d, const int has_zeros)
+{
+    switch (m->n_rows) {
+    case 1:
+        return multiply_blocks(m, e, factor, 1, product_blocks(1), d, has_zeros);
+    case 2:
+        return multiply_blocks(m, e, factor, 2, product_blocks(2), d, has_zeros);
+    case 3:
+        return multiply_blocks(m, e, factor, 3, product_blocks(3), d, has_zeros);
+    case 4:
+        return multiply_blocks(m, e, factor, 4, product_blocks(4), d, has_zeros);
+    }
+}
+
+static void multiply(const struct expand_product *m, const struct expansion *e,
+                     enum weight_format format)
+{
+    switch (format) {
+    case WEIGHT_INT8_127:
+        return multiply_rows(m, e, INT8_127_FACTOR, DECODE_INT8, 0);
+    case WEIGHT_INT8:
+        return e->zeros ? multiply_rows(m, e, 1, DECODE_INT8, 1)
+                        : multiply_rows(m, e, 1, DECODE_INT8, 0);
+    case WEIGHT_FP8:
+        return multiply_rows(m, e, 1, DECODE_FP8, 0);
+    case WEIGHT_INT4:
+        return e->zeros ? multiply_rows(m, e, 1, DECODE_INT4, 1)
+                        : multiply_rows(m, e, 1, DECODE_INT4, 0);
+    default:
+        return multiply_rows(m, e, 1, DECODE_TABLE, 0);
+    }
+}
+
+const struct cpu_multiply_ops CPU_MULTIPLY_OPS = {
+    .takes_bf16 = DOTS,
+    .product_blocks = product_blocks,
+    .multiply = multiply,
+};
