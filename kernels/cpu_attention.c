@@ -1,15 +1,24 @@
 /*
  * Full attention inside a tile on the CPU: vision's.
  *
- * A head's keys and values are packed once for its rows, a few of which at a time take the same
- * steps as in cpu_paged.c, all keys being one step of the softmax. In bfloat16 keys, values,
- * queries and each e^(score - m) are rounded, in pairs as there.
+ * A head's keys and values are packed once for its query rows, a group of which at a time is the
+ * columns of K q^T: scores lie key by key, so that the softmax of sixteen queries is one vector
+ * operation and e^(score - m) comes out as the tile takes the left factor of p V. All keys are one
+ * step of the softmax. A few keys at a time are raised to e and multiplied with their values, both
+ * in the first-level cache.
+ *
+ * Every score is one accumulator over head_dim in order, every output one over the keys in order,
+ * every sum of e^(score - m) the tree of sixteen. In bfloat16 keys, values, queries and each
+ * e^(score - m) are rounded, the odd dimension, or key, of a pair coming before the even one;
+ * without bfloat16 products that is float32's product of rounded values in that order.
  */
 #include <string.h>
 
 #include "kernels/cpu_backend.h"
 
-#define BLOCK_BYTES 64 // sixteen keys of one dimension, or of a pair
+#define GROUP 48 // query rows: whole tiles and whole blocks of every instruction set
+#define AHEAD 24 // rows of keys and values that are fetched ahead
+#define CHUNK 64 // keys of values and e^(score - m) that the first-level cache holds
 
 struct full_job {
     struct cpu_state *state;
@@ -21,156 +30,231 @@ struct full_job {
     int32_t n_splits; // parts of a head's query rows, each packing the head's keys for itself
     float scale;
     float *probs;
-    struct cpu_factor factor;   // of queries and of p
-    int64_t n16, dim16;         // n_tokens and head_dim rounded up to 16
-    int64_t n_steps, dim_steps; // values or pairs of them
-    int64_t q_words, p_words;   // of a row of queries and of p
+    enum tile_source source;
+    enum columns_form form;
+    int64_t step;        // dimensions, or keys, of a word
+    int64_t dim_words;   // of a key or a query
+    int64_t value_steps; // rows of values: keys or pairs of them
+    int64_t dim16;       // head_dim rounded up to 16
 };
 
-/* In words of 4 bytes: a float32, or a pair of bfloat16. */
+/* In words of 4 bytes: a float32, or a pair of bfloat16. A panel is max_rows of the tile. */
 struct full_head {
-    uint32_t *keys;      // [n_tokens / 16][dim_steps][16]
-    uint32_t *values;    // [n_steps][dim16]
-    uint32_t *pairs;     // [16][dim_steps] keys on their way, of bfloat16
-    uint32_t *q_rows;    // [TILE_ROWS_MAX][q_words]
-    uint32_t *q_columns; // [q_words][TILE_ROWS_MAX]
-    float *scores;       // [TILE_ROWS_MAX][n16]
-    uint32_t *p_rows;    // [TILE_ROWS_MAX][p_words]; float32: the scores
-    uint32_t *p_columns; // [p_words][TILE_ROWS_MAX]
-    float *sums;         // [TILE_ROWS_MAX][dim16]
+    uint32_t *keys;    // [n_tokens in panels][dim_words][panel]
+    uint32_t *values;  // [value_steps][dim16]
+    uint32_t *queries; // [GROUP / 16][dim_words][16]
+    uint32_t *rows;    // [16][dim_words] on their way
+    float *scores;     // [n_tokens][GROUP]
+    uint32_t *p;       // [CHUNK][GROUP]
+    float *m;          // [GROUP]
+    float *l;          // [16][GROUP], the total in the first row
+    float *sums;       // [GROUP][dim16]
+};
+
+/* Query rows [row, row + n) of the head whose rows begin at `first` of the tensors. */
+struct full_rows {
+    int64_t first, column, row, n;
 };
 
 static void head_reserve(const struct full_job *job, struct full_head *h, int thread)
 {
-    const int64_t rows = TILE_ROWS_MAX, is_f32 = job->factor.source == TILE_F32;
-    const int64_t pairs = is_f32 ? 0 : 16 * job->dim_steps,
-                  p_rows = is_f32 ? 0 : rows * job->p_words;
-    const int64_t n_words = job->n16 * job->dim_steps + job->n_steps * job->dim16 + pairs +
-                            rows * (2 * job->q_words + job->n16 + job->p_words + job->dim16) +
-                            p_rows;
+    const int64_t n_keys = job->n_tokens + TILE_ROWS_MAX;
+    const int64_t n_words = (n_keys + GROUP + 16) * job->dim_words +
+                            (job->value_steps + GROUP) * job->dim16 +
+                            (job->n_tokens + CHUNK + 1 + 16) * GROUP;
     char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)(n_words + 9 * 16) * 4);
-    h->keys = cpu_carve(&at, job->n16 * job->dim_steps);
-    h->values = cpu_carve(&at, job->n_steps * job->dim16);
-    h->pairs = cpu_carve(&at, pairs);
-    h->q_rows = cpu_carve(&at, rows * job->q_words);
-    h->q_columns = cpu_carve(&at, job->q_words * rows);
-    h->scores = cpu_carve(&at, rows * job->n16);
-    h->p_rows = is_f32 ? (uint32_t *)h->scores : cpu_carve(&at, p_rows);
-    h->p_columns = cpu_carve(&at, job->p_words * rows);
-    h->sums = cpu_carve(&at, rows * job->dim16);
+    h->keys = cpu_carve(&at, n_keys * job->dim_words);
+    h->values = cpu_carve(&at, job->value_steps * job->dim16);
+    h->queries = cpu_carve(&at, GROUP * job->dim_words);
+    h->rows = cpu_carve(&at, 16 * job->dim_words);
+    h->scores = cpu_carve(&at, job->n_tokens * GROUP);
+    h->p = cpu_carve(&at, CHUNK * GROUP);
+    h->m = cpu_carve(&at, GROUP);
+    h->l = cpu_carve(&at, 16 * GROUP);
+    h->sums = cpu_carve(&at, GROUP * job->dim16);
 }
 
-/* Keys of n <= 16 rows from `row` on, dimension by dimension. */
-static void pack_keys(const struct full_job *job, struct full_head *h, uint32_t *keys, int64_t row,
-                      int64_t column, int64_t n)
+/* Heads lie side by side in a row, so that the next row of one is in another page of memory, where
+ * the processor's own prefetch ends. Rows [row, row + n) or those of them before `end`. */
+static void prefetch_rows(const struct full_job *job, const struct tensor *t, int64_t row,
+                          int64_t column, int64_t n, int64_t end)
 {
-    const uint32_t *from = (const uint32_t *)cpu_row(job->k, row) + column;
-    int64_t from_row = job->k->row_stride;
-    if (job->factor.source != TILE_F32) {
-        for (int64_t r = 0; r < n; r++) {
-            h->pairs[r * job->dim_steps + job->dim_steps - 1] = 0;
-            job->state->vector->to_bf16((uint16_t *)(h->pairs + r * job->dim_steps),
-                                        cpu_row(job->k, row + r) + column, job->head_dim);
-        }
-        from = h->pairs;
-        from_row = job->dim_steps;
+    for (; n > 0 && row < end; row++, n--) {
+        const char *x = (const char *)(cpu_row(t, row) + column);
+        for (int64_t i = 0; i < job->head_dim * 4; i += 64)
+            __builtin_prefetch(x + i, 0, 2);
     }
-    if (n < 16)
-        memset(keys, 0, (size_t)job->dim_steps * BLOCK_BYTES);
-    job->state->vector->transpose(keys, 16, from, from_row, n, job->dim_steps);
+}
+
+/* dst [dim_words][dst_row] <- n <= dst_row <= 16 rows of a tensor, rounded, as columns. */
+static void pack_columns(const struct full_job *job, struct full_head *h, uint32_t *dst,
+                         int64_t dst_row, const struct tensor *t, int64_t row, int64_t column,
+                         int64_t n)
+{
+    const struct cpu_vector_ops *vector = job->state->vector;
+    const uint32_t *from = (const uint32_t *)cpu_row(t, row) + column;
+    int64_t from_row = t->row_stride;
+    for (int64_t r = 0; r < n && job->form != COLUMNS_F32; r++) {
+        const float *x = cpu_row(t, row + r) + column;
+        uint32_t *to = h->rows + r * job->dim_words;
+        if (job->form == COLUMNS_ROUNDED) {
+            vector->round_bf16_odd_first((float *)to, x, job->head_dim);
+            continue;
+        }
+        to[job->dim_words - 1] = 0;
+        vector->to_bf16((uint16_t *)to, x, job->head_dim);
+    }
+    if (job->form != COLUMNS_F32) {
+        from = h->rows;
+        from_row = job->dim_words;
+    }
+    if (n < dst_row)
+        memset(dst, 0, (size_t)(job->dim_words * dst_row) * 4);
+    vector->transpose(dst, dst_row, from, from_row, n, job->dim_words);
+}
+
+/* Row i of the values. */
+static void pack_values(const struct full_job *job, uint32_t *dst, int64_t i, int64_t first_row,
+                        int64_t column)
+{
+    const struct cpu_vector_ops *vector = job->state->vector;
+    const int64_t dim = job->head_dim, stride = job->v->row_stride;
+    /* The key, or the first of a pair. */
+    const int64_t key = job->form == COLUMNS_F32 ? i : job->form == COLUMNS_ROUNDED ? i ^ 1 : 2 * i;
+    const float *row = cpu_row(job->v, first_row) + column + key * stride;
+    if (key >= job->n_tokens)
+        memset(dst, 0, (size_t)dim * 4);
+    else if (job->form == COLUMNS_F32)
+        memcpy(dst, row, (size_t)dim * sizeof(float));
+    else if (job->form == COLUMNS_ROUNDED)
+        vector->round_bf16((float *)dst, row, dim);
+    else
+        vector->pair_bf16(dst, row, key + 1 < job->n_tokens ? row + stride : NULL, dim);
+    memset(dst + dim, 0, (size_t)(job->dim16 - dim) * 4);
 }
 
 static void head_pack(const struct full_job *job, struct full_head *h, int64_t first_row,
                       int64_t column)
 {
-    const int64_t dim = job->head_dim, n = job->n_tokens;
-    for (int64_t i = 0; i < n; i += 16)
-        pack_keys(job, h, h->keys + i * job->dim_steps, first_row + i, column,
-                  n - i < 16 ? n - i : 16);
-    for (int64_t i = 0; i < job->n_steps; i++) {
-        uint32_t *values = h->values + i * job->dim16;
-        const int64_t token = i * job->factor.step;
-        const float *row = cpu_row(job->v, first_row + token) + column;
-        if (job->factor.source == TILE_F32)
-            memcpy(values, row, (size_t)dim * sizeof(float));
-        else
-            job->state->vector->pair_bf16(values, row,
-                                          token + 1 < n ? row + job->v->row_stride : NULL, dim);
-        memset(values + dim, 0, (size_t)(job->dim16 - dim) * 4);
+    const int64_t panel = job->state->tile->max_rows, end = first_row + job->n_tokens;
+    const int64_t keys_a_step = job->form == COLUMNS_BF16_PAIRS ? 2 : 1;
+    int64_t value = 0;
+    for (int64_t i = 0; i < job->n_tokens; i += panel) {
+        const int64_t row = first_row + i;
+        prefetch_rows(job, job->k, row + AHEAD, column, panel, end);
+        prefetch_rows(job, job->v, row + AHEAD, column, panel, end);
+        pack_columns(job, h, h->keys + i * job->dim_words, panel, job->k, row, column,
+                     smaller(end - row, panel));
+        for (; value < smaller(job->value_steps, (i + panel) / keys_a_step); value++)
+            pack_values(job, h->values + value * job->dim16, value, first_row, column);
     }
 }
 
-/* scores [n_rows][n16] <- q K^T of query rows [row, row + n_rows). */
-static void score_keys(const struct full_job *job, struct full_head *h, int64_t row, int64_t column,
-                       int n_rows)
+/* scores <- K q^T of the query rows, m <- the largest scaled one of each. */
+static void score_keys(const struct full_job *job, struct full_head *h,
+                       const struct full_rows *rows)
+{
+    const int64_t max_rows = job->state->tile->max_rows, n16 = cpu_round16(rows->n);
+    for (int64_t i = 0; i < rows->n; i += 16)
+        pack_columns(job, h, h->queries + i * job->dim_words, 16, job->q,
+                     rows->first + rows->row + i, rows->column, smaller(rows->n - i, 16));
+    for (int64_t j = 0; j < n16; j++)
+        h->m[j] = -__builtin_inff();
+    for (int64_t i = 0; i < job->n_tokens; i += max_rows) {
+        const int64_t n = smaller(job->n_tokens - i, max_rows);
+        struct tile product = {
+            .a = h->keys + i * job->dim_words,
+            .a_step = max_rows,
+            .a_row = 1,
+            .b = h->queries,
+            .b_step = 16 * job->step,
+            .b_block = job->dim_words * 16 * job->step,
+            .c = h->scores + i * GROUP,
+            .c_row = GROUP,
+            .n_k = job->dim_words,
+        };
+        job->state->tile->run(&product, (int)n, (int)(n16 / 16), job->source);
+        job->state->vector->columns_largest(h->m, product.c, GROUP, n, n16);
+    }
+    for (int64_t j = 0; j < n16; j++)
+        h->m[j] *= job->scale;
+}
+
+/* sums [n_rows][dim16] (+)= p V of the n keys from `key` on. */
+static void add_values(const struct full_job *job, struct full_head *h, int64_t key, int64_t n,
+                       int64_t n_rows)
+{
+    const int64_t panel = job->state->tile->max_rows;
+    const int64_t words = job->form == COLUMNS_BF16_PAIRS ? 2 : 1;
+    for (int64_t r = 0; r < n_rows; r += panel) {
+        struct tile product = {
+            .a = h->p + r,
+            .a_step = GROUP,
+            .a_row = 1,
+            .b = h->values + key / words * job->dim16,
+            .b_step = job->dim16 * job->step,
+            .b_block = 16 * job->step,
+            .c = h->sums + r * job->dim16,
+            .c_row = job->dim16,
+            .n_k = smaller(job->value_steps - key / words, n / words),
+            .accumulate = key > 0,
+        };
+        job->state->tile->run(&product, (int)smaller(n_rows - r, panel), (int)(job->dim16 / 16),
+                              job->source);
+    }
+}
+
+static void write_probs(const struct full_job *job, const struct full_head *h,
+                        struct softmax_columns softmax, int64_t n_rows, float *probs)
+{
+    float unused[16 * GROUP] = {0};
+    softmax.scores = h->scores;
+    softmax.n_keys = 1;
+    softmax.sums = unused;
+    softmax.form = COLUMNS_F32;
+    for (int64_t i = 0; i < job->n_tokens; i++, softmax.scores += GROUP) {
+        job->state->vector->columns_exp(&softmax);
+        for (int64_t r = 0; r < n_rows; r++)
+            probs[r * job->n_tokens + i] = ((const float *)softmax.p)[r] / h->l[r];
+    }
+}
+
+static void head_rows(const struct full_job *job, struct full_head *h, const struct full_rows *rows,
+                      float *probs)
 {
     const struct cpu_vector_ops *vector = job->state->vector;
-    cpu_factor_rows(vector, &job->factor, h->q_rows, job->q_words, cpu_row(job->q, row) + column,
-                    job->q->row_stride, n_rows, job->head_dim);
-    struct cpu_factor_place q =
-        cpu_factor_place(vector, h->q_rows, job->q_words, h->q_columns, n_rows, job->q_words);
-    struct tile product = {
-        .a = q.a,
-        .a_step = q.a_step,
-        .a_row = q.a_row,
-        .b = h->keys,
-        .b_step = 16 * job->factor.step,
-        .b_block = job->dim_steps * 16 * job->factor.step,
-        .c = h->scores,
-        .c_row = job->n16,
-        .n_k = job->dim_steps,
+    struct softmax_columns softmax = {
+        .n = cpu_round16(rows->n),
+        .row = GROUP,
+        .scale = job->scale,
+        .m = h->m,
+        .sums = h->l,
+        .p = h->p,
+        .form = job->form,
     };
-    job->state->tile->run(&product, n_rows, (int)(job->n16 / 16), job->factor.source);
+    score_keys(job, h, rows);
+    const int64_t row = rows->first + rows->row;
+    prefetch_rows(job, job->out, row, rows->column, rows->n, row + rows->n);
+    prefetch_rows(job, job->q, row + rows->n, rows->column, GROUP, rows->first + job->n_tokens);
+    memset(h->l, 0, 16 * GROUP * sizeof(float));
+    for (int64_t key = 0; key < job->n_tokens; key += CHUNK) {
+        softmax.scores = h->scores + key * GROUP;
+        softmax.n_keys = smaller(job->n_tokens - key, CHUNK);
+        vector->columns_exp(&softmax);
+        add_values(job, h, key, CHUNK, rows->n);
+    }
+    vector->columns_total(h->l, GROUP, softmax.n);
+    for (int64_t r = 0; r < rows->n; r++)
+        vector->divide(cpu_row(job->out, row + r) + rows->column, h->sums + r * job->dim16, h->l[r],
+                       job->head_dim);
+    if (probs)
+        write_probs(job, h, softmax, rows->n, probs + rows->row * job->n_tokens);
 }
 
-/* sums [n_rows][dim16] <- p V, p being e^(score - m) in `scores`. */
-static void sum_values(const struct full_job *job, struct full_head *h, int n_rows)
+static void head_place(const struct full_job *job, int64_t head, int64_t *first, int64_t *column)
 {
-    const struct cpu_vector_ops *vector = job->state->vector;
-    int64_t p_row = job->n16;
-    if (job->factor.source != TILE_F32) {
-        p_row = job->p_words;
-        cpu_factor_rows(vector, &job->factor, h->p_rows, p_row, h->scores, job->n16, n_rows,
-                        job->n_tokens);
-    }
-    struct cpu_factor_place p =
-        cpu_factor_place(vector, h->p_rows, p_row, h->p_columns, n_rows, job->p_words);
-    struct tile product = {
-        .a = p.a,
-        .a_step = p.a_step,
-        .a_row = p.a_row,
-        .b = h->values,
-        .b_step = job->dim16 * job->factor.step,
-        .b_block = 16 * job->factor.step,
-        .c = h->sums,
-        .c_row = job->dim16,
-        .n_k = job->n_steps,
-    };
-    job->state->tile->run(&product, n_rows, (int)(job->dim16 / 16), job->factor.source);
-}
-
-/* Query rows [row, row + n_rows) of one head whose first row is `first_row`. */
-static void head_rows(const struct full_job *job, struct full_head *h, int64_t first_row,
-                      int64_t column, int64_t row, int n_rows, float *probs)
-{
-    const struct cpu_vector_ops *vector = job->state->vector;
-    const int64_t n = job->n_tokens;
-    struct softmax softmax[TILE_ROWS_MAX];
-    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX];
-    float correction[TILE_ROWS_MAX]; // no older sums: unused
-    for (int r = 0; r < n_rows; r++) {
-        softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
-        lo[r] = 0;
-        hi[r] = n;
-    }
-    score_keys(job, h, first_row + row, column, n_rows);
-    vector->softmax_step(h->scores, job->n16, n_rows, lo, hi, job->scale, softmax, correction);
-    for (int r = 0; r < n_rows && probs; r++)
-        vector->divide(probs + (row + r) * n, h->scores + r * job->n16, softmax[r].l, n);
-    sum_values(job, h, n_rows);
-    for (int r = 0; r < n_rows; r++)
-        vector->divide(cpu_row(job->out, first_row + row + r) + column, h->sums + r * job->dim16,
-                       softmax[r].l, job->head_dim);
+    *first = head / job->n_heads * job->n_tokens;
+    *column = head % job->n_heads * job->head_dim;
 }
 
 static void full_work(void *arg, int thread, int n_threads)
@@ -178,21 +262,21 @@ static void full_work(void *arg, int thread, int n_threads)
     const struct full_job *job = arg;
     (void)n_threads;
     const int64_t n = job->n_tokens;
-    const int max_rows = job->state->tile->max_rows;
     struct full_head h;
     head_reserve(job, &h, thread);
     int64_t item, end;
     while (cpu_parts_take(job->state, thread, 1, &item, &end)) {
-        const int64_t head_index = item / job->n_splits;
-        const int64_t first_row = head_index / job->n_heads * n;
-        const int64_t column = head_index % job->n_heads * job->head_dim;
-        float *probs = job->probs ? job->probs + head_index * n * n : NULL;
-        int64_t row, end_row;
-        cpu_share(n, (int)(item % job->n_splits), job->n_splits, &row, &end_row);
-        head_pack(job, &h, first_row, column);
-        for (; row < end_row; row += max_rows)
-            head_rows(job, &h, first_row, column, row,
-                      (int)(end_row - row < max_rows ? end_row - row : max_rows), probs);
+        const int64_t head = item / job->n_splits;
+        float *probs = job->probs ? job->probs + head * n * n : NULL;
+        struct full_rows rows = {0};
+        int64_t end_row;
+        head_place(job, head, &rows.first, &rows.column);
+        cpu_share(n, (int)(item % job->n_splits), job->n_splits, &rows.row, &end_row);
+        head_pack(job, &h, rows.first, rows.column);
+        for (; rows.row < end_row; rows.row += GROUP) {
+            rows.n = smaller(end_row - rows.row, GROUP);
+            head_rows(job, &h, &rows, probs);
+        }
     }
 }
 
@@ -207,13 +291,13 @@ void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q
     job.head_dim = tensor_n_cols(q) / n_heads;
     job.scale = scale;
     job.probs = probs;
-    job.factor = cpu_factor_of(job.state->tile->takes_bf16, dtype);
-    job.n16 = cpu_round16(job.n_tokens);
+    const int is_f32 = dtype == DTYPE_F32, is_paired = !is_f32 && job.state->tile->takes_bf16;
+    job.source = is_paired ? TILE_BF16_PAIRS : is_f32 ? TILE_F32 : TILE_F32_BF16;
+    job.form = is_f32 ? COLUMNS_F32 : is_paired ? COLUMNS_BF16_PAIRS : COLUMNS_ROUNDED;
+    job.step = is_paired ? 2 : 1;
+    job.dim_words = is_f32 ? job.head_dim : (job.head_dim + 1) / 2 * 2 / job.step;
+    job.value_steps = is_f32 ? job.n_tokens : (job.n_tokens + 1) / 2 * 2 / job.step;
     job.dim16 = cpu_round16(job.head_dim);
-    job.n_steps = (job.n_tokens + job.factor.step - 1) / job.factor.step;
-    job.dim_steps = (job.head_dim + job.factor.step - 1) / job.factor.step;
-    job.q_words = job.dim_steps * job.factor.words;
-    job.p_words = job.n_steps * job.factor.words;
     int64_t n_heads_total = n_tiles * n_heads;
     job.n_splits = (int32_t)((job.state->n_threads + n_heads_total - 1) / n_heads_total);
     cpu_parts_init(job.state, n_heads_total * job.n_splits);

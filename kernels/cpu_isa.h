@@ -17,6 +17,7 @@
 /* How the columns of `b` are stored. */
 enum tile_source {
     TILE_F32,        // b[k][16] float32
+    TILE_F32_BF16,   // the same of a and b that bfloat16 holds: denormals are treated as its are
     TILE_BF16_PAIRS, // b[k / 2][16][2] bfloat16: rows k and k + 1 of a column lie together
     TILE_I8_PAIRS,   // b[k / 2][2][16] int8, which bfloat16 holds exactly
 };
@@ -122,6 +123,27 @@ struct softmax {
     float m, l;
 };
 
+/* How a product takes e^(score - m) as its left factor, key by key. */
+enum columns_form {
+    COLUMNS_F32,        // as they are
+    COLUMNS_ROUNDED,    // rounded to bfloat16, still float32; the odd key of each pair first
+    COLUMNS_BF16_PAIRS, // two keys a word
+};
+
+/*
+ * A softmax that lies key by key: a key's scores of n queries, a multiple of 16, side by side, rows
+ * of `row` words in every array. A missing odd key of a last pair has e^(score - m) 0.
+ */
+struct softmax_columns {
+    const float *scores; // [n_keys] rows, of which the first is a multiple of 16
+    int64_t n_keys, n, row;
+    float scale;
+    const float *m; // [n] the largest scaled score of each query
+    float *sums;    // [16] rows: of each query's keys i % 16, added to
+    void *p;        // <- e^(score * scale - m): [n_keys] rows, or [n_keys / 2 rounded up]
+    enum columns_form form;
+};
+
 struct cpu_vector_ops {
     /* y[i] <- residual[i] + scale[i] * act(x[i] + bias[i]); bias, scale, residual may be NULL. */
     void (*epilogue)(float *y, const float *x, int64_t n, const float *bias, enum activation act,
@@ -141,10 +163,19 @@ struct cpu_vector_ops {
      * blocks that are outside its range become 0. n_rows <= TILE_ROWS_MAX. */
     void (*softmax_step)(float *scores, int64_t row_stride, int n_rows, const int64_t *lo,
                          const int64_t *hi, float scale, struct softmax *s, float *correction);
+    /* The same by columns: largest[j] <- the larger of it and x[i][j], of n_rows rows of x_row
+     * floats; e^(score - m) and its sixteen sums; their total, which is left in the first row. The
+     * bits are those of softmax_step(). */
+    void (*columns_largest)(float *largest, const float *x, int64_t x_row, int64_t n_rows,
+                            int64_t n);
+    void (*columns_exp)(const struct softmax_columns *c);
+    void (*columns_total)(float *sums, int64_t row, int64_t n);
     void (*to_bf16)(uint16_t *dst, const float *src, int64_t n);
     /* dst[i] <- even[i] in the lower half, odd[i] (NULL: 0) in the upper one, rounded. */
     void (*pair_bf16)(uint32_t *dst, const float *even, const float *odd, int64_t n);
     void (*round_bf16)(float *dst, const float *src, int64_t n); // rounded, still float32
+    /* The same, the odd one of each pair first; where n is odd it is 0. */
+    void (*round_bf16_odd_first)(float *dst, const float *src, int64_t n);
     /* dst[j][r] <- src[r][j] for n_rows rows of n words of 4 bytes. */
     void (*transpose)(uint32_t *dst, int64_t dst_row, const uint32_t *src, int64_t src_row,
                       int64_t n_rows, int64_t n);

@@ -264,17 +264,9 @@ ALWAYS_INLINE float vf_largest(vf x)
     return x[0];
 }
 
-/*
- * e^x within 1.1 ulp (op_test measures it). x = n ln 2 + r by a round-to-nearest magic number, a
- * degree-6 polynomial in r (coefficients: Cephes expf), and 2^n so that the whole range of floats
- * comes out, infinity above 88.73 and 0 below -104; a NaN gives a NaN.
- */
-ALWAYS_INLINE vf vf_exp(vf x)
+/* x = n ln 2 + r, n being `whole`, and e^r: degree 6 in r (coefficients: Cephes expf). */
+ALWAYS_INLINE vf exp_polynomial(vf x, vf whole)
 {
-    const vf magic = vf_set(12582912.0f); // 1.5 * 2^23
-    x = vf_max(vf_set(-104.0f), vf_min(vf_set(89.0f), x));
-    vf shifted = vf_fma(x, vf_set(1.44269504f), magic);
-    vf whole = shifted - magic;
     vf r = vf_fma(whole, vf_set(-0.693359375f), x);
     r = vf_fma(whole, vf_set(2.12194440e-4f), r);
     vf p = vf_set(1.9875691500e-4f);
@@ -283,8 +275,36 @@ ALWAYS_INLINE vf vf_exp(vf x)
     p = vf_fma(p, r, vf_set(4.1665795894e-2f));
     p = vf_fma(p, r, vf_set(1.6666665459e-1f));
     p = vf_fma(p, r, vf_set(5.0000001201e-1f));
-    p = vf_fma(p, r * r, r) + 1.0f;
-    return vf_scale(p, whole);
+    return vf_fma(p, r * r, r) + 1.0f;
+}
+
+/*
+ * e^x within 1.1 ulp (op_test measures it): e^r times 2^n, n being x / ln 2 rounded by a magic
+ * number, so that the whole range of floats comes out, infinity above 88.73 and 0 below -104; a NaN
+ * gives a NaN.
+ */
+ALWAYS_INLINE vf vf_exp(vf x)
+{
+    const vf magic = vf_set(12582912.0f); // 1.5 * 2^23
+    x = vf_max(vf_set(-104.0f), vf_min(vf_set(89.0f), x));
+    vf whole = vf_fma(x, vf_set(1.44269504f), magic) - magic;
+    return vf_scale(exp_polynomial(x, whole), whole);
+}
+
+/* The same bits, x being at most 0 or a NaN. */
+ALWAYS_INLINE vf vf_exp_falling(vf x)
+{
+    x = vf_max(vf_set(-104.0f), x);
+#if VF_N == 16
+    const vf magic = vf_set(12582912.0f);
+    vf whole = vf_fma(x, vf_set(1.44269504f), magic) - magic;
+    return _mm512_scalef_ps(exp_polynomial(x, whole), whole);
+#else /* times 2^(n + 33), whose exponent is in the lower bits of the sum, and 2^-33 */
+    const vf magic = vf_set(12582912.0f + 127.0f + 33.0f);
+    vf shifted = vf_fma(x, vf_set(1.44269504f), magic);
+    vf p = exp_polynomial(x, shifted - magic);
+    return p * (vf)((vi)shifted << 23) * 0x1p-33f;
+#endif
 }
 
 /*

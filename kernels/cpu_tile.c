@@ -216,7 +216,7 @@ static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source
 {
     for (int done = 0, step; done < n_blocks; done += step) {
         step = blocks_at_once(n_rows, n_blocks - done);
-        if (source == TILE_F32)
+        if (source == TILE_F32 || source == TILE_F32_BF16)
             run_f32(t, done, n_rows, step);
         else if (source == TILE_BF16_PAIRS)
             run_bf16_pairs(t, done, n_rows, step);

@@ -175,7 +175,7 @@ ALWAYS_INLINE float softmax_exp(float *scores, int64_t lo, int64_t hi, float sca
     struct sum16 sum = {{{0}}};
     for (int64_t i = lo / 16 * 16; i < (hi + 15) / 16 * 16; i += 16) {
         for (int j = 0; j < BLOCK_VECTORS; j++) {
-            vf p = vf_exp(vf_load(scores + i + j * VF_N) * scale - m);
+            vf p = vf_exp_falling(vf_load(scores + i + j * VF_N) * scale - m);
             vf_store(scores + i + j * VF_N, p);
             sum.v[j] += p;
         }
@@ -213,6 +213,83 @@ static void softmax_step(float *scores, int64_t row_stride, int n_rows, const in
         s[r].l = s[r].l * correction[r] + sums[r];
 }
 
+static void columns_largest(float *largest, const float *x, int64_t x_row, int64_t n_rows,
+                            int64_t n)
+{
+    for (int64_t j = 0; j < n; j += VF_N) {
+        vf most = vf_load(largest + j);
+        for (int64_t i = 0; i < n_rows; i++)
+            most = vf_max(vf_load(x + i * x_row + j), most);
+        vf_store(largest + j, most);
+    }
+}
+
+/* As vf_round_bf16(), of what is between 0 and 1: where one is a NaN, so is its query's sum, and no
+ * matter what becomes of it here. */
+ALWAYS_INLINE vu round_exp(vf x)
+{
+#if defined(__AVX512BF16__)
+    return vf_round_bf16(x);
+#else
+    vu u = (vu)x;
+    return (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+#endif
+}
+
+/* e^(score - m), which its sum takes in. */
+ALWAYS_INLINE vf column_exp(const float *scores, float *sum, float scale, vf m)
+{
+    vf p = vf_exp_falling(vf_load(scores) * scale - m);
+    vf_store(sum, vf_load(sum) + p);
+    return p;
+}
+
+ALWAYS_INLINE void columns_exp_as(const struct softmax_columns *arg, const enum columns_form form)
+{
+    const struct softmax_columns c = *arg; // what is stored through pointers does not touch
+    for (int64_t i = 0; i < c.n_keys; i += 2) {
+        const float *scores = c.scores + i * c.row;
+        float *sums = c.sums + i % 16 * c.row;
+        uint32_t *to = (uint32_t *)c.p + (form == COLUMNS_BF16_PAIRS ? i / 2 : i) * c.row;
+        const int has_odd = i + 1 < c.n_keys;
+        for (int64_t j = 0; j < c.n; j += VF_N) {
+            const vf m = vf_load(c.m + j);
+            vf even = column_exp(scores + j, sums + j, c.scale, m), odd = vf_set(0.0f);
+            if (has_odd)
+                odd = column_exp(scores + c.row + j, sums + c.row + j, c.scale, m);
+            if (form == COLUMNS_BF16_PAIRS) {
+                *(vu_memory *)(to + j) = round_exp(even) >> 16 | round_exp(odd);
+            } else if (form == COLUMNS_ROUNDED) {
+                *(vu_memory *)(to + j) = round_exp(odd);
+                *(vu_memory *)(to + c.row + j) = round_exp(even);
+            } else {
+                *(vu_memory *)(to + j) = (vu)even;
+                if (has_odd)
+                    *(vu_memory *)(to + c.row + j) = (vu)odd;
+            }
+        }
+    }
+}
+
+static void columns_exp(const struct softmax_columns *c)
+{
+    if (c->form == COLUMNS_BF16_PAIRS)
+        columns_exp_as(c, COLUMNS_BF16_PAIRS);
+    else if (c->form == COLUMNS_ROUNDED)
+        columns_exp_as(c, COLUMNS_ROUNDED);
+    else
+        columns_exp_as(c, COLUMNS_F32);
+}
+
+/* The tree of sum16_total(). */
+static void columns_total(float *sums, int64_t row, int64_t n)
+{
+    for (int half = 8; half >= 1; half /= 2) {
+        for (int i = 0; i < half; i++)
+            add(sums + i * row, sums + (i + half) * row, n);
+    }
+}
+
 static void to_bf16(uint16_t *dst, const float *src, int64_t n)
 {
     int64_t i = 0;
@@ -236,6 +313,12 @@ static void round_bf16(float *dst, const float *src, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VF_N)
         store_at(dst, i, n, (vf)vf_round_bf16(load_at(src, i, n)));
+}
+
+static void round_bf16_odd_first(float *dst, const float *src, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += VF_N)
+        store_at(dst, i, n + n % 2, vf_swap((vf)vf_round_bf16(load_at(src, i, n)), 1));
 }
 
 /* Four by four; what is left of rows or columns goes one by one. */
@@ -329,9 +412,13 @@ const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .layer_norm = layer_norm,
     .rotate = rotate,
     .softmax_step = softmax_step,
+    .columns_largest = columns_largest,
+    .columns_exp = columns_exp,
+    .columns_total = columns_total,
     .to_bf16 = to_bf16,
     .pair_bf16 = pair_bf16,
     .round_bf16 = round_bf16,
+    .round_bf16_odd_first = round_bf16_odd_first,
     .transpose = transpose,
     .exp = exponential,
     .multiply_by = multiply_by,
