@@ -1,6 +1,11 @@
 /*
  * What differs between the processor's instruction sets: four small tables of inner loops.
  *
+ * cpu_tile.c, cpu_expand.c, cpu_multiply.c and cpu_vector.c are compiled once per instruction set
+ * and export one table each; cpu_backend.c picks one of each. Everything above (threads, layouts,
+ * pages, lanes) is written once over them. The bits of a result do not depend on the table, with
+ * one exception: the products and roundings of AVX-512 BF16 flush denormals, on whichever of its
+ * two tiles.
  */
 #ifndef INTERNVLD_KERNELS_CPU_ISA_H
 #define INTERNVLD_KERNELS_CPU_ISA_H
