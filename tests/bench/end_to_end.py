@@ -10,8 +10,9 @@ BUILD holds daemon/internvld, client/internvl and tests/bench/op_bench. Measured
 (against the weights' bytes at the measured memory bandwidth), the first token of prompts of 512 and 1024 tokens, a
 picture of 1 and of 13 tiles (against their float operations at the measured peak of bfloat16's products, or float32's
 where those are faster), and 16 answers at once.
-Every round of a measure takes the limits, the daemon and the peers in turn; medians are printed. --rounds-csv keeps
-each round, so that several short runs in quiet minutes make one table (--medians-of).
+Every round of a measure takes the daemon and the peers in turn, and the limits before and after each, of which the
+higher counts: what disturbs a limit lowers it. Medians are printed. --rounds-csv keeps each round, so that several
+short runs in quiet minutes make one table (--medians-of).
 
 Peers, where they are asked for: Transformers (with PyTorch, in bfloat16, by this Python), and llama.cpp, whose folder
 of programs has llama-bench, llama-batched-bench (the streams) and llama-mtmd-cli (the pictures, the encoder's own time
@@ -266,10 +267,11 @@ def measure(a, folder):
         engines = [Ours(a.build, d.address, pictures, trace), *peers]
         work = Work(config, a.quantization)
         for name in [name for name in MEASURES for _ in range(a.rounds) if name.startswith(tuple(a.only))]:
-            begun, lines = round(time.time()), []
+            begun, lines, before = round(time.time()), [], limits(a.build, folder)
             for engine in engines:
-                machine = limits(a.build, folder)
                 seconds = MEASURES[name](engine)
+                after = limits(a.build, folder)
+                machine, before = {what: max(before[what], after[what]) for what in after}, after
                 share = limit_of(work, name, machine) / seconds
                 lines.append({"model": a.model, "quantization": a.quantization, "measure": name, "round": begun,
                               "engine": engine.name, "ms": round(seconds * 1e3, 3), "share_of_limit": round(share, 4),
