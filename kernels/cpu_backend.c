@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "kernels/clock.h"
 #include "kernels/log.h"
@@ -196,44 +197,97 @@ static const char *cpu_describe(const struct backend *b)
 }
 
 /*
- * Large blocks (weights, KV pages) are mapped for themselves: zero without being touched, so that
- * pages fall on the node of the thread that fills them, aligned to and advised for huge pages. The
- * page before a block tells its size; `mapped` is 0 in small blocks, which lie on the heap behind a
- * header of the same form.
+ * Weights are read from end to end, and a page of 4 KiB after another takes a quarter longer than
+ * huge ones. So large blocks (KV pages, weights) are mapped for themselves: zero without being
+ * touched, so that pages fall on the node of the thread that fills them, aligned to and advised for
+ * huge pages. Smaller ones lie one after another in regions of such pages, which live as long as
+ * any of their blocks and never take a block twice. What is smaller still lies on the heap. The
+ * bytes before a block tell which.
  */
 #define HUGE_PAGE ((size_t)2 << 20)
+#define REGION_BYTES ((size_t)64 << 20)
+#define MAPPED_MIN ((size_t)16 << 20) // of what is mapped for itself
+#define REGION_MIN ((size_t)64 << 10) // of what lies in regions
+
+struct cpu_region {
+    void *base; // of the mapping
+    size_t used;
+    int64_t n_blocks; // that are not freed
+};
+
 struct block {
-    size_t mapped; // bytes of the mapping
-    void *base;
+    size_t n_bytes;            // of the block
+    void *base;                // of its mapping, or on the heap; NULL in regions
+    struct cpu_region *region; // or NULL
 };
 #define BLOCK_HEADER 64
 
+static void *map_pages(size_t n_bytes)
+{
+    void *p = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED)
+        die("out of memory: %zu bytes asked: %s", n_bytes, strerror(errno));
+    return p;
+}
+
+static char *huge_page_after(void *p, size_t n_bytes)
+{
+    return (char *)(((uintptr_t)p + n_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+}
+
+static size_t mapped_bytes(size_t n_bytes)
+{
+    return n_bytes + 2 * HUGE_PAGE;
+}
+
+static char *alloc_mapped(struct block *block)
+{
+    block->base = map_pages(mapped_bytes(block->n_bytes));
+    char *p = huge_page_after(block->base, BLOCK_HEADER);
+    size_t whole = block->n_bytes / HUGE_PAGE * HUGE_PAGE;
+    madvise(p, whole, MADV_HUGEPAGE);               // advice: without it, only slower
+    madvise(p + whole, HUGE_PAGE, MADV_NOHUGEPAGE); // what is left takes no more than it needs
+    return p;
+}
+
+static char *alloc_in_region(struct cpu_state *s, struct block *block)
+{
+    const size_t n_bytes = BLOCK_HEADER + (block->n_bytes + 63) / 64 * 64;
+    if (!s->region || s->region->used + n_bytes > REGION_BYTES) {
+        void *base = map_pages(REGION_BYTES + HUGE_PAGE);
+        s->region = (struct cpu_region *)(void *)huge_page_after(base, 0);
+        madvise(s->region, REGION_BYTES, MADV_HUGEPAGE);
+        *s->region = (struct cpu_region){.base = base, .used = 64};
+    }
+    char *p = (char *)s->region + s->region->used + BLOCK_HEADER;
+    s->region->used += n_bytes;
+    s->region->n_blocks++;
+    block->region = s->region;
+    return p;
+}
+
+static char *alloc_on_heap(struct block *block)
+{
+    const size_t n_bytes = BLOCK_HEADER + (block->n_bytes + 63) / 64 * 64;
+    block->base = aligned_alloc(64, n_bytes);
+    if (!block->base)
+        die("out of memory: %zu bytes asked", n_bytes);
+    memset(block->base, 0, n_bytes);
+    return (char *)block->base + BLOCK_HEADER;
+}
+
 static void *cpu_alloc(struct backend *b, size_t n_bytes)
 {
-    (void)b;
+    struct block block = {.n_bytes = n_bytes};
+    char *p;
     if (n_bytes > SIZE_MAX / 2)
         die("out of memory: %zu bytes asked", n_bytes);
-    struct block block = {0};
-    char *p;
-    if (n_bytes < HUGE_PAGE) {
-        size_t total = (n_bytes + BLOCK_HEADER + 63) / 64 * 64;
-        block.base = aligned_alloc(64, total);
-        if (!block.base)
-            die("out of memory: %zu bytes asked", n_bytes);
-        memset(block.base, 0, total);
-        p = (char *)block.base + BLOCK_HEADER;
-    } else {
-        block.mapped = n_bytes + 2 * HUGE_PAGE;
-        block.base =
-            mmap(NULL, block.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (block.base == MAP_FAILED)
-            die("out of memory: %zu bytes asked: %s", n_bytes, strerror(errno));
-        uintptr_t at = ((uintptr_t)block.base + BLOCK_HEADER + HUGE_PAGE - 1) / HUGE_PAGE;
-        p = (char *)(at * HUGE_PAGE);
-        size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE; // what is left takes no more than it needs
-        madvise(p, whole, MADV_HUGEPAGE);               // advice: without it, only slower
-        madvise(p + whole, HUGE_PAGE, MADV_NOHUGEPAGE);
-    }
+    if (n_bytes >= MAPPED_MIN)
+        p = alloc_mapped(&block);
+    else if (n_bytes >= REGION_MIN)
+        p = alloc_in_region(cpu_state(b), &block);
+    else
+        p = alloc_on_heap(&block);
     memcpy(p - BLOCK_HEADER, &block, sizeof(block));
     return p;
 }
@@ -244,15 +298,29 @@ static void cpu_touch(struct backend *b, void *p, size_t n_bytes)
     memset(p, 0, n_bytes);
 }
 
+/* Its whole pages go back at once, the region with its last block. */
+static void free_in_region(struct cpu_state *s, struct cpu_region *region, char *p, size_t n_bytes)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    char *first = (char *)(((uintptr_t)p + page - 1) / page * page);
+    madvise(first, (size_t)(p + n_bytes - first) / page * page, MADV_DONTNEED);
+    if (--region->n_blocks > 0)
+        return;
+    if (s->region == region)
+        s->region = NULL;
+    munmap(region->base, REGION_BYTES + HUGE_PAGE);
+}
+
 static void cpu_free(struct backend *b, void *p)
 {
-    (void)b;
     if (!p)
         return;
     struct block block;
     memcpy(&block, (char *)p - BLOCK_HEADER, sizeof(block));
-    if (block.mapped)
-        munmap(block.base, block.mapped);
+    if (block.region)
+        free_in_region(cpu_state(b), block.region, p, block.n_bytes);
+    else if (block.n_bytes >= MAPPED_MIN)
+        munmap(block.base, mapped_bytes(block.n_bytes));
     else
         free(block.base);
 }

@@ -36,7 +36,8 @@ struct cpu_state {
     struct cpu_scratch *expanded; // [team] the part of a quantised weight a thread works on
     struct cpu_part *parts;       // [team] of the items of the op that runs
     struct cpu_cores cores;
-    int n_threads; // of the next op: the rank's share of its cores, at most the team
+    struct cpu_region *region; // that takes the next block, or NULL
+    int n_threads;             // of the next op: the rank's share of its cores, at most the team
     char description[64];
 };
 

@@ -252,12 +252,47 @@ static void test_backend_doors(void **state)
     backend_close(NULL);
 }
 
+/* Blocks that lie together: more than a region of them, each holding its own bytes until it is
+ * freed, in an order of no meaning, and new ones between. */
+static void test_many_blocks(void **state)
+{
+    (void)state;
+    enum { N = 300, ROUNDS = 3 };
+    static unsigned char *blocks[N];
+    static size_t sizes[N];
+    struct backend *b = backend_cpu_open(1, "scalar");
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int i = 0; i < N; i++) {
+            if (blocks[i])
+                continue;
+            sizes[i] = (size_t)(i * 7919 % 1000 + 1) << 10; // 150 MB in all
+            blocks[i] = op_alloc(b, sizes[i]);
+            assert_int_equal((uintptr_t)blocks[i] % 64, 0);
+            for (size_t j = 0; j < sizes[i]; j += 509)
+                assert_int_equal(blocks[i][j], 0);
+            memset(blocks[i], i % 251, sizes[i]);
+        }
+        for (int k = 0; k < N; k++) {
+            int i = k * 101 % N;
+            if (round < ROUNDS - 1 && k % 3 == 0) // some stay
+                continue;
+            for (size_t j = 0; j < sizes[i]; j += 509)
+                assert_int_equal(blocks[i][j], i % 251);
+            op_free(b, blocks[i]);
+            blocks[i] = NULL;
+        }
+    }
+    backend_close(b);
+}
+
 static void test_backend_memory(void **state)
 {
     (void)state;
     struct backend *b = backend_cpu_open(2, NULL);
-    static const size_t sizes[] = {0, 1, 63, 64, 4096, (2 << 20) - 1, 2 << 20, 5 << 20};
-    for (int i = 0; i < 8; i++) {
+    static const size_t sizes[] = {0,       1,        63,       64,      4096,
+                                   65535,   65536,    2097151,  2097152, 5 << 20,
+                                   5000011, 16777215, 16777216, 40 << 20};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         unsigned char *p = op_alloc(b, sizes[i]);
         assert_int_equal((uintptr_t)p % 64, 0);
         for (size_t j = 0; j < sizes[i]; j += 61)
@@ -282,7 +317,7 @@ int main(void)
         cmocka_unit_test(test_error),          cmocka_unit_test(test_log),
         cmocka_unit_test(test_arena),          cmocka_unit_test(test_tensor),
         cmocka_unit_test(test_half_floats),    cmocka_unit_test(test_backend_doors),
-        cmocka_unit_test(test_backend_memory),
+        cmocka_unit_test(test_backend_memory), cmocka_unit_test(test_many_blocks),
     };
     log_init();
     return cmocka_run_group_tests_name("kernels", tests, NULL, NULL);
