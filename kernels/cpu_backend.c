@@ -31,7 +31,7 @@ static const struct isa isas[] = {
     {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_expand_avx512bf16,
      &cpu_multiply_avx512bf16, &cpu_vector_avx512bf16},
     {"avx512bf16fma", "AVX-512 BF16 (FMA tiles)", &cpu_tile_avx512bf16fma, &cpu_expand_avx512bf16,
-     &cpu_multiply_avx512bf16, &cpu_vector_avx512bf16},
+     &cpu_multiply_avx512bf16fma, &cpu_vector_avx512bf16},
     {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_multiply_avx512,
      &cpu_vector_avx512},
     {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_multiply_avx2, &cpu_vector_avx2},

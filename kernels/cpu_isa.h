@@ -197,7 +197,7 @@ extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512
 extern const struct cpu_expand_ops cpu_expand_scalar, cpu_expand_avx2, cpu_expand_avx512,
     cpu_expand_avx512bf16;
 extern const struct cpu_multiply_ops cpu_multiply_avx2, cpu_multiply_avx512,
-    cpu_multiply_avx512bf16;
+    cpu_multiply_avx512bf16, cpu_multiply_avx512bf16fma;
 extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512,
     cpu_vector_avx512bf16;
 

@@ -5,8 +5,9 @@
  *
  * The order of the sums is that of the tile on expanded codes, and so are their bits: one sum a
  * column, pair after pair, the odd k of a pair first; where the format is factored, one sum a run,
- * which its scale adds to the lane's (kernels/quantized.h). Where the processor has vdpbf16ps that
- * takes both products of a pair, elsewhere a multiply-add each.
+ * which its scale adds to the lane's (kernels/quantized.h). vdpbf16ps takes both products of a
+ * pair; without it, or where it is slow, each has a multiply-add (CPU_MULTIPLY_FLUSHES: that takes
+ * denormals for 0, as vdpbf16ps does).
  *
  * A row waits for memory, so what counts is instructions a weight: several blocks at once, for
  * their sums to hide each other's latency and to keep more of memory in flight, and each format
@@ -47,6 +48,27 @@ ALWAYS_INLINE void clear(struct sums *s, const int n_rows, const int n_vectors)
             s->of[r][i] = vf_set(0.0f);
     }
 }
+
+#if CPU_MULTIPLY_FLUSHES
+#define FLUSH 0x8040 // of MXCSR: denormals are 0 as operands and as results
+
+/* MXCSR <- mode, after all that was added to the sums and before all that will be: the compiler
+ * does not know that arithmetic depends on it. */
+ALWAYS_INLINE void set_mode(struct sums *s, unsigned mode, const int n_rows, const int n_vectors)
+{
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; side++) {
+#pragma GCC unroll 4
+        for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < n_vectors; i++)
+                __asm__ volatile("" : "+v"(s->of[r][i])::"memory");
+        }
+        if (side == 0)
+            _mm_setcsr(mode);
+    }
+}
+#endif
 
 /* ---- whole units ---- */
 
@@ -336,7 +358,14 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         }
         if (is_factored)
             clear(&s, n_rows, n_vectors);
+#if CPU_MULTIPLY_FLUSHES
+        const unsigned mode = _mm_getcsr();
+        set_mode(&s, mode | FLUSH, n_rows, n_vectors);
+#endif
         add_codes(&s, m, codes, a, run, before, &f, g, n_rows, n_blocks, d, has_zeros);
+#if CPU_MULTIPLY_FLUSHES
+        set_mode(&s, mode, n_rows, n_vectors); // the ends of runs do not
+#endif
         if (is_factored) {
             __asm__ volatile("" ::: "memory"); // scales are loaded now, not kept until now
             add_scaled(&s, m, e, group, factor, n_rows, n_blocks);

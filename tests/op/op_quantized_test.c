@@ -226,6 +226,58 @@ static void test_precision(void **state)
     op_case_report();
 }
 
+/* y <- the product on instruction set `isa`: all rows at once, or four and then one after another,
+ * which are multiplied with codes. */
+static void product_on(const char *isa, struct tensor *y, const struct tensor *x,
+                       const struct quantized *q, struct linear l, int at_once)
+{
+    struct backend *b = backend_cpu_open(2, isa);
+    op_linear_pack_quantized(b, &l, q, NULL);
+    const int64_t n_rows = tensor_n_rows(x);
+    for (int64_t i = 0, n; i < n_rows; i += n) {
+        n = at_once ? n_rows : i == 0 ? 4 : 1;
+        struct tensor part = tensor_rows(y, i, n), of = tensor_rows(x, i, n);
+        op_matmul(b, &part, &of, &l, NULL);
+    }
+    op_linear_free(b, &l);
+    backend_close(b);
+}
+
+/* Both paths of AVX-512 BF16 flush the same denormals, of a few rows as of many: x and values whose
+ * products are denormal, sums that become so, and ends of runs, which are not flushed. */
+static void test_denormals(void **state)
+{
+    (void)state;
+    const struct quantized_shape s = {6, 144, 272, 2, 24, 8};
+    const size_t n_bytes = (size_t)(s.m * s.n) * sizeof(float);
+    if (!op_case_has("avx512bf16"))
+        return;
+    op_case_seed(10);
+    struct tensor x = op_case_matrix(s.m, s.k);
+    struct tensor want = op_case_matrix(s.m, s.n), y = op_case_matrix(s.m, s.n);
+    for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++) {
+        for (int power = -132; power <= -12; power += 12) { // of x
+            struct quantized q = quantized_case(&s, (enum weight_format)f, 0, op_case_integer);
+            struct linear l = lanes_of(&s, DTYPE_BF16, 1);
+            for (int i = 0; i < s.m * s.k; i++)
+                ((float *)x.data)[i] = ldexpf(op_case_random(), power + i % 7);
+            for (int64_t i = 0; i < q.out_dim * q.n_groups; i++)
+                q.scales[i] = ldexpf(q.scales[i], -126 - power);
+            product_on("avx512bf16", &want, &x, &q, l, 1);
+            product_on("avx512bf16", &y, &x, &q, l, 0);
+            op_case_same(want.data, y.data, n_bytes, weight_format_name(q.format));
+            product_on("avx512bf16fma", &y, &x, &q, l, 1);
+            op_case_same(want.data, y.data, n_bytes, weight_format_name(q.format));
+            product_on("avx512bf16fma", &y, &x, &q, l, 0);
+            op_case_same(want.data, y.data, n_bytes, weight_format_name(q.format));
+            quantized_case_release(&q);
+        }
+    }
+    free(x.data);
+    free(want.data);
+    free(y.data);
+}
+
 /* Rows of a quantised weight; ids of other shards give zeros. */
 static void check_embed(struct backend *b, const struct quantized_shape *s, enum dtype dtype,
                         enum weight_format f, int variant)
@@ -379,6 +431,7 @@ int op_quantized_tests(void)
         cmocka_unit_test(test_shards),         cmocka_unit_test(test_precision),
         cmocka_unit_test(test_embed),          cmocka_unit_test(test_packed_bytes),
         cmocka_unit_test(test_quantize_group), cmocka_unit_test(test_fp8_codes),
+        cmocka_unit_test(test_denormals),
     };
     return cmocka_run_group_tests_name("quantised weights", tests, NULL, NULL);
 }
