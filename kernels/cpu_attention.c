@@ -207,7 +207,7 @@ static void add_values(const struct full_job *job, struct full_head *h, int64_t 
 static void write_probs(const struct full_job *job, const struct full_head *h,
                         struct softmax_columns softmax, int64_t n_rows, float *probs)
 {
-    float unused[16 * GROUP] = {0};
+    float unused[GROUP] = {0}; // one key's sums are the first row
     softmax.scores = h->scores;
     softmax.n_keys = 1;
     softmax.sums = unused;

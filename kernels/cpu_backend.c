@@ -250,9 +250,15 @@ static char *alloc_mapped(struct block *block)
     return p;
 }
 
+/* Of a small block, whole lines of the cache. */
+static size_t headed_bytes(const struct block *block)
+{
+    return BLOCK_HEADER + (block->n_bytes + 63) / 64 * 64;
+}
+
 static char *alloc_in_region(struct cpu_state *s, struct block *block)
 {
-    const size_t n_bytes = BLOCK_HEADER + (block->n_bytes + 63) / 64 * 64;
+    const size_t n_bytes = headed_bytes(block);
     if (!s->region || s->region->used + n_bytes > REGION_BYTES) {
         void *base = map_pages(REGION_BYTES + HUGE_PAGE);
         s->region = (struct cpu_region *)(void *)huge_page_after(base, 0);
@@ -268,7 +274,7 @@ static char *alloc_in_region(struct cpu_state *s, struct block *block)
 
 static char *alloc_on_heap(struct block *block)
 {
-    const size_t n_bytes = BLOCK_HEADER + (block->n_bytes + 63) / 64 * 64;
+    const size_t n_bytes = headed_bytes(block);
     block->base = aligned_alloc(64, n_bytes);
     if (!block->base)
         die("out of memory: %zu bytes asked", n_bytes);

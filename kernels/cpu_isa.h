@@ -19,6 +19,9 @@
 #define TILE_BLOCKS_MAX 4 // wide_blocks() of any
 #define TILE_FLOATS_MAX (TILE_ROWS_MAX * 2 * 16)
 
+/* Of x86's MXCSR: denormals are 0 as operands and as results, as vdpbf16ps has them. */
+#define MXCSR_FLUSH 0x8040
+
 /* How the columns of `b` are stored. */
 enum tile_source {
     TILE_F32,        // b[k][16] float32

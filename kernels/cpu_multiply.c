@@ -50,8 +50,6 @@ ALWAYS_INLINE void clear(struct sums *s, const int n_rows, const int n_vectors)
 }
 
 #if CPU_MULTIPLY_FLUSHES
-#define FLUSH 0x8040 // of MXCSR: denormals are 0 as operands and as results
-
 /* MXCSR <- mode, after all that was added to the sums and before all that will be: the compiler
  * does not know that arithmetic depends on it. */
 ALWAYS_INLINE void set_mode(struct sums *s, unsigned mode, const int n_rows, const int n_vectors)
@@ -360,7 +358,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
             clear(&s, n_rows, n_vectors);
 #if CPU_MULTIPLY_FLUSHES
         const unsigned mode = _mm_getcsr();
-        set_mode(&s, mode | FLUSH, n_rows, n_vectors);
+        set_mode(&s, mode | MXCSR_FLUSH, n_rows, n_vectors);
 #endif
         add_codes(&s, m, codes, a, run, before, &f, g, n_rows, n_blocks, d, has_zeros);
 #if CPU_MULTIPLY_FLUSHES

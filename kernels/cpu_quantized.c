@@ -7,10 +7,9 @@
  *                         | zeros      | group | 16 outputs   int8, where the format has them
  *
  * A block lies together, so that a product reads one stream, which may read a little past the
- * codes. A lane's columns are padded to whole
- * units. A group that a lane or a shard cuts serves both sides: scales are found by column, not by
- * lane. Where groups do not begin at whole units, or columns are in no order (GPTQ's g_idx), each
- * column carries its group's number.
+ * codes. A lane's columns are padded to whole units. A group that a lane or a shard cuts serves
+ * both sides: scales are found by column, not by lane. Where groups do not begin at whole units, or
+ * columns are in no order (GPTQ's g_idx), each column carries its group's number.
  */
 #include <string.h>
 

@@ -182,13 +182,11 @@ const struct cpu_tile_ops cpu_tile_avx512bf16 = {
     .run = run,
 };
 
-#define FLUSH 0x8040 // of MXCSR: denormals are 0 as operands and as results
-
 static void run_fma(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
     unsigned mode = _mm_getcsr();
     if (source != TILE_F32)
-        _mm_setcsr(mode | FLUSH);
+        _mm_setcsr(mode | MXCSR_FLUSH);
     cpu_tile_avx512.run(t, n_rows, n_blocks, source);
     _mm_setcsr(mode);
 }

@@ -19,7 +19,7 @@ struct device_options {
     enum device_kind kind;
     enum dtype dtype;       // of the model's products, F32 or BF16: activations on CUDA have it
     int n_threads;          // at least 1; CUDA: that read weights, copy and draw
-    const char *isa;        // CPU: NULL or "auto": CPUID
+    const char *isa;        // CPU: as backend_cpu_open() has it
     struct cpu_cores cores; // CPU: with whom the threads share theirs; zeroed: with nobody
     int index;              // CUDA: number among this host's devices
     int deterministic;      // CUDA: sums by lanes and tree, bitwise the same in every layout

@@ -186,7 +186,7 @@ struct limits_rates limits_measure(struct limits *l)
     }
     r.bf16_per_s = r.f32_per_s;
 #if defined(__x86_64__)
-    if (strncmp(l->isa, "avx512bf16", 10) == 0) {
+    if (strncmp(l->isa, bf16_peak.isa, strlen(bf16_peak.isa)) == 0) {
         double dots = peak_rate(l->b, &bf16_peak);
         r.bf16_per_s = dots > r.bf16_per_s ? dots : r.bf16_per_s;
     }
