@@ -14,6 +14,7 @@
 #define PEAK_STEPS 300000 // about a millisecond
 /* Bytes read a round; the buffer is at least four times the last-level cache. */
 #define READ_BYTES ((int64_t)64 << 20)
+#define N_STREAMS_MAX 4 // of a thread
 #define BUFFER_BYTES_MIN ((int64_t)512 << 20)
 
 /* ---- arithmetic ---- */
@@ -138,28 +139,29 @@ static double peak_rate(struct backend *b, const struct peak *p)
 struct read_job {
     const char *memory;
     int64_t n_bytes;
+    int n_streams;
 };
 
-/* Every line is loaded once, in order, with a prefetch across pages; the values are not used. */
+/* Every line is loaded once, in order, with a prefetch across pages; the values are not used. A
+ * thread's part is one stream or several at once: which is faster depends on the processor. */
 static void read_work(void *arg, int thread, int n_threads)
 {
     const struct read_job *job = arg;
-    int64_t first, end;
-    cpu_share(job->n_bytes / 256, thread, n_threads, &first, &end);
-    for (int64_t i = first; i < end; i++) {
-        const char *p = job->memory + i * 256;
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            __builtin_prefetch(p + j * 64 + 4096);
-            uint64_t value = *(const volatile uint64_t *)(const void *)(p + j * 64);
+    const int64_t n_lines = job->n_bytes / 64 / (n_threads * job->n_streams);
+    const char *p = job->memory + thread * job->n_streams * n_lines * 64;
+    for (int64_t i = 0; i < n_lines; i++, p += 64) {
+        for (int j = 0; j < job->n_streams; j++) {
+            const char *line = p + j * n_lines * 64;
+            __builtin_prefetch(line + 4096);
+            uint64_t value = *(const volatile uint64_t *)(const void *)line;
             (void)value;
         }
     }
 }
 
-static double read_rate(struct limits *l)
+static double read_rate(struct limits *l, int n_streams)
 {
-    struct read_job job = {(const char *)l->memory + l->at, READ_BYTES};
+    struct read_job job = {(const char *)l->memory + l->at, READ_BYTES, n_streams};
     uint64_t begun = clock_now_ns();
     run_on_team(l->b, read_work, &job);
     l->at = (l->at + READ_BYTES) % (l->n_bytes - READ_BYTES + 1) / 4096 * 4096;
@@ -191,7 +193,10 @@ struct limits_rates limits_measure(struct limits *l)
         r.bf16_per_s = dots > r.bf16_per_s ? dots : r.bf16_per_s;
     }
 #endif
-    r.bytes_per_s = read_rate(l);
+    for (int n_streams = 1; n_streams <= N_STREAMS_MAX; n_streams *= N_STREAMS_MAX) {
+        double rate = read_rate(l, n_streams);
+        r.bytes_per_s = rate > r.bytes_per_s ? rate : r.bytes_per_s;
+    }
     r.duration_ns = clock_now_ns() - begun;
     return r;
 }
