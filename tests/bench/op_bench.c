@@ -1,16 +1,5 @@
 /*
- * How near every op comes to what this machine can do: op_bench [option...]
- *
- *   --model NAME    1b, 8b or 78b (one shard of eight and one vision rank); default: all
- *   --op NAME       one op of kernels/backend.h, or "limits": the machine's alone
- *   --format NAME   one format of weights or pages
- *   --rows N        products of so many rows
- *   --isa NAME      as INTERNVLD_ISA takes it; default: the best
- *   --threads N     default: the processors
- *   --rounds N      default 7
- *   --layers N      paged_attention reads the pages of N layers in turn, as a model does: many
- *                   are in no cache. Default: 1, again and again
- *   --csv FILE
+ * How near every op comes to what this machine can do: op_bench [option...], which --help lists.
  *
  * Each round measures the machine's own limits (op_limits.h) and then the op; a line has the
  * medians and the op's share of its limit: of the time that its bytes take to be read, or its float
@@ -33,6 +22,22 @@
 /* Time of an op a round, at least; and of all rounds of one case, when there are three at least. */
 #define WINDOW_NS 2000000
 #define CASE_NS 3000000000
+
+static const char usage[] =
+    "usage: op_bench [--model NAME] [--op NAME] [--format NAME] [--rows N] [--isa NAME]\n"
+    "                [--threads N] [--rounds N] [--layers N] [--csv FILE]\n\n"
+    "Times the ops of a model's shapes beside the limits of this machine measured in the same\n"
+    "rounds.\n\n"
+    "    --model NAME    1b, 8b or 78b (one shard of eight and one vision rank) [all]\n"
+    "    --op NAME       one op of kernels/backend.h; \"limits\": the machine's alone [all]\n"
+    "    --format NAME   one format of weights or pages [all]\n"
+    "    --rows N        products of so many rows [several]\n"
+    "    --isa NAME      as INTERNVLD_ISA takes it [the best]\n"
+    "    --threads N     [the processors]\n"
+    "    --rounds N      [7]\n"
+    "    --layers N      paged_attention reads the pages of N layers in turn, as a model does:\n"
+    "                    many are in no cache [1, again and again]\n"
+    "    --csv FILE      a table with a line a case\n";
 
 static const struct shapes models[] = {
     {"1b", 896, 14, 2, 64, 4864, 151674, 8, 1024, 16, 4096},
@@ -147,8 +152,12 @@ int main(int argc, char **argv)
     struct bench bench = {.n_rounds = 7, .n_layers = 1};
     for (int i = 1; i < argc; i += 2) {
         const char *name = argv[i], *value = argv[i + 1];
+        if (strcmp(name, "--help") == 0) {
+            fputs(usage, stdout);
+            return 0;
+        }
         if (!value)
-            die("%s needs a value", name);
+            die("%s is unknown or needs a value (--help)", name);
         if (strcmp(name, "--model") == 0)
             model = value;
         else if (strcmp(name, "--op") == 0)
@@ -168,7 +177,7 @@ int main(int argc, char **argv)
         else if (strcmp(name, "--csv") == 0 && !(bench.csv = fopen(value, "w")))
             die("%s cannot be written", value);
         else if (strcmp(name, "--csv") != 0)
-            die("unknown option %s", name);
+            die("unknown option %s (--help)", name);
     }
     bench.b = backend_cpu_open((int)n_threads, isa);
     pin_threads(bench.b);
