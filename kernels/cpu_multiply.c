@@ -401,37 +401,45 @@ ALWAYS_INLINE void multiply_blocks(const struct expand_product *m, const struct 
     }
 }
 
-ALWAYS_INLINE void multiply_rows(const struct expand_product *m, const struct expansion *e,
-                                 float factor, const enum decoding d, const int has_zeros)
-{
-    switch (m->n_rows) {
-    case 1:
-        return multiply_blocks(m, e, factor, 1, product_blocks(1), d, has_zeros);
-    case 2:
-        return multiply_blocks(m, e, factor, 2, product_blocks(2), d, has_zeros);
-    case 3:
-        return multiply_blocks(m, e, factor, 3, product_blocks(3), d, has_zeros);
-    case 4:
-        return multiply_blocks(m, e, factor, 4, product_blocks(4), d, has_zeros);
+typedef void (*product)(const struct expand_product *m, const struct expansion *e, float factor);
+
+/* Products of a format with 1 … 4 rows. A function each: compilers take longer than linearly over
+ * large ones. */
+#define PRODUCT(name, n_rows, d, has_zeros)                                                        \
+    static __attribute__((noinline)) void name##_##n_rows(const struct expand_product *m,          \
+                                                          const struct expansion *e, float factor) \
+    {                                                                                              \
+        multiply_blocks(m, e, factor, n_rows, product_blocks(n_rows), d, has_zeros);               \
     }
-}
+#define PRODUCTS(name, d, has_zeros)                                                               \
+    PRODUCT(name, 1, d, has_zeros)                                                                 \
+    PRODUCT(name, 2, d, has_zeros)                                                                 \
+    PRODUCT(name, 3, d, has_zeros)                                                                 \
+    PRODUCT(name, 4, d, has_zeros)                                                                 \
+    static const product name[] = {name##_1, name##_2, name##_3, name##_4};
+
+PRODUCTS(int8_products, DECODE_INT8, 0)
+PRODUCTS(int8_with_zeros, DECODE_INT8, 1)
+PRODUCTS(fp8_products, DECODE_FP8, 0)
+PRODUCTS(int4_products, DECODE_INT4, 0)
+PRODUCTS(int4_with_zeros, DECODE_INT4, 1)
+PRODUCTS(table_products, DECODE_TABLE, 0)
 
 static void multiply(const struct expand_product *m, const struct expansion *e,
                      enum weight_format format)
 {
+    const int i = m->n_rows - 1;
     switch (format) {
     case WEIGHT_INT8_127:
-        return multiply_rows(m, e, INT8_127_FACTOR, DECODE_INT8, 0);
+        return int8_products[i](m, e, INT8_127_FACTOR);
     case WEIGHT_INT8:
-        return e->zeros ? multiply_rows(m, e, 1, DECODE_INT8, 1)
-                        : multiply_rows(m, e, 1, DECODE_INT8, 0);
+        return (e->zeros ? int8_with_zeros : int8_products)[i](m, e, 1);
     case WEIGHT_FP8:
-        return multiply_rows(m, e, 1, DECODE_FP8, 0);
+        return fp8_products[i](m, e, 1);
     case WEIGHT_INT4:
-        return e->zeros ? multiply_rows(m, e, 1, DECODE_INT4, 1)
-                        : multiply_rows(m, e, 1, DECODE_INT4, 0);
+        return (e->zeros ? int4_with_zeros : int4_products)[i](m, e, 1);
     default:
-        return multiply_rows(m, e, 1, DECODE_TABLE, 0);
+        return table_products[i](m, e, 1);
     }
 }
 
