@@ -46,15 +46,16 @@ for kind in $kinds; do
     tsan) export TSAN_OPTIONS="suppressions=$PWD/tests/tsan.supp:halt_on_error=1" ;;
     esac
     # Daemons with up to ten ranks on two shared cores: a test that fails is run once more, and the log shows both.
-    twice="--repeat until-pass:2"
-    # shellcheck disable=SC2086 # two words
+    # Two tests at a time, but for those that say they need both (PROCESSORS 2).
+    ctest="ctest --preset $preset --parallel 2 --repeat until-pass:2"
+    # shellcheck disable=SC2086 # several words
     case "$kind" in
-    release) ctest --preset release $twice -LE long ;;
+    release) $ctest -LE long ;;
     # Emulated CUDA threads are stacks of their own, which the address sanitizer does not follow.
-    asan) ctest --preset asan $twice -LE 'long|cuda-emulated' ;;
+    asan) $ctest -LE 'long|cuda-emulated' ;;
     # Threads are looked at, not numbers: what compares answers with answers runs in the two above.
-    tsan) ctest --preset tsan $twice -R 'engine|gateway' -E 'gateway_(equality|memory|score|client)' -LE long ;;
-    long) ctest --preset release $twice -L long ;;
+    tsan) $ctest -R 'engine|gateway' -E 'gateway_(equality|memory|score|client)' -LE long ;;
+    long) $ctest -L long ;;
     esac
     log=build/$preset/Testing/Temporary/LastTest.log
     grep -hE "skipped[: ]" "$log" | sort | uniq -c
