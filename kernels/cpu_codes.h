@@ -97,6 +97,8 @@ struct decoder {
     struct lookup table; // of 4 bits
 #if VF_N == 16
     vu words; // [32] bfloat16: INT4's multiples by the low five bits of a word, FP8's denormals
+#elif VF_N == 8
+    uint8_t bytes[4][16]; // byte i of each float of the table
 #endif
 };
 
@@ -150,6 +152,18 @@ ALWAYS_INLINE vu words_of(const enum decoding d, const int has_zeros)
 }
 #endif
 
+#if VF_N == 8
+ALWAYS_INLINE void split_bytes(uint8_t bytes[4][16], const float table[16])
+{
+    for (int j = 0; j < 16; j++) {
+        uint32_t word;
+        memcpy(&word, &table[j], sizeof(word));
+        for (int i = 0; i < 4; i++)
+            bytes[i][j] = (uint8_t)(word >> (8 * i));
+    }
+}
+#endif
+
 ALWAYS_INLINE struct decoder decoder_of(const struct expansion *e, const enum decoding d,
                                         const int has_zeros)
 {
@@ -160,6 +174,9 @@ ALWAYS_INLINE struct decoder decoder_of(const struct expansion *e, const enum de
 #if VF_N == 16
     if (d == DECODE_INT4 || d == DECODE_FP8)
         f.words = words_of(d, has_zeros);
+#elif VF_N == 8
+    if (d == DECODE_TABLE)
+        split_bytes(f.bytes, e->table);
 #endif
     return f;
 }
@@ -221,6 +238,13 @@ ALWAYS_INLINE vu rounded_pair(vf even, vf odd)
     o = (o + 0x7fffu + ((o >> 16) & 1u)) & 0xffff0000u;
     return e | o;
 #endif
+}
+
+/* One, rounded in the same way, still float32. */
+ALWAYS_INLINE vf rounded(vf x)
+{
+    vu u = (vu)x;
+    return (vf)((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
 }
 
 #if VF_N == 16

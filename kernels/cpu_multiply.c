@@ -166,32 +166,6 @@ ALWAYS_INLINE void add_bf16(struct sums *s, const int i, const x_word *a, vu w, 
     add_weights(s, i, a, (vf)(w << 16), (vf)(w & 0xffff0000u), n_rows);
 }
 
-#if VF_N == 8
-/* INT4 without zero points: two look-ups by bytes give the upper and the lower halves of 32 codes
- * as bfloat16, first those of a pair of four columns, then of the pair after the next. */
-ALWAYS_INLINE void add_int4_unit(struct sums *s, const int i, const x_word *a, vu u,
-                                 const int n_rows)
-{
-    static const uint8_t upper[16] = {0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf,
-                                      0x00, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40};
-    static const uint8_t lower[16] = {0x00, 0xe0, 0xc0, 0xa0, 0x80, 0x40, 0x00, 0x80,
-                                      0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0};
-    static const uint8_t order[16] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
-    const __m256i up = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)upper));
-    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)lower));
-    const __m256i by = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)order));
-    const vu mask = (vu){0} + 0x0f0f0f0fu;
-    u = (vu)_mm256_shuffle_epi8((__m256i)u, by);
-    __m256i even = (__m256i)(u & mask), odd = (__m256i)(u >> 4 & mask); // of pairs
-    __m256i even_up = _mm256_shuffle_epi8(up, even), even_low = _mm256_shuffle_epi8(low, even);
-    __m256i odd_up = _mm256_shuffle_epi8(up, odd), odd_low = _mm256_shuffle_epi8(low, odd);
-    add_bf16(s, i, a, (vu)_mm256_unpacklo_epi8(even_low, even_up), n_rows);
-    add_bf16(s, i, a + 2 * n_rows, (vu)_mm256_unpacklo_epi8(odd_low, odd_up), n_rows);
-    add_bf16(s, i, a + 4 * n_rows, (vu)_mm256_unpackhi_epi8(even_low, even_up), n_rows);
-    add_bf16(s, i, a + 6 * n_rows, (vu)_mm256_unpackhi_epi8(odd_low, odd_up), n_rows);
-}
-#endif
-
 /* Pair p of u, vector v of block b. */
 ALWAYS_INLINE void add_pair(struct sums *s, const int b, const int v, const x_word *a, vu u,
                             const int p, const struct decoder *f, const struct grid *g,
@@ -207,21 +181,15 @@ ALWAYS_INLINE void add_pair(struct sums *s, const int b, const int v, const x_wo
         add_weights(s, i, a, multiple(u, p, 0, v, f, g, d), multiple(u, p, 1, v, f, g, d), n_rows);
 }
 
+#if VF_N == 16
 /* Vector v of block b. */
 ALWAYS_INLINE void add_vector(struct sums *s, const int b, const int v, const x_word *a,
                               const uint8_t *codes, const struct decoder *f, const struct grid *g,
                               const int n_rows, const enum decoding d, const int has_zeros)
 {
     vu u = load_codes(codes);
-#if VF_N == 8
-    if (d == DECODE_INT4 && !has_zeros) {
-        add_int4_unit(s, b * BLOCK_VECTORS + v, a, u, n_rows);
-        return;
-    }
-#endif
 #pragma GCC unroll 4
     for (int p = 0; p < pairs_of_unit(d); p++, a += 2 * n_rows) {
-#if VF_N == 16
         if (d == DECODE_INT4 && !has_zeros) {
             /* Where a code lies in a byte matters, which byte does not: loads shift for nothing. */
             vu even = load_codes(codes + p / 2), odd = load_codes(codes + p / 2 + 2);
@@ -229,7 +197,6 @@ ALWAYS_INLINE void add_vector(struct sums *s, const int b, const int v, const x_
                         look_up(&f->table, odd >> (p % 2 * 4)), n_rows);
             continue;
         }
-#endif
         add_pair(s, b, v, a, u, p, f, g, n_rows, d, has_zeros);
     }
 }
@@ -247,6 +214,156 @@ ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *code
         __asm__("" : "+r"(codes));
     }
 }
+
+#else
+/* n vectors of the sums, from the i-th on, += the odd, then the even weights of a pair times that
+ * pair of each row. */
+ALWAYS_INLINE void add_vectors(struct sums *s, const int i, const int n, const x_word *a,
+                               const vf *even, const vf *odd, const int n_rows)
+{
+#pragma GCC unroll 2
+    for (int is_odd = 1; is_odd >= 0; is_odd--) {
+#pragma GCC unroll 4
+        for (int r = 0; r < n_rows; r++) {
+            vf x = vf_set(a[is_odd * n_rows + r]);
+#pragma GCC unroll 2
+            for (int v = 0; v < n; v++)
+                vf_add_product(&s->of[r][i + v], x, is_odd ? odd[v] : even[v]);
+        }
+    }
+}
+
+/* Integers: pair p of all blocks, so that what the pair has in common stays in registers. */
+ALWAYS_INLINE void add_integers(struct sums *s, const x_word *a, const uint8_t *codes,
+                                int64_t block_bytes, const int p, const struct grid *g,
+                                const int n_rows, const int n_blocks, const enum decoding d,
+                                const int has_zeros)
+{
+    const int at = bits_of(d) * p;
+    vu mask = (vu){0} + (((1u << bits_of(d)) - 1) << at), power = (vu){0} + bits_of_power(at);
+    vf bias = g[0].bias[at / 4][0];
+    /* Of codes and x, what is needed again is loaded again, not spilled. */
+    __asm__ volatile("" : "+x"(mask), "+x"(power), "+x"(bias), "+r"(codes));
+#pragma GCC unroll 4
+    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
+        const int n = n_rows == 1 ? 1 : BLOCK_VECTORS; // vectors that share a broadcast of x
+#pragma GCC unroll 2
+        for (int v = 0; v < BLOCK_VECTORS; v += n) {
+            vf even[BLOCK_VECTORS], odd[BLOCK_VECTORS];
+#pragma GCC unroll 2
+            for (int i = 0; i < n; i++) {
+                const uint8_t *from = codes + (v + i) * VF_N * 4;
+                const vf of_column = has_zeros ? g[b].bias[at / 4][v + i] : bias;
+                even[i] = (vf)((load_codes(from) & mask) | power) - of_column;
+                odd[i] = (vf)((load_codes(from + 2) & mask) | power) - of_column; // no shift
+            }
+            add_vectors(s, b * BLOCK_VECTORS + v, n, a, even, odd, n_rows);
+        }
+        __asm__ volatile("" : "+r"(codes));
+        if (n_rows > 1)
+            __asm__ volatile("" : "+r"(a));
+    }
+}
+
+ALWAYS_INLINE __m256i look_up_bytes(const uint8_t table[16], vu index)
+{
+    __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table));
+    return _mm256_shuffle_epi8(t, (__m256i)index);
+}
+
+/* Of a block the i-th bytes of each half word, four columns of the first vector in the lower eight
+ * bytes of each lane and four of the second in the upper: all even k, then all odd ones
+ * (`by_column`: side by side). */
+ALWAYS_INLINE vu half_words_bytes(const uint8_t *codes, const int i, const int by_column)
+{
+    static const uint8_t apart[16] = {0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15};
+    static const uint8_t beside[16] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
+    const __m256i order =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(by_column ? beside : apart)));
+    __m256i x = _mm256_shuffle_epi8((__m256i)load_codes(codes), order);
+    __m256i y = _mm256_shuffle_epi8((__m256i)load_codes(codes + 32), order);
+    return (vu)(i == 0 ? _mm256_unpacklo_epi64(x, y) : _mm256_unpackhi_epi64(x, y));
+}
+
+/* FP8: the bytes of a bfloat16 are looked up by the upper and the lower four bits of a code; but
+ * where the upper ones but the sign are 0, the lower ones say both: these are E4M3's denormals. */
+ALWAYS_INLINE void add_fp8(struct sums *s, const x_word *a, const uint8_t *codes, const int b,
+                           const int p, const int n_rows)
+{
+    static const uint8_t upper[16] = {0x00, 0x3d, 0x3e, 0x3f, 0x40, 0x41, 0x42, 0x43,
+                                      0x80, 0xbd, 0xbe, 0xbf, 0xc0, 0xc1, 0xc2, 0xc3};
+    static const uint8_t lower[16] = {0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70,
+                                      0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0};
+    static const uint8_t small_upper[16] = {0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c,
+                                            0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c};
+    static const uint8_t small_change[16] = {0x00, 0x10, 0xa0, 0xf0, 0x40, 0x70, 0x20, 0x10};
+    const vu code = half_words_bytes(codes, p, 1), magnitude = code & 0x7f7f7f7fu;
+    /* Above 0x7f, which looks up 0, from the code 0x10 on. */
+    const vu small = (vu)_mm256_add_epi8((__m256i)magnitude, _mm256_set1_epi8(0x70));
+    __m256i up = _mm256_or_si256(look_up_bytes(upper, code >> 4 & 0x0f0f0f0fu),
+                                 look_up_bytes(small_upper, small));
+    __m256i low =
+        _mm256_xor_si256(look_up_bytes(lower, magnitude), look_up_bytes(small_change, small));
+    const vu pairs[2] = {(vu)_mm256_unpacklo_epi8(low, up), (vu)_mm256_unpackhi_epi8(low, up)};
+    vf even[2], odd[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) {
+        even[v] = (vf)(pairs[v] << 16);
+        odd[v] = (vf)(pairs[v] & 0xffff0000u);
+    }
+    add_vectors(s, b * BLOCK_VECTORS, BLOCK_VECTORS, a, even, odd, n_rows);
+}
+
+/* A pair of NF4 or FP4, the codes as half_words_bytes() has them: the four bytes of a float are
+ * looked up for 32 of them at a time. */
+ALWAYS_INLINE void add_table(struct sums *s, const x_word *a, vu index, const int b,
+                             const struct decoder *f, const struct grid *g, const int n_rows)
+{
+    __m256i byte[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        byte[i] = look_up_bytes(f->bytes[i], index);
+    const __m256i lower[2] = {_mm256_unpacklo_epi8(byte[0], byte[1]),
+                              _mm256_unpackhi_epi8(byte[0], byte[1])};
+    const __m256i upper[2] = {_mm256_unpacklo_epi8(byte[2], byte[3]),
+                              _mm256_unpackhi_epi8(byte[2], byte[3])};
+    vf even[2], odd[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) {
+        even[v] = rounded((vf)_mm256_unpacklo_epi16(lower[v], upper[v]) * g->scale[v]);
+        odd[v] = rounded((vf)_mm256_unpackhi_epi16(lower[v], upper[v]) * g->scale[v]);
+    }
+    add_vectors(s, b * BLOCK_VECTORS, BLOCK_VECTORS, a, even, odd, n_rows);
+}
+
+ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
+                            int64_t block_bytes, const struct decoder *f, const struct grid *g,
+                            const int n_rows, const int n_blocks, const enum decoding d,
+                            const int has_zeros)
+{
+    if (d == DECODE_INT4 || d == DECODE_INT8) {
+#pragma GCC unroll 4
+        for (int p = 0; p < pairs_of_unit(d); p++, a += 2 * n_rows)
+            add_integers(s, a, codes, block_bytes, p, g, n_rows, n_blocks, d, has_zeros);
+        return;
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++, a += pairs_of_unit(d) * n_rows) {
+        const uint8_t *from = codes;
+#pragma GCC unroll 4
+        for (int b = 0; b < n_blocks; b++, from += block_bytes) {
+            if (d == DECODE_FP8) {
+                add_fp8(s, a, from, b, i, n_rows);
+            } else {
+                const vu u = half_words_bytes(from, i, 0);
+                add_table(s, a, u & 0x0f0f0f0fu, b, f, &g[b], n_rows);
+                add_table(s, a + 2 * n_rows, u >> 4 & 0x0f0f0f0fu, b, f, &g[b], n_rows);
+            }
+            __asm__ volatile("" : "+r"(from), "+r"(a));
+        }
+    }
+}
+#endif
 
 ALWAYS_INLINE void add_first_pair(struct sums *s, const int b, const int v, const x_word *a, vu u,
                                   const struct decoder *f, const struct grid *g, const int n_rows,
