@@ -3,7 +3,7 @@
 set(INTERNVLD_PYTHON python3 CACHE STRING "Python with the packages of tests/requirements.txt")
 
 # internvld_program_test(NAME LABEL COMMAND...): a test that starts the real programs. What compares answers may have
-# another test beside it (deploy/test.sh runs two at a time); what looks at times, memory or lost ranks may not.
+# another test beside it (deploy/test.sh runs two at a time); what looks at times or lost ranks may not.
 function(internvld_program_test name label)
   set(processors 2)
   if(label MATCHES "parity|invariance|cuda-emulated")
