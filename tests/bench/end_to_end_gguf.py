@@ -1,22 +1,24 @@
 """GGUF files of random weights in a model's shapes, for llama.cpp's programs beside end_to_end.py.
 
-    python tests/bench/end_to_end_gguf.py FOLDER [--model 1b] [--parts none int8 int4 vision]
+    python tests/bench/end_to_end_gguf.py FOLDER [--model 1b] [--parts none vision] [--llama-cpp PROGRAMS]
 
-Needs the gguf package. Written are none.gguf, int8.gguf and int4.gguf, the language part as BF16, Q8_0 and Q4_0 (named
-as the daemon's --quantization that they are measured beside; no vocabulary, the programs draw token numbers of their
-own), vision.gguf, the vision tower with its projector in BF16, and with it stub.gguf: one layer over a vocabulary of
-bytes, since llama-mtmd-cli wants a language model to hand the features to.
+Needs the gguf package. Written are none.gguf, the language part in BF16 (no vocabulary, the programs draw token numbers
+of their own), vision.gguf, the vision tower with its projector in BF16, and with it stub.gguf: one layer over a
+vocabulary of bytes, since llama-mtmd-cli wants a language model to hand the features to. With --llama-cpp, the folder
+of its programs, none.gguf becomes int8.gguf and int4.gguf as its users make them: by llama-quantize to Q8_0 and Q4_0
+(named as the daemon's --quantization that they are measured beside; `output` stays at 6 or 8 bits in both).
 """
 import argparse
 import json
 import pathlib
+import subprocess
 
 import gguf
 import numpy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BF16 = gguf.GGMLQuantizationType.BF16
-TYPES = {"none": BF16, "int8": gguf.GGMLQuantizationType.Q8_0, "int4": gguf.GGMLQuantizationType.Q4_0}
+QUANTIZED = {"int8": "Q8_0", "int4": "Q4_0"}
 MARKS = ["<|im_start|>", "<|im_end|>", "<img>", "</img>"]  # of the chat and around pictures
 POOL = numpy.random.default_rng(1).standard_normal(1 << 20, dtype=numpy.float32) * 0.02
 
@@ -24,13 +26,13 @@ POOL = numpy.random.default_rng(1).standard_normal(1 << 20, dtype=numpy.float32)
 class File:
     """A GGUF file: keys by `writer`, then tensors, then close()."""
 
-    def __init__(self, path, architecture, kind):
-        self.writer, self.kind = gguf.GGUFWriter(path, architecture), kind
+    def __init__(self, path, architecture):
+        self.writer = gguf.GGUFWriter(path, architecture)
 
     def linear(self, name, n, k, bias=True):
-        """A matrix [n, k] in the file's type, and its bias."""
-        values = gguf.quants.quantize(numpy.resize(POOL, (n, k)), self.kind)
-        self.writer.add_tensor(f"{name}.weight", values, raw_dtype=self.kind)
+        """A matrix [n, k] in BF16, and its bias."""
+        values = gguf.quants.quantize(numpy.resize(POOL, (n, k)), BF16)
+        self.writer.add_tensor(f"{name}.weight", values, raw_dtype=BF16)
         if bias:
             self.floats(f"{name}.bias", n)
 
@@ -57,9 +59,9 @@ def byte_tokens():
     return [chr(b) if b in plain else chr(next(others)) for b in range(256)]
 
 
-def write_language(path, c, kind, stub=False):
+def write_language(path, c, stub=False):
     """The decoder of text_config `c`; a stub has one layer and words for bytes and marks."""
-    out = File(path, "qwen2", kind)
+    out = File(path, "qwen2")
     dim, inner, n_layers = c["hidden_size"], c["intermediate_size"], 1 if stub else c["num_hidden_layers"]
     kv = dim // c["num_attention_heads"] * c["num_key_value_heads"]
     out.writer.add_block_count(n_layers)
@@ -104,7 +106,7 @@ def write_vision(path, config):
     """The vision tower and the projector, 2 x 2 patches a feature."""
     c, text_dim = config["vision_config"], config["text_config"]["hidden_size"]
     dim, inner, side, patch = c["hidden_size"], c["intermediate_size"], c["image_size"][0], c["patch_size"][0]
-    out = File(path, "clip", BF16)
+    out = File(path, "clip")
     out.writer.add_clip_has_vision_encoder(True)
     out.writer.add_clip_projector_type("internvl")
     out.writer.add_vision_embedding_length(dim)
@@ -144,16 +146,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--model", default="1b")
-    parser.add_argument("--parts", nargs="+", default=[*TYPES, "vision"], choices=[*TYPES, "vision"])
+    parser.add_argument("--parts", nargs="+", default=["none", "vision"], choices=["none", "vision"])
+    parser.add_argument("--llama-cpp", type=pathlib.Path)
     a = parser.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((ROOT / f"tests/data/configs/internvl3-{a.model}/config.json").read_text())
-    for part in a.parts:
-        if part == "vision":
-            write_vision(a.folder / "vision.gguf", config)
-            write_language(a.folder / "stub.gguf", config["text_config"], BF16, stub=True)
-        else:
-            write_language(a.folder / f"{part}.gguf", config["text_config"], TYPES[part])
+    whole = a.folder / "none.gguf"
+    if "none" in a.parts:
+        write_language(whole, config["text_config"])
+    if "vision" in a.parts:
+        write_vision(a.folder / "vision.gguf", config)
+        write_language(a.folder / "stub.gguf", config["text_config"], stub=True)
+    for name, kind in QUANTIZED.items() if a.llama_cpp else ():
+        subprocess.run([a.llama_cpp / "llama-quantize", whole, a.folder / f"{name}.gguf", kind], check=True)
 
 
 if __name__ == "__main__":
