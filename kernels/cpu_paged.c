@@ -201,6 +201,21 @@ static int cut_values(const struct paged_job *job, struct paged_tile *t, const s
     return n;
 }
 
+/* A product of rows that may be more than its tile takes: tiles of about the same height, so that
+ * what they read comes from memory once. */
+static void run_tiles(const struct paged_job *job, const struct tile *whole, int n_rows,
+                      int n_blocks)
+{
+    const int max_rows = job->state->tile->max_rows, n = (n_rows + max_rows - 1) / max_rows;
+    for (int i = 0; i < n; i++) {
+        const int row = n_rows * i / n, end = n_rows * (i + 1) / n;
+        struct tile product = *whole;
+        product.a = (const uint32_t *)whole->a + row * whole->a_row;
+        product.c = whole->c + row * whole->c_row;
+        job->state->tile->run(&product, end - row, n_blocks, job->factor.source);
+    }
+}
+
 /* sums[row ..] += p V for n_rows rows from `row` on and keys [from, to) of the step. */
 static void add_values(const struct paged_job *job, struct paged_tile *t,
                        const struct paged_step *s, int row, int n_rows, int64_t from, int64_t to)
@@ -221,7 +236,7 @@ static void add_values(const struct paged_job *job, struct paged_tile *t,
         .c_row = job->dim16,
         .accumulate = 1,
     };
-    job->state->tile->run(&product, n_rows, (int)(job->dim16 / 16), job->factor.source);
+    run_tiles(job, &product, n_rows, (int)(job->dim16 / 16));
 }
 
 /* What each row sees of the step, [lo, hi): those keys that all see at once, what is before and
@@ -262,7 +277,6 @@ static void prefetch(const char *p, int64_t n_bytes)
 static void score_keys(const struct paged_job *job, struct paged_tile *t,
                        const struct paged_step *s)
 {
-    const struct cpu_factor *f = &job->factor;
     const void *blocks[RUNS_MAX];
     int n_blocks = 0;
     for (int i = 0; i < s->n_runs; i++) {
@@ -279,7 +293,7 @@ static void score_keys(const struct paged_job *job, struct paged_tile *t,
         .c_row = STEP_MAX,
         .n_k = job->dim >> job->pairs,
     };
-    job->state->tile->run(&product, t->n_rows, n_blocks, f->source);
+    run_tiles(job, &product, t->n_rows, n_blocks);
 }
 
 /* Scores <- their products with the scales of the step's keys, or of its values, where a row sees
@@ -481,7 +495,7 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     /* Full tiles unless that would leave threads without one. */
     int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
     const int n_threads = job.state->n_threads;
-    job.tile_rows = (int)smaller((n_rows + n_threads - 1) / n_threads, job.state->tile->max_rows);
+    job.tile_rows = (int)smaller((n_rows + n_threads - 1) / n_threads, TILE_ROWS_MAX);
     cpu_parts_init(job.state, cut_items(&job, n_rows, n_threads));
     cpu_parallel(b,
                  cpu_product_cost(job.state, 2 * n_rows * kv->head_dim * layout->max_context_len),
