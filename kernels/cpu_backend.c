@@ -433,7 +433,6 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     s->expand = chosen->expand;
     s->multiply = chosen->multiply;
     s->vector = chosen->vector;
-    s->kept_bytes = cpu_kept_bytes();
     s->thread = xcalloc((size_t)n_threads, sizeof(*s->thread));
     s->expanded = xcalloc((size_t)n_threads, sizeof(*s->expanded));
     s->parts = aligned_alloc(64, (size_t)n_threads * sizeof(*s->parts));

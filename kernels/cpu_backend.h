@@ -36,7 +36,6 @@ struct cpu_state {
     struct cpu_scratch *expanded; // [team] the part of a quantised weight a thread works on
     struct cpu_part *parts;       // [team] of the items of the op that runs
     struct cpu_cores cores;
-    int64_t kept_bytes;        // cpu_kept_bytes()
     struct cpu_region *region; // that takes the next block, or NULL
     int n_threads;             // of the next op: the rank's share of its cores, at most the team
     char description[64];
@@ -137,9 +136,6 @@ void cpu_linear_pack_bias(struct backend *b, struct linear *l, const struct tens
 /* Of the packed input of any product of this size: backend_cpu_matmul_bytes(). */
 size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
                         enum dtype dtype);
-/* Of the blocks of a weight that are kept beside panels of x: half of the second-level cache. Slow:
- * the processor is asked. */
-int64_t cpu_kept_bytes(void);
 /* backend_cpu_expanded_bytes() */
 size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int64_t in_dim,
                           int n_parts, enum dtype dtype);

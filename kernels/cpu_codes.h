@@ -223,7 +223,14 @@ ALWAYS_INLINE vf value(vu u, const int p, const int is_odd, const int v, const s
 
 /* ---- pairs of bfloat16 ---- */
 
-/* Rounded to the nearest, ties to even; finite values only. */
+/* Rounded to the nearest, ties to even, still float32; finite values only. */
+ALWAYS_INLINE vf rounded(vf x)
+{
+    vu u = (vu)x;
+    return (vf)((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+}
+
+/* Two, rounded in the same way. */
 ALWAYS_INLINE vu rounded_pair(vf even, vf odd)
 {
 #if defined(__AVX512BF16__)
@@ -233,18 +240,8 @@ ALWAYS_INLINE vu rounded_pair(vf even, vf odd)
     return (vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order),
                                         (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 #else
-    vu e = (vu)even, o = (vu)odd;
-    e = (e + 0x7fffu + ((e >> 16) & 1u)) >> 16;
-    o = (o + 0x7fffu + ((o >> 16) & 1u)) & 0xffff0000u;
-    return e | o;
+    return (vu)rounded(even) >> 16 | (vu)rounded(odd);
 #endif
-}
-
-/* One, rounded in the same way, still float32. */
-ALWAYS_INLINE vf rounded(vf x)
-{
-    vu u = (vu)x;
-    return (vf)((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
 }
 
 #if VF_N == 16

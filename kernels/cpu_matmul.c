@@ -558,7 +558,8 @@ static void matmul_work(void *arg, int thread, int n_threads)
 #define KEPT_BYTES_MAX (512 << 10)
 #define KEPT_BYTES_MIN (128 << 10)
 
-int64_t cpu_kept_bytes(void)
+/* Of the blocks that are kept beside a panel: half of the second-level cache. */
+static int64_t kept_bytes(void)
 {
     int64_t half = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2; // 0 or less: not known
     return half <= 0 ? KEPT_BYTES_MAX : larger(KEPT_BYTES_MIN, smaller(half, KEPT_BYTES_MAX));
@@ -577,7 +578,7 @@ static int blocks_kept(const struct matmul_job *job, int n_threads)
 {
     const int64_t block_bytes = (int64_t)block_row_bytes(job) * job->steps.n * job->n_parts + 1;
     int64_t n = n_blocks_of(job->n_columns) / (n_threads * ITEMS_MIN);
-    n = smaller(n, job->state->kept_bytes / block_bytes);
+    n = smaller(n, kept_bytes() / block_bytes);
     if (job->n_panels < KEPT_PANELS_MIN || n < job->n_blocks_wide)
         n = job->n_blocks_wide;
     return (int)(n / job->n_blocks_wide * job->n_blocks_wide);
@@ -593,7 +594,7 @@ size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int6
     for (int rows = 1; rows <= tile->max_rows; rows++) // of a panel that is not alone
         if (2 * rows >= tile->max_rows)
             wide = larger(wide, tile->wide_blocks(rows));
-    return (size_t)larger(larger(wide * block_bytes, smaller(all, cpu_kept_bytes())),
+    return (size_t)larger(larger(wide * block_bytes, smaller(all, kept_bytes())),
                           (int64_t)TILE_BLOCKS_MAX * CHUNK_BYTES * n_parts);
 }
 

@@ -208,11 +208,12 @@ static void run_tiles(const struct paged_job *job, const struct tile *whole, int
 {
     const int max_rows = job->state->tile->max_rows, n = (n_rows + max_rows - 1) / max_rows;
     for (int i = 0; i < n; i++) {
-        const int row = n_rows * i / n, end = n_rows * (i + 1) / n;
+        int64_t row, end;
+        cpu_share(n_rows, i, n, &row, &end);
         struct tile product = *whole;
         product.a = (const uint32_t *)whole->a + row * whole->a_row;
         product.c = whole->c + row * whole->c_row;
-        job->state->tile->run(&product, end - row, n_blocks, job->factor.source);
+        job->state->tile->run(&product, (int)(end - row), n_blocks, job->factor.source);
     }
 }
 
