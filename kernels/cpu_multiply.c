@@ -70,17 +70,23 @@ ALWAYS_INLINE void set_mode(struct sums *s, unsigned mode, const int n_rows, con
 
 /* ---- whole units ---- */
 
+/* 1 where arithmetic takes less time than memory does. */
+ALWAYS_INLINE int waits_for_memory(const int n_rows, const enum decoding d)
+{
+    return DOTS || (d == DECODE_INT8 && n_rows == 1);
+}
+
 /* What comes later than codes at `codes`, which a block has `before` bytes before, is fetched: of
  * these blocks, or of those that come next. */
 ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t before,
-                               const int n_blocks)
+                               const int n_rows, const int n_blocks, const enum decoding d)
 {
     const uint8_t *ahead = codes + PREFETCH_BYTES;
     if (before + PREFETCH_BYTES >= m->codes_bytes)
         ahead += n_blocks * m->block_bytes - m->codes_bytes;
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++) {
-        __builtin_prefetch(ahead);
+        prefetch((const char *)ahead, waits_for_memory(n_rows, d));
         ahead += m->block_bytes;
         __asm__("" : "+r"(ahead)); // not one register for each block
     }
@@ -402,7 +408,7 @@ ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m, con
     const int n_pairs = pairs_of_unit(d);
     int64_t left = (n_k + 1) / 2; // pairs
     for (; left >= n_pairs; left -= n_pairs, codes += UNIT_BYTES, before += UNIT_BYTES) {
-        fetch_ahead(m, codes, before, n_blocks);
+        fetch_ahead(m, codes, before, n_rows, n_blocks, d);
         add_unit(s, a, codes, m->block_bytes, f, g, n_rows, n_blocks, d, has_zeros);
         a += n_pairs * PAIR_WORDS * n_rows;
     }

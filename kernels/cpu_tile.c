@@ -98,7 +98,7 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++) {
             if (n_rows <= TILE_ROWS_APART)
-                __builtin_prefetch(b[i] + t->prefetch_bytes);
+                prefetch(b[i] + t->prefetch_bytes, VF_N == 16 || n_rows == 1);
             if (source == TILE_F32)
                 load_block(v + i * BLOCK_VECTORS, b[i]);
             else

@@ -61,7 +61,7 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
 #pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++) {
             if (n_rows <= TILE_ROWS_APART)
-                __builtin_prefetch(b[j] + t->prefetch_bytes);
+                __builtin_prefetch(b[j] + t->prefetch_bytes, 0, 2);
             v[j] = load_pairs(b[j], source);
             b[j] += step_bytes;
         }
