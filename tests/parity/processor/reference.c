@@ -4,6 +4,7 @@
 #include "tests/parity/processor/reference.h"
 
 #include <limits.h>
+#include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -113,84 +114,31 @@ uint8_t *reference_tensor(const char *file, const char *tensor, int64_t *shape, 
     return out;
 }
 
-static const uint32_t round_constants[64] = {
-    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
-    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
-    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
-    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
-    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
-    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
-    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
-
-static uint32_t rotate(uint32_t x, int n)
+static void check(int status)
 {
-    return x >> n | x << (32 - n);
-}
-
-static void sha256_block(struct sha256 *s, const uint8_t *p)
-{
-    uint32_t w[64], v[8];
-
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
-               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = rotate(w[i - 15], 7) ^ rotate(w[i - 15], 18) ^ w[i - 15] >> 3;
-        uint32_t b = rotate(w[i - 2], 17) ^ rotate(w[i - 2], 19) ^ w[i - 2] >> 10;
-
-        w[i] = w[i - 16] + a + w[i - 7] + b;
-    }
-    memcpy(v, s->state, sizeof(v));
-    for (int i = 0; i < 64; i++) {
-        uint32_t e = rotate(v[4], 6) ^ rotate(v[4], 11) ^ rotate(v[4], 25);
-        uint32_t t1 = v[7] + e + ((v[4] & v[5]) ^ (~v[4] & v[6])) + round_constants[i] + w[i];
-        uint32_t a = rotate(v[0], 2) ^ rotate(v[0], 13) ^ rotate(v[0], 22);
-        uint32_t t2 = a + ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
-
-        memmove(v + 1, v, 7 * sizeof(*v));
-        v[4] += t1;
-        v[0] = t1 + t2;
-    }
-    for (int i = 0; i < 8; i++)
-        s->state[i] += v[i];
+    if (status != 1)
+        die("SHA-256: libcrypto failed");
 }
 
 void sha256_init(struct sha256 *s)
 {
-    *s = (struct sha256){.state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f,
-                                   0x9b05688c, 0x1f83d9ab, 0x5be0cd19}};
+    s->context = EVP_MD_CTX_new();
+    check(EVP_DigestInit_ex(s->context, EVP_sha256(), NULL));
 }
 
 void sha256_update(struct sha256 *s, const void *data, size_t n_bytes)
 {
-    const uint8_t *p = data;
-
-    while (n_bytes > 0) {
-        size_t at = s->n_bytes % 64, n = 64 - at < n_bytes ? 64 - at : n_bytes;
-
-        memcpy(s->block + at, p, n);
-        s->n_bytes += n;
-        p += n;
-        n_bytes -= n;
-        if (s->n_bytes % 64 == 0)
-            sha256_block(s, s->block);
-    }
+    check(EVP_DigestUpdate(s->context, data, n_bytes));
 }
 
 void sha256_hex(struct sha256 *s, char hex[65])
 {
-    uint64_t n_bits = 8 * s->n_bytes;
-    uint8_t length[8];
+    uint8_t digest[32];
 
-    for (int i = 0; i < 8; i++)
-        length[i] = (uint8_t)(n_bits >> (56 - 8 * i));
-    sha256_update(s, "\x80", 1);
-    while (s->n_bytes % 64 != 56)
-        sha256_update(s, "", 1);
-    sha256_update(s, length, 8);
-    for (int i = 0; i < 8; i++)
-        snprintf(hex + 8 * i, 9, "%08x", s->state[i]);
+    check(EVP_DigestFinal_ex(s->context, digest, NULL));
+    EVP_MD_CTX_free(s->context);
+    for (int i = 0; i < 32; i++)
+        snprintf(hex + 2 * i, 3, "%02x", digest[i]);
 }
 
 const cJSON *json_item(const cJSON *object, const char *name)

@@ -10,6 +10,7 @@
 #define INTERNVLD_TESTS_PARITY_REFERENCE_H
 
 #include <cjson/cJSON.h>
+#include <openssl/types.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -29,11 +30,9 @@ char *file_read(const char *path, size_t *n_bytes);
  * tensor. */
 uint8_t *reference_tensor(const char *file, const char *tensor, int64_t *shape, size_t *n_bytes);
 
-/* FIPS 180-4; lower-case hex. */
+/* libcrypto's; sha256_hex(), in lower case, ends it and frees the context. */
 struct sha256 {
-    uint32_t state[8];
-    uint64_t n_bytes;
-    uint8_t block[64];
+    EVP_MD_CTX *context;
 };
 void sha256_init(struct sha256 *s);
 void sha256_update(struct sha256 *s, const void *data, size_t n_bytes);
