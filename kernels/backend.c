@@ -22,11 +22,11 @@ static int is_activation(const struct backend *b, const struct tensor *t)
            (tensor_n_rows(t) <= 1 || t->row_stride >= tensor_n_cols(t));
 }
 
-/* What products with l read: activations, or values of the type that they are computed from. */
-static int is_factor(const struct backend *b, const struct tensor *x, const struct linear *l)
+/* What products of `dtype` read: activations, or values of that type. */
+static int is_factor(const struct backend *b, const struct tensor *x, enum dtype dtype)
 {
     struct tensor as_activation = *x;
-    if (x->dtype == l->dtype)
+    if (x->dtype == dtype)
         as_activation.dtype = DTYPE_F32;
     return is_activation(b, &as_activation);
 }
@@ -116,10 +116,10 @@ void op_matmul(struct backend *b, struct tensor *y, const struct tensor *x, cons
                const struct epilogue *e)
 {
     CHECK(linear_is_sound(l) && l->packed);
-    CHECK(is_activation(b, y) && is_factor(b, x, l) && same_rows(x, y));
+    CHECK(is_factor(b, y, l->dtype) && is_factor(b, x, l->dtype) && same_rows(x, y));
     CHECK(tensor_n_cols(x) == l->in_dim && tensor_n_cols(y) == l->out_dim);
     CHECK(y->data != x->data || is_empty(y));
-    CHECK(!e || !e->residual || same_matrix(e->residual, y));
+    CHECK(!e || !e->residual || (is_activation(b, y) && same_matrix(e->residual, y)));
     if (!is_empty(y))
         b->ops->matmul(b, y, x, l, e);
 }
@@ -128,7 +128,7 @@ void op_matmul_gated(struct backend *b, struct tensor *y, struct tensor *gate_up
                      const struct tensor *x, const struct linear *l, enum activation act)
 {
     CHECK(linear_is_sound(l) && l->packed);
-    CHECK(is_factor(b, y, l) && is_factor(b, x, l) && same_rows(x, y));
+    CHECK(is_factor(b, y, l->dtype) && is_factor(b, x, l->dtype) && same_rows(x, y));
     CHECK(tensor_n_cols(x) == l->in_dim && 2 * tensor_n_cols(y) == l->out_dim);
     CHECK(y->data != x->data || is_empty(y));
     if (is_empty(y) || (b->ops->matmul_gated && b->ops->matmul_gated(b, y, x, l, act)))
@@ -266,7 +266,8 @@ void op_attention(struct backend *b, struct tensor *out, const struct tensor *q,
                   float scale, enum dtype dtype, float *probs)
 {
     CHECK(dtype == DTYPE_F32 || dtype == DTYPE_BF16);
-    CHECK(is_activation(b, q) && same_matrix(out, q) && same_matrix(k, q) && same_matrix(v, q));
+    CHECK(is_factor(b, q, dtype) && same_matrix(out, q) && same_matrix(k, q));
+    CHECK(same_matrix(v, q));
     CHECK(n_heads > 0 && tensor_n_cols(q) % n_heads == 0);
     CHECK(n_tiles >= 0 && (n_tiles > 0 ? tensor_n_rows(q) % n_tiles == 0 : is_empty(q)));
     if (!is_empty(q))

@@ -189,8 +189,8 @@ struct backend_ops {
                                   const struct tensor *bias);
     void (*linear_free)(struct backend *b, struct linear *l);
 
-    /* y [n_tokens, out_dim] <- epilogue(x [n_tokens, in_dim]); y may not overlap x, which may be of
-     * the type that products are computed from. */
+    /* y [n_tokens, out_dim] <- epilogue(x [n_tokens, in_dim]); y may not overlap x. Both may be of
+     * the type that products are computed from; the residual is of activations. */
     void (*matmul)(struct backend *b, struct tensor *y, const struct tensor *x,
                    const struct linear *l, const struct epilogue *e);
     /* y [n_tokens, d] <- act(gate) * up, both [n_tokens, d], of x W^T + bias, whose columns are
@@ -241,8 +241,8 @@ struct backend_ops {
                             const int32_t *kv_of_head, int32_t n_heads, float scale,
                             int32_t window);
     /* Full (not causal) attention inside each of n_tiles groups of n_tokens_per_tile rows. q, k, v
-     * and out [n_tiles * n_tokens_per_tile, n_heads * head_dim]. `dtype` is what its products are
-     * computed from, F32 or BF16, whatever its tensors are (CUDA: as its tensors are). probs:
+     * and out [n_tiles * n_tokens_per_tile, n_heads * head_dim], of activations or of `dtype`, which
+     * is what its products are computed from, F32 or BF16 (CUDA: as its tensors are). probs:
      * [n_tiles, n_heads, T, T] float32 to fill, or NULL. */
     void (*attention)(struct backend *b, struct tensor *out, const struct tensor *q,
                       const struct tensor *k, const struct tensor *v, int64_t n_tiles,

@@ -74,15 +74,39 @@ static void head_reserve(const struct full_job *job, struct full_head *h, int th
     h->sums = cpu_carve(&at, GROUP * job->dim16);
 }
 
+static char *element(const struct tensor *t, int64_t row, int64_t column)
+{
+    return (char *)t->data + (size_t)(row * t->row_stride + column) * dtype_size(t->dtype);
+}
+
 /* Heads lie side by side in a row, so that the next row of one is in another page of memory, where
  * the processor's own prefetch ends. Rows [row, row + n) or those of them before `end`. */
 static void prefetch_rows(const struct full_job *job, const struct tensor *t, int64_t row,
                           int64_t column, int64_t n, int64_t end)
 {
     for (; n > 0 && row < end; row++, n--) {
-        const char *x = (const char *)(cpu_row(t, row) + column);
-        for (int64_t i = 0; i < job->head_dim * 4; i += 64)
+        const char *x = element(t, row, column);
+        for (size_t i = 0; i < (size_t)job->head_dim * dtype_size(t->dtype); i += 64)
             __builtin_prefetch(x + i, 0, 2);
+    }
+}
+
+/* to [dim_words] <- a row of the head, rounded. */
+static void round_row(const struct full_job *job, uint32_t *to, const void *row, enum dtype dtype)
+{
+    const struct cpu_vector_ops *vector = job->state->vector;
+    const int64_t dim = job->head_dim;
+    const uint16_t *x = row;
+    to[dim - 1] = to[job->dim_words - 1] = 0; // an odd dimension is alone in its pair
+    if (job->form == COLUMNS_ROUNDED && dtype == DTYPE_F32) {
+        vector->round_bf16_odd_first((float *)to, row, dim);
+    } else if (job->form == COLUMNS_ROUNDED) {
+        for (int64_t d = 0; d < dim; d++)
+            to[d ^ 1] = (uint32_t)x[d] << 16;
+    } else if (dtype == DTYPE_F32) {
+        vector->to_bf16((uint16_t *)to, row, dim);
+    } else {
+        memcpy(to, x, (size_t)dim * sizeof(*x));
     }
 }
 
@@ -91,26 +115,23 @@ static void pack_columns(const struct full_job *job, struct full_head *h, uint32
                          int64_t dst_row, const struct tensor *t, int64_t row, int64_t column,
                          int64_t n)
 {
-    const struct cpu_vector_ops *vector = job->state->vector;
-    const uint32_t *from = (const uint32_t *)cpu_row(t, row) + column;
+    const uint32_t *from = (const uint32_t *)(const void *)element(t, row, column);
     int64_t from_row = t->row_stride;
-    for (int64_t r = 0; r < n && job->form != COLUMNS_F32; r++) {
-        const float *x = cpu_row(t, row + r) + column;
-        uint32_t *to = h->rows + r * job->dim_words;
-        if (job->form == COLUMNS_ROUNDED) {
-            vector->round_bf16_odd_first((float *)to, x, job->head_dim);
-            continue;
-        }
-        to[job->dim_words - 1] = 0;
-        vector->to_bf16((uint16_t *)to, x, job->head_dim);
-    }
     if (job->form != COLUMNS_F32) {
+        for (int64_t r = 0; r < n; r++)
+            round_row(job, h->rows + r * job->dim_words, element(t, row + r, column), t->dtype);
         from = h->rows;
         from_row = job->dim_words;
     }
     if (n < dst_row)
         memset(dst, 0, (size_t)(job->dim_words * dst_row) * 4);
-    vector->transpose(dst, dst_row, from, from_row, n, job->dim_words);
+    job->state->vector->transpose(dst, dst_row, from, from_row, n, job->dim_words);
+}
+
+static void pair_rows(uint32_t *dst, const uint16_t *even, const uint16_t *odd, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        dst[i] = even[i] | (odd ? (uint32_t)odd[i] << 16 : 0);
 }
 
 /* Row i of the values. */
@@ -118,18 +139,22 @@ static void pack_values(const struct full_job *job, uint32_t *dst, int64_t i, in
                         int64_t column)
 {
     const struct cpu_vector_ops *vector = job->state->vector;
-    const int64_t dim = job->head_dim, stride = job->v->row_stride;
+    const struct tensor *v = job->v;
+    const int64_t dim = job->head_dim;
     /* The key, or the first of a pair. */
     const int64_t key = job->form == COLUMNS_F32 ? i : job->form == COLUMNS_ROUNDED ? i ^ 1 : 2 * i;
-    const float *row = cpu_row(job->v, first_row) + column + key * stride;
+    const void *row = element(v, first_row + key, column);
+    const void *next = key + 1 < job->n_tokens ? element(v, first_row + key + 1, column) : NULL;
     if (key >= job->n_tokens)
         memset(dst, 0, (size_t)dim * 4);
-    else if (job->form == COLUMNS_F32)
-        memcpy(dst, row, (size_t)dim * sizeof(float));
-    else if (job->form == COLUMNS_ROUNDED)
+    else if (job->form == COLUMNS_BF16_PAIRS && v->dtype == DTYPE_BF16)
+        pair_rows(dst, row, next, dim);
+    else if (job->form == COLUMNS_BF16_PAIRS)
+        vector->pair_bf16(dst, row, next, dim);
+    else if (job->form == COLUMNS_ROUNDED && v->dtype == DTYPE_F32)
         vector->round_bf16((float *)dst, row, dim);
     else
-        vector->pair_bf16(dst, row, key + 1 < job->n_tokens ? row + stride : NULL, dim);
+        tensor_widen((float *)dst, row, v->dtype, dim);
     memset(dst + dim, 0, (size_t)(job->dim16 - dim) * 4);
 }
 
@@ -244,9 +269,13 @@ static void head_rows(const struct full_job *job, struct full_head *h, const str
         add_values(job, h, key, CHUNK, rows->n);
     }
     vector->columns_total(h->l, GROUP, softmax.n);
-    for (int64_t r = 0; r < rows->n; r++)
-        vector->divide(cpu_row(job->out, row + r) + rows->column, h->sums + r * job->dim16, h->l[r],
-                       job->head_dim);
+    for (int64_t r = 0; r < rows->n; r++) {
+        void *out = element(job->out, row + r, rows->column);
+        float *sums = h->sums + r * job->dim16;
+        vector->divide(job->out->dtype == DTYPE_F32 ? out : sums, sums, h->l[r], job->head_dim);
+        if (job->out->dtype == DTYPE_BF16)
+            vector->to_bf16(out, sums, job->head_dim);
+    }
     if (probs)
         write_probs(job, h, softmax, rows->n, probs + rows->row * job->n_tokens);
 }

@@ -460,16 +460,19 @@ static void place_init(struct place *at, const struct matmul_job *job, int64_t p
 }
 
 /* y <- the epilogue of sums, rows of n floats. */
-static void store_sums(const struct matmul_job *job, const struct place *at, const float *sums,
-                       int64_t n)
+static void store_sums(const struct matmul_job *job, const struct place *at, float *sums, int64_t n)
 {
     const struct epilogue *e = &job->epilogue;
     const float *bias = job->l->bias;
-    for (int r = 0; r < at->n_rows; r++)
-        job->vector->epilogue((float *)(void *)(at->y + (size_t)r * at->row_bytes), sums + r * n,
-                              at->n_columns, bias ? bias + at->column : NULL, e->act,
+    for (int r = 0; r < at->n_rows; r++, sums += n) {
+        void *y = at->y + (size_t)r * at->row_bytes;
+        job->vector->epilogue(job->y->dtype == DTYPE_F32 ? y : sums, sums, at->n_columns,
+                              bias ? bias + at->column : NULL, e->act,
                               e->scale ? e->scale + at->column : NULL,
                               e->residual ? cpu_row(e->residual, at->row + r) + at->column : NULL);
+        if (job->y->dtype == DTYPE_BF16)
+            job->vector->to_bf16(y, sums, at->n_columns);
+    }
 }
 
 /* y <- act(gate) * up, rows of n floats, to which biases are added. */

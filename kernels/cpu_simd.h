@@ -246,6 +246,20 @@ ALWAYS_INLINE vh vf_to_bf16(vf x)
 #endif
 }
 
+/* Two of them as pairs, `even` in the lower halves. */
+ALWAYS_INLINE vu vf_pair_bf16(vf even, vf odd)
+{
+#if defined(__AVX512BF16__)
+    static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order),
+                                        (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+#else
+    return vf_round_bf16(even) >> 16 | vf_round_bf16(odd);
+#endif
+}
+
 /* Sixteen partial sums; element i of a row belongs to partial i % 16. */
 struct sum16 {
     vf v[BLOCK_VECTORS];

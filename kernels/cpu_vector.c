@@ -258,7 +258,7 @@ ALWAYS_INLINE void columns_exp_as(const struct softmax_columns *arg, const enum 
             if (has_odd)
                 odd = column_exp(scores + c.row + j, sums + c.row + j, c.scale, m);
             if (form == COLUMNS_BF16_PAIRS) {
-                *(vu_memory *)(to + j) = round_exp(even) >> 16 | round_exp(odd);
+                *(vu_memory *)(to + j) = vf_pair_bf16(even, odd);
             } else if (form == COLUMNS_ROUNDED) {
                 *(vu_memory *)(to + j) = round_exp(odd);
                 *(vu_memory *)(to + c.row + j) = round_exp(even);
@@ -302,9 +302,7 @@ static void to_bf16(uint16_t *dst, const float *src, int64_t n)
 static void pair_bf16(uint32_t *dst, const float *even, const float *odd, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VF_N) {
-        vu pairs = __builtin_convertvector(vf_to_bf16(load_at(even, i, n)), vu);
-        if (odd)
-            pairs |= __builtin_convertvector(vf_to_bf16(load_at(odd, i, n)), vu) << 16;
+        vu pairs = vf_pair_bf16(load_at(even, i, n), odd ? load_at(odd, i, n) : vf_set(0.0f));
         store_at((float *)dst, i, n, (vf)pairs);
     }
 }

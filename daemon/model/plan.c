@@ -92,7 +92,7 @@ static void add_step(struct plan_rank *r, const struct model_config *c,
 static void add_vision_step(struct plan_rank *r, const struct model_config *c,
                             const struct plan_settings *s)
 {
-    size_t scratch = vision_scratch_bytes(c, s->max_vision_tiles, s->activation_dtype);
+    size_t scratch = vision_scratch_bytes(c, s->max_vision_tiles, s->activation_dtype, s->dtype);
     size_t host = vision_host_bytes(c, s->max_vision_tiles);
     int64_t n_rows, n_columns;
     vision_largest_input(c, s->max_vision_tiles, &n_rows, &n_columns);

@@ -26,8 +26,16 @@ static int scratch_tiles(const struct vision_config *v, int max_tiles)
     return fit < max_tiles ? fit : max_tiles;
 }
 
+/* What q, k, v and attention's rows are held in: what products are computed from, which norms of q
+ * and k want more of. */
+static enum dtype attention_dtype(const struct vision_config *v, enum dtype activation,
+                                  enum dtype dtype)
+{
+    return v->use_qk_norm ? activation : dtype;
+}
+
 static void lay_out(struct vision_scratch *s, struct carve *c, const struct model_config *m,
-                    int n_tiles, enum dtype activation)
+                    int n_tiles, enum dtype activation, enum dtype dtype)
 {
     size_t size = dtype_size(activation);
     const struct vision_config *v = &m->vision;
@@ -44,9 +52,9 @@ static void lay_out(struct vision_scratch *s, struct carve *c, const struct mode
     s->patches = carve(c, n * patch, size);
     s->x = carve(c, n * dim, sizeof(float));
     s->normed = carve(c, n * dim, size);
-    s->qkv = carve(c, 3 * n * dim, size);
+    s->qkv = carve(c, 3 * n * dim, dtype_size(attention_dtype(v, activation, dtype)));
     s->attention = carve(c, n * dim, size);
-    s->hidden = carve(c, n * v->intermediate_size, size);
+    s->hidden = carve(c, n * v->intermediate_size, dtype_size(dtype));
     s->selected = carve(c, n * dim, sizeof(float));
     s->block = carve(c, n * dim, sizeof(float));
     s->linear_1 = carve(c, n * text, size);
@@ -54,11 +62,12 @@ static void lay_out(struct vision_scratch *s, struct carve *c, const struct mode
     s->position = carve(c, largest * dim, sizeof(float));
 }
 
-size_t vision_scratch_bytes(const struct model_config *c, int max_tiles, enum dtype activation)
+size_t vision_scratch_bytes(const struct model_config *c, int max_tiles, enum dtype activation,
+                            enum dtype dtype)
 {
     struct vision_scratch s;
     struct carve sum = {0};
-    lay_out(&s, &sum, c, scratch_tiles(&c->vision, max_tiles), activation);
+    lay_out(&s, &sum, c, scratch_tiles(&c->vision, max_tiles), activation, dtype);
     return sum.used_bytes;
 }
 
@@ -147,10 +156,10 @@ void vision_init(struct vision_model *m, const struct model_config *c, struct we
     linear(w, b, &m->linear_1, dtype, "multi_modal_projector.", "linear_1");
     linear(w, b, &m->linear_2, dtype, "multi_modal_projector.", "linear_2");
     m->weight_bytes = w->n_bytes - before;
-    m->scratch_bytes = vision_scratch_bytes(c, max_tiles, b->activation_dtype);
+    m->scratch_bytes = vision_scratch_bytes(c, max_tiles, b->activation_dtype, dtype);
     m->scratch_base = op_alloc_resident(b, m->scratch_bytes);
     struct carve carve = {.base = m->scratch_base};
-    lay_out(&m->scratch, &carve, c, scratch_tiles(v, max_tiles), b->activation_dtype);
+    lay_out(&m->scratch, &carve, c, scratch_tiles(v, max_tiles), b->activation_dtype, dtype);
 }
 
 static void forget_runs(struct vision_model *m)
@@ -391,7 +400,7 @@ static void attention(struct vision_run *r, const struct vision_layer *l, int i,
     struct backend *b = m->backend;
     const struct vision_config *v = &m->config->vision;
     int64_t dim = v->hidden_size;
-    struct tensor qkv = tensor_2d(m->scratch.qkv, b->activation_dtype, r->x.shape[0], 3 * dim);
+    struct tensor qkv = tensor_2d(m->scratch.qkv, out->dtype, r->x.shape[0], 3 * dim);
     op_matmul(b, &qkv, &r->normed, &l->qkv, NULL);
     r->q = tensor_columns(&qkv, 0, dim);
     r->k = tensor_columns(&qkv, dim, dim);
@@ -421,9 +430,9 @@ static void layer(struct vision_run *r, const struct vision_layer *l, int i)
     struct backend *b = m->backend;
     const struct vision_config *v = &m->config->vision;
     int64_t n = r->x.shape[0], n_probs = (int64_t)r->n_tokens * r->n_tokens * v->n_heads;
-    struct tensor mixed = tensor_2d(m->scratch.attention, b->activation_dtype, n, v->hidden_size);
-    struct tensor hidden =
-        tensor_2d(m->scratch.hidden, b->activation_dtype, n, v->intermediate_size);
+    enum dtype type = attention_dtype(v, b->activation_dtype, m->dtype);
+    struct tensor mixed = tensor_2d(m->scratch.attention, type, n, v->hidden_size);
+    struct tensor hidden = tensor_2d(m->scratch.hidden, m->dtype, n, v->intermediate_size);
     int want_probs = (r->wanted & VISION_CAPTURE_ATTENTIONS) != 0;
     float *probs = want_probs ? op_alloc(b, (size_t)(r->n_tiles * n_probs) * sizeof(float)) : NULL;
 

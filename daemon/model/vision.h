@@ -26,7 +26,8 @@ struct vision_layer {
     struct linear qkv, projection, fc1, fc2;
 };
 
-/* Rows: n_tokens tokens of as many whole tiles as fit. void: of the back end's activation_dtype. */
+/* Rows: n_tokens tokens of as many whole tiles as fit. void: of the back end's activation_dtype, or
+ * (hidden; qkv but for models that norm q and k) of what products are computed from. */
 struct vision_scratch {
     int64_t n_tokens;
     float *pixels;   // [tiles, channels, height, width]
@@ -70,8 +71,9 @@ struct vision_model {
 #define VISION_MAX_SCALE 4
 
 /* Scratch for max_tiles native tiles at once, or as many as make 8192 tokens, and for one tile of
- * VISION_MAX_SCALE, on a back end with activations of `activation`. */
-size_t vision_scratch_bytes(const struct model_config *c, int max_tiles, enum dtype activation);
+ * VISION_MAX_SCALE, on a back end with activations of `activation` and products of `dtype`. */
+size_t vision_scratch_bytes(const struct model_config *c, int max_tiles, enum dtype activation,
+                            enum dtype dtype);
 
 /* Host memory: the table of positions, a batch of tiles, its features and their message. */
 size_t vision_host_bytes(const struct model_config *c, int max_tiles);

@@ -435,6 +435,35 @@ static void test_copy_pages(void **state)
     check_copy_pages(DTYPE_I8, 16);
 }
 
+static struct tensor as_bf16(struct backend *b, const struct tensor *t)
+{
+    struct tensor copy = op_case_strided(t->shape[0], t->shape[1]);
+    copy.dtype = DTYPE_BF16;
+    op_copy(b, &copy, t);
+    return copy;
+}
+
+/* Tensors of bfloat16 give what float32 ones do, rounded. */
+static void check_full_stored(struct backend *b, const struct tensor *qkv, const struct tensor *out,
+                              int n_tiles, int n_heads)
+{
+    int64_t cols = out->shape[1];
+    struct tensor stored = as_bf16(b, qkv), want = as_bf16(b, out), got = as_bf16(b, out);
+    struct tensor q = tensor_columns(&stored, 0, cols), k = tensor_columns(&stored, cols, cols);
+    struct tensor v = tensor_columns(&stored, 2 * cols, cols);
+    for (int64_t r = 0; r < out->shape[0]; r++)
+        memset((uint16_t *)got.data + r * got.row_stride, 0xff, (size_t)cols * sizeof(uint16_t));
+    op_attention(b, &got, &q, &k, &v, n_tiles, n_heads, 1 / sqrtf((float)(cols / n_heads)),
+                 DTYPE_BF16, NULL);
+    for (int64_t r = 0; r < out->shape[0]; r++)
+        op_case_same((uint16_t *)want.data + r * want.row_stride,
+                     (uint16_t *)got.data + r * got.row_stride, (size_t)cols * sizeof(uint16_t),
+                     "attention stored in bfloat16");
+    free(stored.data);
+    free(want.data);
+    free(got.data);
+}
+
 /* *bits: NULL, or what another instruction set gave; the caller frees. */
 static void check_full(struct backend *b, enum dtype dtype, int n_tiles, int t, int n_heads, int hd,
                        float **bits)
@@ -481,6 +510,8 @@ static void check_full(struct backend *b, enum dtype dtype, int n_tiles, int t, 
     for (int r = 0; r < rows; r++)
         op_case_same(*bits + r * cols, (float *)out.data + r * out.row_stride,
                      (size_t)cols * sizeof(float), "attention by another instruction set");
+    if (dtype == DTYPE_BF16)
+        check_full_stored(b, &qkv, &out, n_tiles, n_heads);
     free(alone.data);
     free(qkv.data);
     free(rounded);

@@ -308,8 +308,28 @@ static void test_gated(void **state)
     }
 }
 
+/* y in bfloat16 is float32's, rounded. */
+static void check_rounded_output(struct backend *b, const struct linear *l, const struct tensor *x,
+                                 enum activation act)
+{
+    const int64_t m = x->shape[0], n = l->out_dim;
+    struct tensor y = op_case_matrix(m, n), rounded = op_case_strided(m, n), widened = y;
+    struct epilogue e = {.act = act};
+    rounded.dtype = DTYPE_BF16;
+    widened.data = op_case_floats(m * n, 0);
+    op_matmul(b, &y, x, l, &e);
+    op_matmul(b, &rounded, x, l, &e);
+    op_copy(b, &widened, &rounded);
+    for (int64_t i = 0; i < m * n; i++)
+        ((float *)y.data)[i] = bf16_to_f32(f32_to_bf16(((float *)y.data)[i]));
+    op_case_same(y.data, widened.data, (size_t)(m * n) * sizeof(float), "rounded output");
+    free(y.data);
+    free(rounded.data);
+    free(widened.data);
+}
+
 /* What is rounded already gives the bits of what is rounded for the product. */
-static void test_rounded_input(void **state)
+static void test_rounded(void **state)
 {
     (void)state;
     for (int i = 0; i < op_n_isas; i++) {
@@ -333,6 +353,7 @@ static void test_rounded_input(void **state)
             op_matmul(b, &y, &rounded, &l, NULL);
             op_case_same(want.data, y.data, (size_t)(shape->m * shape->n) * sizeof(float),
                          "rounded input");
+            check_rounded_output(b, &l, &x, (enum activation)(s % 6));
             op_linear_free(b, &l);
             free(x.data);
             free(rounded.data);
@@ -430,7 +451,7 @@ int op_matmul_tests(void)
         cmocka_unit_test(test_values),           cmocka_unit_test(test_rows_are_independent),
         cmocka_unit_test(test_shards_add_up),    cmocka_unit_test(test_isas_agree),
         cmocka_unit_test(test_bf16_tiles_agree), cmocka_unit_test(test_gated),
-        cmocka_unit_test(test_rounded_input),    cmocka_unit_test(test_claims),
+        cmocka_unit_test(test_rounded),          cmocka_unit_test(test_claims),
         cmocka_unit_test(test_cores_are_shared), cmocka_unit_test(test_no_rows),
     };
     return cmocka_run_group_tests_name("matmul", tests, NULL, NULL);
