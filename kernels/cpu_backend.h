@@ -169,9 +169,10 @@ void cpu_expand(const struct cpu_state *s, const struct linear *l,
 void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
                            const struct cpu_quantized_layout *at, float *sums, const float *part,
                            int n_rows, int64_t block, int n_blocks, int lane, int64_t first);
-/* 1 where so few rows are multiplied without expanding. */
+/* 1 where so few rows, in so many panels, are multiplied without expanding. */
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
-                             const struct cpu_quantized_layout *at, int64_t n_rows);
+                             const struct cpu_quantized_layout *at, int64_t n_rows,
+                             int64_t n_panels);
 /* t->c <- the product of lane `lane`, t->a having all its steps; t's b is not used. */
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,

@@ -107,13 +107,12 @@ struct cpu_expand_ops {
  * blocks of sixteen columns: of the values rounded, or, where weight_format_is_factored(), of the
  * multiples of each run (kernels/quantized.h). The expansion is the first block's; it has no
  * group_of, and its groups follow each other. Up to three bytes past a block's codes are read. */
-#define PRODUCT_ROWS_MAX 4
 #define PRODUCT_BLOCKS_MAX 8
 struct expand_product {
     float *c; // [n_rows] rows of c_row
     int64_t c_row;
-    const void *a; // [n_k or pairs][n_rows], as a tile's of TILE_BF16_PAIRS
-    int n_rows, n_blocks;
+    const void *a;                     // [n_k or pairs][n_rows], as a tile's of TILE_BF16_PAIRS
+    int n_rows, n_blocks;              // n_rows as the tile of the same instruction set takes them
     int64_t first_run, run;            // k of the first run and of those that follow: whole units
     int64_t block_bytes;               // from one block's codes, scales and zeros to the next one's
     int64_t codes_before, codes_bytes; // of a block: those before the lane's, and all

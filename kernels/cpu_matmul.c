@@ -195,8 +195,8 @@ struct matmul_job {
     int multiplies;                        // with a quantised weight that is not expanded
 };
 
-/* The blocks of the weight that are kept: dense in memory, or of a quantised one, expanded whole
- * where several panels use them and a chunk at a time where one does. */
+/* The blocks of the weight that are kept: dense in memory, or of a quantised one that is expanded,
+ * whole where several panels use them and a chunk at a time where one does. */
 struct blocks {
     int64_t first;
     int n;
@@ -307,6 +307,8 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, cha
         blocks->dense = (const char *)l->packed + (size_t)first * blocks->block_bytes;
         return;
     }
+    if (job->multiplies)
+        return;
     if (job->n_panels == 1) {
         blocks->block_bytes = row_bytes * (size_t)job->chunk;
         return;
@@ -617,9 +619,10 @@ static void run_job(struct backend *b, struct matmul_job *job)
     job->n_blocks_wide = s->tile->wide_blocks(panel_rows);
     if (l->format != WEIGHT_FLOAT) {
         cpu_quantized_layout(&job->quantized, l);
-        job->multiplies = cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows);
+        job->multiplies =
+            cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows, job->n_panels);
         if (job->multiplies)
-            job->n_blocks_wide = s->multiply->product_blocks((int)job->n_rows);
+            job->n_blocks_wide = s->multiply->product_blocks(panel_rows);
     }
     job->factor =
         cpu_factor_of(job->multiplies ? s->multiply->takes_bf16 : s->tile->takes_bf16, l->dtype);

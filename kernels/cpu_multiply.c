@@ -11,7 +11,8 @@
  *
  * A row waits for memory, so what counts is instructions a weight: several blocks at once, for
  * their sums to hide each other's latency and to keep more of memory in flight, and each format
- * decoded in the fewest.
+ * decoded in the fewest. With more rows than ROWS_BESIDE arithmetic takes the time: their sums fill
+ * the registers, and decoding goes on beside the products.
  */
 #include "kernels/cpu_codes.h"
 
@@ -26,22 +27,24 @@ typedef uint32_t x_word;
 typedef float x_word;
 #endif
 
+#define ROWS_BESIDE 4
+
 /* The sums of a run or, of values, of a lane: of each row, the vectors of blocks side by side. */
 struct sums {
-    vf of[PRODUCT_ROWS_MAX][PRODUCT_BLOCKS_MAX * BLOCK_VECTORS];
+    vf of[TILE_ROWS_MAX][PRODUCT_BLOCKS_MAX * BLOCK_VECTORS];
 };
 
 /* Blocks whose sums stay in registers. */
 static int product_blocks(int n_rows)
 {
     if (VF_N == 16)
-        return n_rows == 1 ? 8 : 4;
+        return n_rows == 1 ? 8 : n_rows <= ROWS_BESIDE ? 4 : 2;
     return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1;
 }
 
 ALWAYS_INLINE void clear(struct sums *s, const int n_rows, const int n_vectors)
 {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 8
         for (int i = 0; i < n_vectors; i++)
@@ -56,7 +59,7 @@ ALWAYS_INLINE void set_mode(struct sums *s, unsigned mode, const int n_rows, con
 {
 #pragma GCC unroll 2
     for (int side = 0; side < 2; side++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 8
             for (int i = 0; i < n_vectors; i++)
@@ -101,25 +104,26 @@ ALWAYS_INLINE vu load_codes(const uint8_t *codes)
 }
 
 #if DOTS
-/* Pair p of a unit u of block b times that pair of each row. */
-ALWAYS_INLINE void add_pair(struct sums *s, const int b, const __m512i *x, vu u, const int p,
-                            const struct decoder *f, const struct grid *g, const int n_rows,
-                            const enum decoding d, const int has_zeros)
+/* Pair p of a unit u of a block. */
+ALWAYS_INLINE vu decode_pair(vu u, const int p, const struct decoder *f, const struct grid *g,
+                             const enum decoding d, const int has_zeros)
 {
-    vu w = d == DECODE_TABLE ? rounded_pair(value(u, p, 0, 0, f, g, d), value(u, p, 1, 0, f, g, d))
-                             : multiples_pair(u, p, 0, f, g, d, has_zeros);
-#pragma GCC unroll 4
-    for (int r = 0; r < n_rows; r++)
-        s->of[r][b] = (vf)_mm512_dpbf16_ps((__m512)s->of[r][b], (__m512bh)x[r], (__m512bh)w);
+    if (d == DECODE_TABLE)
+        return rounded_pair(value(u, p, 0, 0, f, g, d), value(u, p, 1, 0, f, g, d));
+    return multiples_pair(u, p, 0, f, g, d, has_zeros);
 }
 
-ALWAYS_INLINE void load_pair(__m512i *x, const x_word *a, const int n_rows)
+ALWAYS_INLINE void add_product(vf *sum, __m512i x, vu w)
 {
-#pragma GCC unroll 4
-    for (int r = 0; r < n_rows; r++) {
-        x[r] = _mm512_set1_epi32((int32_t)a[r]);
-        __asm__("" : "+v"(x[r])); // one broadcast for all blocks, not an operand's for each
-    }
+    *sum = (vf)_mm512_dpbf16_ps((__m512)*sum, (__m512bh)x, (__m512bh)w);
+}
+
+/* One broadcast for all blocks, not an operand's for each. */
+ALWAYS_INLINE __m512i load_x(x_word word)
+{
+    __m512i x = _mm512_set1_epi32((int32_t)word);
+    __asm__("" : "+v"(x));
+    return x;
 }
 
 ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
@@ -127,7 +131,7 @@ ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *code
                             const int n_rows, const int n_blocks, const enum decoding d,
                             const int has_zeros)
 {
-    vu u[PRODUCT_BLOCKS_MAX];
+    vu u[PRODUCT_BLOCKS_MAX], w[PRODUCT_BLOCKS_MAX];
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
         u[b] = load_codes(codes);
@@ -135,11 +139,30 @@ ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *code
     }
 #pragma GCC unroll 4
     for (int p = 0; p < pairs_of_unit(d); p++, a += n_rows) {
-        __m512i x[PRODUCT_ROWS_MAX];
-        load_pair(x, a, n_rows);
+        if (n_rows > ROWS_BESIDE) { /* few blocks: their weights stay, rows come one by one */
 #pragma GCC unroll 8
-        for (int b = 0; b < n_blocks; b++)
-            add_pair(s, b, x, u[b], p, f, &g[b], n_rows, d, has_zeros);
+            for (int b = 0; b < n_blocks; b++)
+                w[b] = decode_pair(u[b], p, f, &g[b], d, has_zeros);
+#pragma GCC unroll 16
+            for (int r = 0; r < n_rows; r++) {
+                __m512i x = load_x(a[r]);
+#pragma GCC unroll 8
+                for (int b = 0; b < n_blocks; b++)
+                    add_product(&s->of[r][b], x, w[b]);
+            }
+            continue;
+        }
+        __m512i x[TILE_ROWS_MAX];
+#pragma GCC unroll 16
+        for (int r = 0; r < n_rows; r++)
+            x[r] = load_x(a[r]);
+#pragma GCC unroll 8
+        for (int b = 0; b < n_blocks; b++) {
+            w[0] = decode_pair(u[b], p, f, &g[b], d, has_zeros);
+#pragma GCC unroll 16
+            for (int r = 0; r < n_rows; r++)
+                add_product(&s->of[r][b], x[r], w[0]);
+        }
     }
 }
 
@@ -148,20 +171,21 @@ ALWAYS_INLINE void add_first_pair(struct sums *s, const int b, const int v, cons
                                   const struct decoder *f, const struct grid *g, const int n_rows,
                                   const enum decoding d, const int has_zeros)
 {
-    __m512i x[PRODUCT_ROWS_MAX];
+    vu w = decode_pair(u, 0, f, g, d, has_zeros);
     (void)v;
-    load_pair(x, a, n_rows);
-    add_pair(s, b, x, u, 0, f, g, n_rows, d, has_zeros);
+#pragma GCC unroll 16
+    for (int r = 0; r < n_rows; r++)
+        add_product(&s->of[r][b], load_x(a[r]), w);
 }
 #else
 /* Vector i of the sums += a pair of weights times that pair of each row. */
 ALWAYS_INLINE void add_weights(struct sums *s, const int i, const x_word *a, vf even, vf odd,
                                const int n_rows)
 {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++)
         s->of[r][i] = vf_fma(vf_set(a[n_rows + r]), odd, s->of[r][i]);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++)
         s->of[r][i] = vf_fma(vf_set(a[r]), even, s->of[r][i]);
 }
@@ -218,52 +242,67 @@ ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *code
         for (int v = 0; v < BLOCK_VECTORS; v++)
             add_vector(s, b, v, a, codes + v * VF_N * 4, f, &g[b], n_rows, d, has_zeros);
         __asm__("" : "+r"(codes));
+        if (n_rows > 1)
+            __asm__("" : "+r"(a));
     }
 }
 
 #else
-/* n vectors of the sums, from the i-th on, += the odd, then the even weights of a pair times that
- * pair of each row. */
-ALWAYS_INLINE void add_vectors(struct sums *s, const int i, const int n, const x_word *a,
-                               const vf *even, const vf *odd, const int n_rows)
+/* n vectors of the sums, from the i-th on, += weights of one k times that k of each row. */
+ALWAYS_INLINE void add_half(struct sums *s, const int i, const int n, const x_word *a, const vf *w,
+                            const int n_rows)
 {
+#pragma GCC unroll 16
+    for (int r = 0; r < n_rows; r++) {
+        vf x = vf_set(a[r]);
 #pragma GCC unroll 2
-    for (int is_odd = 1; is_odd >= 0; is_odd--) {
-#pragma GCC unroll 4
-        for (int r = 0; r < n_rows; r++) {
-            vf x = vf_set(a[is_odd * n_rows + r]);
-#pragma GCC unroll 2
-            for (int v = 0; v < n; v++)
-                vf_add_product(&s->of[r][i + v], x, is_odd ? odd[v] : even[v]);
-        }
+        for (int v = 0; v < n; v++)
+            vf_add_product(&s->of[r][i + v], x, w[v]);
     }
 }
 
-/* Integers: pair p of all blocks, so that what the pair has in common stays in registers. */
+/* The same of a pair, the odd k first. */
+ALWAYS_INLINE void add_vectors(struct sums *s, const int i, const int n, const x_word *a,
+                               const vf *even, const vf *odd, const int n_rows)
+{
+    add_half(s, i, n, a + n_rows, odd, n_rows);
+    add_half(s, i, n, a, even, n_rows);
+}
+
+/* Integers: pair p of all blocks, so that what the pair has in common stays in registers; with many
+ * rows, whose sums take those, the odd and the even k apart. */
 ALWAYS_INLINE void add_integers(struct sums *s, const x_word *a, const uint8_t *codes,
                                 int64_t block_bytes, const int p, const struct grid *g,
                                 const int n_rows, const int n_blocks, const enum decoding d,
                                 const int has_zeros)
 {
     const int at = bits_of(d) * p;
+    const int n = n_rows == 1 ? 1 : BLOCK_VECTORS; // vectors that share a broadcast of x
     vu mask = (vu){0} + (((1u << bits_of(d)) - 1) << at), power = (vu){0} + bits_of_power(at);
     vf bias = g[0].bias[at / 4][0];
     /* Of codes and x, what is needed again is loaded again, not spilled. */
-    __asm__ volatile("" : "+x"(mask), "+x"(power), "+x"(bias), "+r"(codes));
+    if (n_rows <= ROWS_BESIDE)
+        __asm__ volatile("" : "+x"(mask), "+x"(power), "+x"(bias), "+r"(codes));
 #pragma GCC unroll 4
     for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
-        const int n = n_rows == 1 ? 1 : BLOCK_VECTORS; // vectors that share a broadcast of x
 #pragma GCC unroll 2
         for (int v = 0; v < BLOCK_VECTORS; v += n) {
-            vf even[BLOCK_VECTORS], odd[BLOCK_VECTORS];
+            vf w[2][BLOCK_VECTORS]; // of the even and the odd k
 #pragma GCC unroll 2
-            for (int i = 0; i < n; i++) {
-                const uint8_t *from = codes + (v + i) * VF_N * 4;
-                const vf of_column = has_zeros ? g[b].bias[at / 4][v + i] : bias;
-                even[i] = (vf)((load_codes(from) & mask) | power) - of_column;
-                odd[i] = (vf)((load_codes(from + 2) & mask) | power) - of_column; // no shift
+            for (int is_odd = 1; is_odd >= 0; is_odd--) {
+#pragma GCC unroll 2
+                for (int i = 0; i < n; i++) {
+                    const uint8_t *from = codes + (v + i) * VF_N * 4 + 2 * is_odd; // no shift
+                    const vf of_column = has_zeros ? g[b].bias[at / 4][v + i] : bias;
+                    w[is_odd][i] = (vf)((load_codes(from) & mask) | power) - of_column;
+                }
+                if (n_rows > ROWS_BESIDE) {
+                    add_half(s, b * BLOCK_VECTORS + v, n, a + is_odd * n_rows, w[is_odd], n_rows);
+                    __asm__ volatile("" : "+r"(codes));
+                }
             }
-            add_vectors(s, b * BLOCK_VECTORS + v, n, a, even, odd, n_rows);
+            if (n_rows <= ROWS_BESIDE)
+                add_vectors(s, b * BLOCK_VECTORS + v, n, a, w[0], w[1], n_rows);
         }
         __asm__ volatile("" : "+r"(codes));
         if (n_rows > 1)
@@ -430,7 +469,7 @@ ALWAYS_INLINE struct expansion block_of(const struct expand_product *m, const st
 ALWAYS_INLINE void store(const struct sums *s, const struct expand_product *m, const int n_rows,
                          const int n_vectors)
 {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int r = 0; r < n_rows; r++) {
 #pragma GCC unroll 8
         for (int i = 0; i < n_vectors; i++)
@@ -447,7 +486,7 @@ ALWAYS_INLINE void add_scaled(const struct sums *s, const struct expand_product 
     for (int i = 0; i < n_blocks * BLOCK_VECTORS; i++) {
         const float *scales = block_of(m, e, group, i / BLOCK_VECTORS).scales;
         vf scale = vf_load(scales + i % BLOCK_VECTORS * VF_N) * factor;
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int r = 0; r < n_rows; r++) {
             float *c = m->c + r * m->c_row + i * VF_N;
             vf_store(c, vf_fma(scale, s->of[r][i], vf_load(c)));
@@ -526,20 +565,38 @@ ALWAYS_INLINE void multiply_blocks(const struct expand_product *m, const struct 
 
 typedef void (*product)(const struct expand_product *m, const struct expansion *e, float factor);
 
-/* Products of a format with 1 … 4 rows. A function each: compilers take longer than linearly over
- * large ones. */
+/* Products of a format with as many rows as the tile takes. A function each: compilers take longer
+ * than linearly over large ones. */
 #define PRODUCT(name, n_rows, d, has_zeros)                                                        \
     static __attribute__((noinline)) void name##_##n_rows(const struct expand_product *m,          \
                                                           const struct expansion *e, float factor) \
     {                                                                                              \
         multiply_blocks(m, e, factor, n_rows, product_blocks(n_rows), d, has_zeros);               \
     }
-#define PRODUCTS(name, d, has_zeros)                                                               \
+#define PRODUCTS_6(name, d, has_zeros)                                                             \
     PRODUCT(name, 1, d, has_zeros)                                                                 \
     PRODUCT(name, 2, d, has_zeros)                                                                 \
     PRODUCT(name, 3, d, has_zeros)                                                                 \
     PRODUCT(name, 4, d, has_zeros)                                                                 \
-    static const product name[] = {name##_1, name##_2, name##_3, name##_4};
+    PRODUCT(name, 5, d, has_zeros)                                                                 \
+    PRODUCT(name, 6, d, has_zeros)
+#define NAMES_6(name) name##_1, name##_2, name##_3, name##_4, name##_5, name##_6
+#if VF_N == 16
+#define PRODUCTS(name, d, has_zeros)                                                               \
+    PRODUCTS_6(name, d, has_zeros)                                                                 \
+    PRODUCT(name, 7, d, has_zeros)                                                                 \
+    PRODUCT(name, 8, d, has_zeros)                                                                 \
+    PRODUCT(name, 9, d, has_zeros)                                                                 \
+    PRODUCT(name, 10, d, has_zeros)                                                                \
+    PRODUCT(name, 11, d, has_zeros)                                                                \
+    PRODUCT(name, 12, d, has_zeros)                                                                \
+    static const product name[] = {NAMES_6(name), name##_7,  name##_8, name##_9,                   \
+                                   name##_10,     name##_11, name##_12};
+#else
+#define PRODUCTS(name, d, has_zeros)                                                               \
+    PRODUCTS_6(name, d, has_zeros)                                                                 \
+    static const product name[] = {NAMES_6(name)};
+#endif
 
 PRODUCTS(int8_products, DECODE_INT8, 0)
 PRODUCTS(int8_with_zeros, DECODE_INT8, 1)

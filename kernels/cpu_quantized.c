@@ -197,10 +197,25 @@ void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
                        l->format);
 }
 
+/* Each panel decodes the weight again, beside its products; expanding it once takes a time of its
+ * own, which more rows share, sooner of formats that take long to decode. */
+#define INTEGER_ROWS_MAX 24
+
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
-                             const struct cpu_quantized_layout *at, int64_t n_rows)
+                             const struct cpu_quantized_layout *at, int64_t n_rows,
+                             int64_t n_panels)
 {
-    return s->multiply && l->dtype == DTYPE_BF16 && n_rows <= PRODUCT_ROWS_MAX && !at->irregular;
+    if (!s->multiply || l->dtype != DTYPE_BF16 || at->irregular)
+        return 0;
+    switch (l->format) {
+    case WEIGHT_NF4:
+    case WEIGHT_FP4:
+        return n_panels == 1;
+    case WEIGHT_FP8:
+        return n_panels <= 2;
+    default:
+        return n_rows <= INTEGER_ROWS_MAX;
+    }
 }
 
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,

@@ -295,8 +295,10 @@ static void to_bf16(uint16_t *dst, const float *src, int64_t n)
     int64_t i = 0;
     for (; i + VF_N <= n; i += VF_N)
         *(vh_memory *)(dst + i) = vf_to_bf16(vf_load(src + i));
-    for (; i < n; i++)
-        dst[i] = f32_to_bf16(src[i]);
+    if (i < n) { // rounded as the others, which may take denormals for 0
+        vh rest = vf_to_bf16(vf_load_n(src + i, n - i));
+        memcpy(dst + i, &rest, (size_t)(n - i) * sizeof(*dst));
+    }
 }
 
 static void pair_bf16(uint32_t *dst, const float *even, const float *odd, int64_t n)

@@ -105,6 +105,47 @@ static void test_products(void **state)
     }
 }
 
+/* Each number of rows that is multiplied with codes has a loop of its own. */
+static void check_rows(struct backend *b, enum weight_format f, int variant)
+{
+    const struct quantized_shape s = {26, 176, 272, 2, 24, 8};
+    struct quantized q = quantized_case(&s, f, variant, op_case_integer);
+    struct tensor x = op_case_matrix(s.m, s.k);
+    struct tensor want = op_case_matrix(s.m, s.n), y = op_case_matrix(s.m, s.n);
+    struct linear l = lanes_of(&s, DTYPE_BF16, 1);
+    product_by_definition(b, &want, &x, &q, &l);
+    op_linear_pack_quantized(b, &l, &q, NULL);
+    for (int n = 1; n <= s.m; n++) {
+        struct tensor part = tensor_rows(&y, 0, n), of = tensor_rows(&x, 0, n);
+        char what[64];
+        snprintf(what, sizeof(what), "%s x%d: %d rows", weight_format_name(f), variant, n);
+        memset(y.data, 0, (size_t)(s.m * s.n) * sizeof(float));
+        op_matmul(b, &part, &of, &l, NULL);
+        op_case_same(want.data, y.data, (size_t)(n * s.n) * sizeof(float), what);
+    }
+    op_linear_free(b, &l);
+    quantized_case_release(&q);
+    free(x.data);
+    free(want.data);
+    free(y.data);
+}
+
+static void test_rows(void **state)
+{
+    (void)state;
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 2);
+        if (!b)
+            continue;
+        op_case_seed(12);
+        for (int f = WEIGHT_INT8; f < WEIGHT_FORMAT_COUNT; f++)
+            for (int variant = 0; variant < QUANTIZED_VARIANTS; variant++)
+                if (quantized_case_takes((enum weight_format)f, variant))
+                    check_rows(b, (enum weight_format)f, variant);
+        backend_close(b);
+    }
+}
+
 /* Gate and up in codes, for the rows that are multiplied at once, one panel of them and several. */
 static void test_gated(void **state)
 {
@@ -226,17 +267,17 @@ static void test_precision(void **state)
     op_case_report();
 }
 
-/* y <- the product on instruction set `isa`: all rows at once, or four and then one after another,
- * which are multiplied with codes. */
+/* y <- the product of 28 rows on instruction set `isa`: all at once, or so few at a time that they
+ * are multiplied with codes. */
 static void product_on(const char *isa, struct tensor *y, const struct tensor *x,
                        const struct quantized *q, struct linear l, int at_once)
 {
     struct backend *b = backend_cpu_open(2, isa);
     op_linear_pack_quantized(b, &l, q, NULL);
-    const int64_t n_rows = tensor_n_rows(x);
-    for (int64_t i = 0, n; i < n_rows; i += n) {
-        n = at_once ? n_rows : i == 0 ? 4 : 1;
-        struct tensor part = tensor_rows(y, i, n), of = tensor_rows(x, i, n);
+    static const int whole[] = {28, 0}, parts[] = {4, 1, 5, 12, 6, 0};
+    int64_t i = 0;
+    for (const int *n = at_once ? whole : parts; *n > 0; i += *n++) {
+        struct tensor part = tensor_rows(y, i, *n), of = tensor_rows(x, i, *n);
         op_matmul(b, &part, &of, &l, NULL);
     }
     op_linear_free(b, &l);
@@ -248,7 +289,7 @@ static void product_on(const char *isa, struct tensor *y, const struct tensor *x
 static void test_denormals(void **state)
 {
     (void)state;
-    const struct quantized_shape s = {6, 144, 272, 2, 24, 8};
+    const struct quantized_shape s = {28, 144, 272, 2, 24, 8};
     const size_t n_bytes = (size_t)(s.m * s.n) * sizeof(float);
     if (!op_case_has("avx512bf16"))
         return;
@@ -427,11 +468,11 @@ static void test_fp8_codes(void **state)
 int op_quantized_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_products),       cmocka_unit_test(test_gated),
-        cmocka_unit_test(test_shards),         cmocka_unit_test(test_precision),
-        cmocka_unit_test(test_embed),          cmocka_unit_test(test_packed_bytes),
-        cmocka_unit_test(test_quantize_group), cmocka_unit_test(test_fp8_codes),
-        cmocka_unit_test(test_denormals),
+        cmocka_unit_test(test_products),     cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_gated),        cmocka_unit_test(test_shards),
+        cmocka_unit_test(test_precision),    cmocka_unit_test(test_embed),
+        cmocka_unit_test(test_packed_bytes), cmocka_unit_test(test_quantize_group),
+        cmocka_unit_test(test_fp8_codes),    cmocka_unit_test(test_denormals),
     };
     return cmocka_run_group_tests_name("quantised weights", tests, NULL, NULL);
 }
