@@ -73,7 +73,9 @@ enum {
     BLOCK_MEMORY_MAX = 1 << 20, // pieces of one launch that cost no growing in a fibre
     N_STACKS = EMULATION_TSAN ? TSAN_FIBRES : THREADS_MAX
 };
-static const size_t STACK_BYTES = 256 * 1024;
+/* Whole pages and five lines more: what all threads of a warp touch lies not in the same lines of
+ * the cache. */
+static const size_t STACK_BYTES = 256 * 1024 + 4096 + 5 * 64;
 static const long PAUSE_NS = 20000;
 
 enum state { READY, AT_BARRIER, IN_COLLECTIVE, DONE };
@@ -227,12 +229,13 @@ static int complete_collectives(unsigned first)
 
     for (unsigned i = first; i < first + 32 && i < n_threads; i++) {
         fibre *f = &fibres[i];
+
+        if (f->st != IN_COLLECTIVE)
+            continue;
         const void *in[32] = {};
         void *out[32] = {};
         int all = 1;
 
-        if (f->st != IN_COLLECTIVE)
-            continue;
         current = f; // whom a message names
         for (unsigned k = 0; k < 32; k++) {
             if (!(f->mask >> k & 1))
