@@ -41,7 +41,7 @@ class Equality(DaemonTest):
             alone = self.ask(subject)
             self.assertEqual(self.ask(subject), alone, "twice the same request")
             others = neighbours()
-            for round_ in range(2):
+            for round_ in range(1 if SANITIZED else 2):
                 order = [subject, *others]
                 random.Random(round_).shuffle(order)
                 answers = at_once([lambda s=s: self.ask(s) for s in order])
