@@ -35,11 +35,24 @@ static float e4m3_to_f32(uint8_t code)
     return (code & 0x7f) == 0x7f ? NAN : code & 0x80 ? -v : v;
 }
 
+static void load_row(const void *p, cudaDataType type, int64_t first, int64_t n, float *to)
+{
+    if (type == CUDA_R_32F)
+        memcpy(to, (const float *)p + first, (size_t)n * sizeof(float));
+    else if (type == CUDA_R_16BF)
+        for (int64_t i = 0; i < n; i++)
+            to[i] = bf16_to_f32(((const uint16_t *)p)[first + i]);
+    else
+        for (int64_t i = 0; i < n; i++)
+            to[i] = e4m3_to_f32(((const uint8_t *)p)[first + i]);
+}
+
 static float load(const void *p, cudaDataType type, int64_t i)
 {
-    return type == CUDA_R_32F    ? ((const float *)p)[i]
-           : type == CUDA_R_16BF ? bf16_to_f32(((const uint16_t *)p)[i])
-                                 : e4m3_to_f32(((const uint8_t *)p)[i]);
+    float v;
+
+    load_row(p, type, i, 1, &v);
+    return v;
 }
 
 static void store(void *p, cudaDataType type, int64_t i, float v)
@@ -72,11 +85,9 @@ static void run(const product &p)
     std::vector<float> x((size_t)p.k), w((size_t)p.k * (size_t)p.m);
 
     for (int64_t i = 0; i < p.m; i++)
-        for (int64_t k = 0; k < p.k; k++)
-            w[(size_t)(i * p.k + k)] = load(p.pa, p.a.type, i * p.a.ld + k);
+        load_row(p.pa, p.a.type, i * p.a.ld, p.k, &w[(size_t)(i * p.k)]);
     for (int64_t j = 0; j < p.n; j++) {
-        for (int64_t k = 0; k < p.k; k++)
-            x[(size_t)k] = load(p.pb, p.b.type, j * p.b.ld + k);
+        load_row(p.pb, p.b.type, j * p.b.ld, p.k, x.data());
         for (int64_t i = 0; i < p.m; i++) {
             const float *wi = &w[(size_t)(i * p.k)];
             float partial[16] = {}, sum = 0;

@@ -92,8 +92,7 @@ struct fibre {
     const void *in;
     void *out;
     emulated_complete complete;
-    emulated_copy copies[COPIES_MAX]; // a ring; no container: a race detector sees their memory
-    unsigned first_copy, n_copies;
+    unsigned first_copy, n_copies; // in its ring of copies[]
     int group;
     void *tsan, *fake_stack;
     unsigned n_barriers, n_syncwarps; // so far
@@ -106,6 +105,8 @@ struct shared_site {
 };
 
 static fibre fibres[THREADS_MAX];
+/* A ring each; apart, that fibres lie close; no container: a race detector sees their memory. */
+static emulated_copy copies[THREADS_MAX][COPIES_MAX];
 static char *stacks;
 static fibre *current;
 static unsigned n_threads;
@@ -463,7 +464,7 @@ void emulated_copy_push(void *dst, const void *src)
 
     if (me->n_copies == COPIES_MAX)
         emulated_die("more cp.async copies under way than the emulation holds");
-    emulated_copy *c = &me->copies[(me->first_copy + me->n_copies++) % COPIES_MAX];
+    emulated_copy *c = &copies[me - fibres][(me->first_copy + me->n_copies++) % COPIES_MAX];
     c->dst = dst;
     c->src = src;
     c->group = me->group;
@@ -477,7 +478,7 @@ void emulated_copy_commit(void)
 int emulated_copy_pop(int n_pending, emulated_copy *c)
 {
     fibre *me = current;
-    const emulated_copy *oldest = &me->copies[me->first_copy];
+    const emulated_copy *oldest = &copies[me - fibres][me->first_copy];
 
     if (!me->n_copies || oldest->group >= me->group - n_pending)
         return 0;
