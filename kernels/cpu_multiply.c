@@ -203,8 +203,8 @@ ALWAYS_INLINE void add_pair(struct sums *s, const int b, const int v, const x_wo
 {
     const int i = b * BLOCK_VECTORS + v;
     if (d == DECODE_TABLE)
-        add_bf16(s, i, a, rounded_pair(value(u, p, 0, v, f, g, d), value(u, p, 1, v, f, g, d)),
-                 n_rows);
+        add_weights(s, i, a, rounded(value(u, p, 0, v, f, g, d)),
+                    rounded(value(u, p, 1, v, f, g, d)), n_rows);
     else if (VF_N == 16 && d == DECODE_FP8) // denormals of it are none of float32
         add_bf16(s, i, a, multiples_pair(u, p, v, f, g, d, has_zeros), n_rows);
     else
