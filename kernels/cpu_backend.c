@@ -129,19 +129,6 @@ const char *backend_cpu_best(void)
     return isa_best()->name;
 }
 
-void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)
-{
-    if (n_bytes > s->n_bytes) {
-        n_bytes = (n_bytes + 63) / 64 * 64;
-        free(s->memory);
-        s->memory = aligned_alloc(64, n_bytes);
-        if (!s->memory)
-            die("out of memory: %zu bytes of scratch", n_bytes);
-        s->n_bytes = n_bytes;
-    }
-    return s->memory;
-}
-
 /* A team wakes in a microsecond while its threads still spin, in tens when they sleep, and later
  * where other processes have the cores: less than about 5 us of work stays with one thread. */
 #define PARALLEL_MIN_COST 80000
@@ -329,6 +316,22 @@ static void cpu_free(struct backend *b, void *p)
         munmap(block.base, mapped_bytes(block.n_bytes));
     else
         free(block.base);
+}
+
+/* Packed input is read as often as weights are, and lies in huge pages too where it fills some. */
+void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)
+{
+    if (n_bytes > s->n_bytes) {
+        n_bytes = (n_bytes + 63) / 64 * 64;
+        const size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE;
+        free(s->memory);
+        s->memory = aligned_alloc(whole > 0 ? HUGE_PAGE : 64, n_bytes);
+        if (!s->memory)
+            die("out of memory: %zu bytes of scratch", n_bytes);
+        madvise(s->memory, whole, MADV_HUGEPAGE);
+        s->n_bytes = n_bytes;
+    }
+    return s->memory;
 }
 
 static void *cpu_alloc_host(struct backend *b, size_t n_bytes)

@@ -151,14 +151,23 @@ struct softmax_columns {
     enum columns_form form;
 };
 
+/* y <- residual + scale * act(x + bias) * (up + up_bias), of rows of n columns. What is NULL is
+ * left out. */
+struct finish {
+    void *y; // float32, or bfloat16 where `rounds`
+    const float *x, *up, *residual;
+    int64_t y_row, x_row, residual_row; // elements from one row to the next; x_row is up's, too
+    int64_t n_rows, n;
+    const float *bias, *up_bias, *scale; // [n]
+    enum activation act;
+    int rounds;
+};
+
 struct cpu_vector_ops {
-    /* y[i] <- residual[i] + scale[i] * act(x[i] + bias[i]); bias, scale, residual may be NULL. */
-    void (*epilogue)(float *y, const float *x, int64_t n, const float *bias, enum activation act,
-                     const float *scale, const float *residual);
+    void (*finish)(const struct finish *f);
     void (*add)(float *y, const float *x, int64_t n);             // y += x
     void (*multiply)(float *y, float x, int64_t n);               // y *= x
     void (*divide)(float *y, const float *x, float d, int64_t n); // y = x / d
-    void (*gated)(float *y, const float *gate, const float *up, int64_t n, enum activation act);
     void (*rms_norm)(float *y, const float *x, const float *weight, int64_t n, float eps);
     void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int64_t n,
                        float eps);

@@ -437,61 +437,31 @@ static void compute_lanes(const struct matmul_job *job, const struct product *p,
     }
 }
 
-/* One panel's rows of y, whose first column is `column`. */
-struct place {
-    char *y;
-    size_t row_bytes;
-    int64_t row, column, n_columns;
-    int n_rows;
-};
-
-static void place_init(struct place *at, const struct matmul_job *job, int64_t panel,
-                       int64_t column, int64_t n_columns)
+/* What becomes of one panel's sums of the columns from `column` on, which are set later. */
+static struct finish finish_of(const struct matmul_job *job, int64_t panel, int64_t column,
+                               int64_t n_columns)
 {
     const struct tensor *y = job->y;
-    const size_t element = dtype_size(y->dtype);
-    at->row = panel_start(job, panel);
-    at->n_rows = (int)(panel_start(job, panel + 1) - at->row);
-    at->column = column;
-    at->n_columns = job->n_columns - column < n_columns ? job->n_columns - column : n_columns;
-    at->row_bytes = (size_t)y->row_stride * element;
-    at->y = (char *)y->data + (size_t)at->row * at->row_bytes + (size_t)column * element;
-    for (int r = 0; r < at->n_rows; r++) // its lines come while the tile is computed
-        for (size_t i = 0; i < (size_t)at->n_columns * element; i += 64)
-            __builtin_prefetch(at->y + (size_t)r * at->row_bytes + i, 1);
-}
-
-/* y <- the epilogue of sums, rows of n floats. */
-static void store_sums(const struct matmul_job *job, const struct place *at, float *sums, int64_t n)
-{
     const struct epilogue *e = &job->epilogue;
-    const float *bias = job->l->bias;
-    for (int r = 0; r < at->n_rows; r++, sums += n) {
-        void *y = at->y + (size_t)r * at->row_bytes;
-        job->vector->epilogue(job->y->dtype == DTYPE_F32 ? y : sums, sums, at->n_columns,
-                              bias ? bias + at->column : NULL, e->act,
-                              e->scale ? e->scale + at->column : NULL,
-                              e->residual ? cpu_row(e->residual, at->row + r) + at->column : NULL);
-        if (job->y->dtype == DTYPE_BF16)
-            job->vector->to_bf16(y, sums, at->n_columns);
+    const size_t element = dtype_size(y->dtype);
+    const int64_t row = panel_start(job, panel);
+    struct finish f = {.y = (char *)y->data + (size_t)(row * y->row_stride + column) * element,
+                       .y_row = y->row_stride,
+                       .x_row = n_columns,
+                       .n_rows = panel_start(job, panel + 1) - row,
+                       .n = smaller(job->n_columns - column, n_columns),
+                       .bias = job->l->bias ? job->l->bias + column : NULL,
+                       .scale = e->scale ? e->scale + column : NULL,
+                       .act = e->act,
+                       .rounds = y->dtype == DTYPE_BF16};
+    if (e->residual) {
+        f.residual = cpu_row(e->residual, row) + column;
+        f.residual_row = e->residual->row_stride;
     }
-}
-
-/* y <- act(gate) * up, rows of n floats, to which biases are added. */
-static void store_gated(const struct matmul_job *job, const struct place *at, float *gate,
-                        float *up, int64_t n)
-{
-    const float *bias = job->l->bias;
-    for (int r = 0; r < at->n_rows; r++, gate += n, up += n) {
-        void *y = at->y + (size_t)r * at->row_bytes;
-        if (bias) {
-            job->vector->add(gate, bias + at->column, n);
-            job->vector->add(up, bias + job->n_columns + at->column, n);
-        }
-        job->vector->gated(job->y->dtype == DTYPE_F32 ? y : gate, gate, up, n, job->epilogue.act);
-        if (job->y->dtype == DTYPE_BF16)
-            job->vector->to_bf16(y, gate, n);
-    }
+    for (int64_t r = 0; r < f.n_rows; r++) // its lines come while the tile is computed
+        for (size_t i = 0; i < (size_t)f.n * element; i += LINE_BYTES)
+            __builtin_prefetch((char *)f.y + (size_t)(r * f.y_row) * element + i, 1);
+    return f;
 }
 
 /* One panel times n_blocks of each of the kept parts, from their `first` on. */
@@ -499,22 +469,23 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
                          const struct blocks *kept, int64_t first, int n_blocks)
 {
     float sums[2][4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
-    const int64_t n = n_blocks * 16;
-    struct place at;
-    place_init(&at, job, panel, (kept->first + first) * 16, n);
+    struct finish f = finish_of(job, panel, (kept->first + first) * 16, n_blocks * 16);
     for (int i = 0; i < job->n_parts; i++) {
-        const struct product p = {.x = packed_x + at.row * job->steps.n * job->factor.words,
+        const struct product p = {.x = packed_x +
+                                       panel_start(job, panel) * job->steps.n * job->factor.words,
                                   .panel = panel,
-                                  .n_rows = at.n_rows,
+                                  .n_rows = (int)f.n_rows,
                                   .blocks = &kept[i],
                                   .block = kept[i].first + first,
                                   .n_blocks = n_blocks};
         compute_lanes(job, &p, sums[i]);
     }
-    if (job->n_parts == 1)
-        store_sums(job, &at, sums[0][0], n);
-    else
-        store_gated(job, &at, sums[0][0], sums[1][0], n);
+    f.x = sums[0][0];
+    if (job->n_parts == 2) {
+        f.up = sums[1][0];
+        f.up_bias = f.bias ? f.bias + job->n_columns : NULL;
+    }
+    job->vector->finish(&f);
 }
 
 /* The panels times blocks [first, end) of each part. */

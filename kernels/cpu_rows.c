@@ -98,29 +98,22 @@ void cpu_add_bias(struct backend *b, struct tensor *y, const float *bias)
 
 static void gated_row(const struct rows_job *job, int64_t i)
 {
+    const struct tensor *y = job->y;
     const float *x = cpu_row(job->x, i);
-    int64_t n = tensor_n_cols(job->y);
-    job->vector->gated(cpu_row(job->y, i), x, x + n, n, job->act);
-}
-
-static void gated_row_bf16(const struct rows_job *job, int64_t i)
-{
-    float part[256];
-    const float *x = cpu_row(job->x, i);
-    const int64_t n = tensor_n_cols(job->y);
-    uint16_t *y = (uint16_t *)job->y->data + i * job->y->row_stride;
-    for (int64_t at = 0, some; at < n; at += some) {
-        some = n - at < 256 ? n - at : 256;
-        job->vector->gated(part, x + at, x + n + at, some, job->act);
-        job->vector->to_bf16(y + at, part, some);
-    }
+    const int64_t n = tensor_n_cols(y);
+    job->vector->finish(
+        &(struct finish){.y = (char *)y->data + (size_t)(i * y->row_stride) * dtype_size(y->dtype),
+                         .x = x,
+                         .up = x + n,
+                         .n_rows = 1,
+                         .n = n,
+                         .act = job->act,
+                         .rounds = y->dtype == DTYPE_BF16});
 }
 
 void cpu_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,
                           enum activation act)
 {
     struct rows_job job = {.row = gated_row, .y = y, .x = x, .act = act};
-    if (y->dtype == DTYPE_BF16)
-        job.row = gated_row_bf16;
     rows_run(b, &job, 4);
 }

@@ -24,6 +24,15 @@ ALWAYS_INLINE void store_at(float *p, int64_t i, int64_t n, vf x)
         vf_store_n(p + i, x, n - i);
 }
 
+ALWAYS_INLINE void store_bf16_at(uint16_t *p, int64_t i, int64_t n, vf x)
+{
+    vh h = vf_to_bf16(x);
+    if (n - i >= VF_N)
+        *(vh_memory *)(p + i) = h;
+    else
+        memcpy(p + i, &h, (size_t)(n - i) * sizeof(*p));
+}
+
 ALWAYS_INLINE vf sigmoid(vf x)
 {
     return 1.0f / (1.0f + vf_exp(-x));
@@ -55,21 +64,63 @@ ALWAYS_INLINE vf activate(vf x, enum activation act)
     return x;
 }
 
-static void epilogue(float *y, const float *x, int64_t n, const float *bias, enum activation act,
-                     const float *scale, const float *residual)
+/* Columns from i on of row r, as many as there are before n. */
+ALWAYS_INLINE void finish_at(const struct finish *f, int64_t r, int64_t i, int64_t n,
+                             enum activation act)
 {
-    for (int64_t i = 0; i < n; i += VF_N) {
-        vf v = load_at(x, i, n);
-        if (bias)
-            v += load_at(bias, i, n);
-        if (act != ACTIVATION_NONE)
-            v = activate(v, act);
-        if (scale)
-            v *= load_at(scale, i, n);
-        if (residual)
-            v += load_at(residual, i, n);
-        store_at(y, i, n, v);
+    vf v = load_at(f->x + r * f->x_row, i, n);
+    if (f->bias)
+        v += load_at(f->bias, i, n);
+    v = activate(v, act);
+    if (f->up) {
+        vf up = load_at(f->up + r * f->x_row, i, n);
+        if (f->up_bias)
+            up += load_at(f->up_bias, i, n);
+        v *= up;
     }
+    if (f->scale)
+        v *= load_at(f->scale, i, n);
+    if (f->residual)
+        v += load_at(f->residual + r * f->residual_row, i, n);
+    if (f->rounds)
+        store_bf16_at((uint16_t *)f->y + r * f->y_row, i, n, v);
+    else
+        store_at((float *)f->y + r * f->y_row, i, n, v);
+}
+
+/* Whole vectors. */
+ALWAYS_INLINE void finish_rows(const struct finish *f, const enum activation act)
+{
+    for (int64_t r = 0; r < f->n_rows; r++) {
+        for (int64_t i = 0; i + VF_N <= f->n; i += VF_N)
+            finish_at(f, r, i, i + VF_N, act);
+    }
+}
+
+static void finish(const struct finish *f)
+{
+    switch (f->act) { // a loop of its own for each
+    case ACTIVATION_NONE:
+        finish_rows(f, ACTIVATION_NONE);
+        break;
+    case ACTIVATION_GELU:
+        finish_rows(f, ACTIVATION_GELU);
+        break;
+    case ACTIVATION_GELU_TANH:
+        finish_rows(f, ACTIVATION_GELU_TANH);
+        break;
+    case ACTIVATION_QUICK_GELU:
+        finish_rows(f, ACTIVATION_QUICK_GELU);
+        break;
+    case ACTIVATION_RELU:
+        finish_rows(f, ACTIVATION_RELU);
+        break;
+    case ACTIVATION_SILU:
+        finish_rows(f, ACTIVATION_SILU);
+        break;
+    }
+    for (int64_t r = 0; f->n % VF_N > 0 && r < f->n_rows; r++)
+        finish_at(f, r, f->n / VF_N * VF_N, f->n, f->act);
 }
 
 static void add(float *y, const float *x, int64_t n)
@@ -88,12 +139,6 @@ static void divide(float *y, const float *x, float d, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VF_N)
         store_at(y, i, n, load_at(x, i, n) / d);
-}
-
-static void gated(float *y, const float *gate, const float *up, int64_t n, enum activation act)
-{
-    for (int64_t i = 0; i < n; i += VF_N)
-        store_at(y, i, n, activate(load_at(gate, i, n), act) * load_at(up, i, n));
 }
 
 static void rms_norm(float *y, const float *x, const float *weight, int64_t n, float eps)
@@ -403,11 +448,10 @@ static void code16(int8_t dst[16], const float *x, float scale)
 }
 
 const struct cpu_vector_ops CPU_VECTOR_OPS = {
-    .epilogue = epilogue,
+    .finish = finish,
     .add = add,
     .multiply = multiply,
     .divide = divide,
-    .gated = gated,
     .rms_norm = rms_norm,
     .layer_norm = layer_norm,
     .rotate = rotate,
