@@ -97,10 +97,11 @@ static void round_row(const struct full_job *job, uint32_t *to, const void *row,
     const struct cpu_vector_ops *vector = job->state->vector;
     const int64_t dim = job->head_dim;
     const uint16_t *x = row;
-    to[dim - 1] = to[job->dim_words - 1] = 0; // an odd dimension is alone in its pair
+    to[job->dim_words - 1] = 0; // an odd dimension is alone in its pair
     if (job->form == COLUMNS_ROUNDED && dtype == DTYPE_F32) {
         vector->round_bf16_odd_first((float *)to, row, dim);
     } else if (job->form == COLUMNS_ROUNDED) {
+        to[dim - 1] = 0;
         for (int64_t d = 0; d < dim; d++)
             to[d ^ 1] = (uint32_t)x[d] << 16;
     } else if (dtype == DTYPE_F32) {
@@ -128,6 +129,7 @@ static void pack_columns(const struct full_job *job, struct full_head *h, uint32
     job->state->vector->transpose(dst, dst_row, from, from_row, n, job->dim_words);
 }
 
+/* Two rows of values as pairs; `odd` NULL: zeros. */
 static void pair_rows(uint32_t *dst, const uint16_t *even, const uint16_t *odd, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)

@@ -7,6 +7,7 @@ support from this folder, whichever folder they are in themselves.
 """
 
 import importlib.util
+import os
 import pathlib
 import runpy
 import sys
@@ -21,6 +22,9 @@ def main():
         if importlib.util.find_spec(module) is None:
             print(f"skipped: python package {package} is not installed")
             return SKIPPED
+    # grpcio would wake its poller in the child of a fork, whose descriptors close before exec: now and then the child
+    # aborts (grpc/grpc issue 43055).
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     script = pathlib.Path(sys.argv[1])
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
     sys.path.insert(0, str(script.parent))
