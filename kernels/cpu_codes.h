@@ -234,11 +234,7 @@ ALWAYS_INLINE vf rounded(vf x)
 ALWAYS_INLINE vu rounded_pair(vf even, vf odd)
 {
 #if defined(__AVX512BF16__)
-    static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order),
-                                        (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+    return vf_pair_bf16(even, odd);
 #else
     return (vu)rounded(even) >> 16 | (vu)rounded(odd);
 #endif
