@@ -320,8 +320,8 @@ def plot(table, path):
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("share of the machine's limit, memory's (decode) or arithmetic's; longer is faster")
     axis.set_title("InternVL3 on two cores, random weights; llama.cpp: the nearest format of its own", fontsize=10)
-    axis.legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=90)
 
 
