@@ -74,18 +74,13 @@ static void head_reserve(const struct full_job *job, struct full_head *h, int th
     h->sums = cpu_carve(&at, GROUP * job->dim16);
 }
 
-static char *element(const struct tensor *t, int64_t row, int64_t column)
-{
-    return (char *)t->data + (size_t)(row * t->row_stride + column) * dtype_size(t->dtype);
-}
-
 /* Heads lie side by side in a row, so that the next row of one is in another page of memory, where
  * the processor's own prefetch ends. Rows [row, row + n) or those of them before `end`. */
 static void prefetch_rows(const struct full_job *job, const struct tensor *t, int64_t row,
                           int64_t column, int64_t n, int64_t end)
 {
     for (; n > 0 && row < end; row++, n--) {
-        const char *x = element(t, row, column);
+        const char *x = cpu_element(t, row, column);
         for (size_t i = 0; i < (size_t)job->head_dim * dtype_size(t->dtype); i += 64)
             __builtin_prefetch(x + i, 0, 2);
     }
@@ -116,11 +111,11 @@ static void pack_columns(const struct full_job *job, struct full_head *h, uint32
                          int64_t dst_row, const struct tensor *t, int64_t row, int64_t column,
                          int64_t n)
 {
-    const uint32_t *from = (const uint32_t *)(const void *)element(t, row, column);
+    const uint32_t *from = cpu_element(t, row, column);
     int64_t from_row = t->row_stride;
     if (job->form != COLUMNS_F32) {
         for (int64_t r = 0; r < n; r++)
-            round_row(job, h->rows + r * job->dim_words, element(t, row + r, column), t->dtype);
+            round_row(job, h->rows + r * job->dim_words, cpu_element(t, row + r, column), t->dtype);
         from = h->rows;
         from_row = job->dim_words;
     }
@@ -145,8 +140,8 @@ static void pack_values(const struct full_job *job, uint32_t *dst, int64_t i, in
     const int64_t dim = job->head_dim;
     /* The key, or the first of a pair. */
     const int64_t key = job->form == COLUMNS_F32 ? i : job->form == COLUMNS_ROUNDED ? i ^ 1 : 2 * i;
-    const void *row = element(v, first_row + key, column);
-    const void *next = key + 1 < job->n_tokens ? element(v, first_row + key + 1, column) : NULL;
+    const void *row = cpu_element(v, first_row + key, column);
+    const void *next = key + 1 < job->n_tokens ? cpu_element(v, first_row + key + 1, column) : NULL;
     if (key >= job->n_tokens)
         memset(dst, 0, (size_t)dim * 4);
     else if (job->form == COLUMNS_BF16_PAIRS && v->dtype == DTYPE_BF16)
@@ -272,7 +267,7 @@ static void head_rows(const struct full_job *job, struct full_head *h, const str
     }
     vector->columns_total(h->l, GROUP, softmax.n);
     for (int64_t r = 0; r < rows->n; r++) {
-        void *out = element(job->out, row + r, rows->column);
+        void *out = cpu_element(job->out, row + r, rows->column);
         float *sums = h->sums + r * job->dim16;
         vector->divide(job->out->dtype == DTYPE_F32 ? out : sums, sums, h->l[r], job->head_dim);
         if (job->out->dtype == DTYPE_BF16)

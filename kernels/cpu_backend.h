@@ -102,6 +102,12 @@ static inline float *cpu_row(const struct tensor *t, int64_t i)
     return (float *)t->data + i * t->row_stride;
 }
 
+/* Of one of any type. */
+static inline void *cpu_element(const struct tensor *t, int64_t row, int64_t column)
+{
+    return (char *)t->data + (size_t)(row * t->row_stride + column) * dtype_size(t->dtype);
+}
+
 /* cpu_factor.c */
 /* The left factor of a product with values of `dtype`, in steps of one k or of a pair: a pair is
  * one word of 4 bytes (two bfloat16, for tables of takes_bf16) or two (rounded, still float32). */

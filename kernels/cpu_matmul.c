@@ -445,7 +445,7 @@ static struct finish finish_of(const struct matmul_job *job, int64_t panel, int6
     const struct epilogue *e = &job->epilogue;
     const size_t element = dtype_size(y->dtype);
     const int64_t row = panel_start(job, panel);
-    struct finish f = {.y = (char *)y->data + (size_t)(row * y->row_stride + column) * element,
+    struct finish f = {.y = cpu_element(y, row, column),
                        .y_row = y->row_stride,
                        .x_row = n_columns,
                        .n_rows = panel_start(job, panel + 1) - row,

@@ -60,9 +60,7 @@ static void embed_row(const struct move_job *job, int64_t i)
         memset(y, 0, (size_t)dim * sizeof(float));
         return;
     }
-    const char *src = (const char *)table->data;
-    src += (size_t)(row * table->row_stride) * dtype_size(table->dtype);
-    convert(job->vector, y, DTYPE_F32, src, table->dtype, dim);
+    convert(job->vector, y, DTYPE_F32, cpu_element(table, row, 0), table->dtype, dim);
 }
 
 void cpu_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
@@ -273,9 +271,7 @@ void cpu_pixel_shuffle(struct backend *b, struct tensor *y, const struct tensor 
 
 static void copy_row(const struct move_job *job, int64_t i)
 {
-    const size_t to = dtype_size(job->y->dtype), from = dtype_size(job->x->dtype);
-    convert(job->vector, (char *)job->y->data + (size_t)(i * job->y->row_stride) * to,
-            job->y->dtype, (const char *)job->x->data + (size_t)(i * job->x->row_stride) * from,
+    convert(job->vector, cpu_element(job->y, i, 0), job->y->dtype, cpu_element(job->x, i, 0),
             job->x->dtype, tensor_n_cols(job->x));
 }
 

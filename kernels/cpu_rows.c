@@ -101,14 +101,13 @@ static void gated_row(const struct rows_job *job, int64_t i)
     const struct tensor *y = job->y;
     const float *x = cpu_row(job->x, i);
     const int64_t n = tensor_n_cols(y);
-    job->vector->finish(
-        &(struct finish){.y = (char *)y->data + (size_t)(i * y->row_stride) * dtype_size(y->dtype),
-                         .x = x,
-                         .up = x + n,
-                         .n_rows = 1,
-                         .n = n,
-                         .act = job->act,
-                         .rounds = y->dtype == DTYPE_BF16});
+    job->vector->finish(&(struct finish){.y = cpu_element(y, i, 0),
+                                         .x = x,
+                                         .up = x + n,
+                                         .n_rows = 1,
+                                         .n = n,
+                                         .act = job->act,
+                                         .rounds = y->dtype == DTYPE_BF16});
 }
 
 void cpu_gated_activation(struct backend *b, struct tensor *y, const struct tensor *x,

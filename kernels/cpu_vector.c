@@ -24,6 +24,7 @@ ALWAYS_INLINE void store_at(float *p, int64_t i, int64_t n, vf x)
         vf_store_n(p + i, x, n - i);
 }
 
+/* Those of a last part are rounded as the others are, which may take denormals for 0. */
 ALWAYS_INLINE void store_bf16_at(uint16_t *p, int64_t i, int64_t n, vf x)
 {
     vh h = vf_to_bf16(x);
@@ -337,13 +338,8 @@ static void columns_total(float *sums, int64_t row, int64_t n)
 
 static void to_bf16(uint16_t *dst, const float *src, int64_t n)
 {
-    int64_t i = 0;
-    for (; i + VF_N <= n; i += VF_N)
-        *(vh_memory *)(dst + i) = vf_to_bf16(vf_load(src + i));
-    if (i < n) { // rounded as the others, which may take denormals for 0
-        vh rest = vf_to_bf16(vf_load_n(src + i, n - i));
-        memcpy(dst + i, &rest, (size_t)(n - i) * sizeof(*dst));
-    }
+    for (int64_t i = 0; i < n; i += VF_N)
+        store_bf16_at(dst, i, n, load_at(src, i, n));
 }
 
 static void pair_bf16(uint32_t *dst, const float *even, const float *odd, int64_t n)
