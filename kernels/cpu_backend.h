@@ -171,10 +171,9 @@ int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64
 void cpu_expand(const struct cpu_state *s, const struct linear *l,
                 const struct cpu_quantized_layout *at, void *dst, size_t dst_block, int64_t block,
                 int n_blocks, int lane, int64_t first, int64_t n_k, enum expand_to to);
-/* sums += scale * part, of the run of `lane` at `first`; both [n_rows, n_blocks * 16]. */
-void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
-                           const struct cpu_quantized_layout *at, float *sums, const float *part,
-                           int n_rows, int64_t block, int n_blocks, int lane, int64_t first);
+/* The runs of a factored `lane` as a tile has them, whose b are the blocks from `block` on. */
+void cpu_quantized_runs(struct tile *t, const struct linear *l,
+                        const struct cpu_quantized_layout *at, int64_t block, int lane);
 /* 1 where so few rows, in so many panels, are multiplied without expanding. */
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows,

@@ -116,24 +116,4 @@ static void run(void *dst, const struct expansion *e, enum weight_format format,
     }
 }
 
-/* ---- the end of a run ---- */
-
-static void add_run(float *sums, const float *part, int n_rows, int n_blocks, const float *scales,
-                    int64_t block_bytes, enum weight_format format)
-{
-    const float factor = format == WEIGHT_INT8_127 ? INT8_127_FACTOR : 1.0f;
-    for (int b = 0; b < n_blocks; b++) {
-        const float *of_block =
-            (const float *)(const void *)((const char *)scales + b * block_bytes);
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK_VECTORS; v++) {
-            vf scale = vf_load(of_block + v * VF_N) * factor;
-            for (int r = 0; r < n_rows; r++) {
-                int64_t at = (r * n_blocks + b) * 16 + v * VF_N;
-                vf_store(sums + at, vf_fma(scale, vf_load(part + at), vf_load(sums + at)));
-            }
-        }
-    }
-}
-
-const struct cpu_expand_ops CPU_EXPAND_OPS = {.run = run, .add_run = add_run};
+const struct cpu_expand_ops CPU_EXPAND_OPS = {.run = run};

@@ -60,7 +60,27 @@ struct tile {
     int64_t c_row;
     int64_t n_k; // steps; pairs where b is pairs
     int accumulate;
+    /* NULL, or c[r][j] is summed run after run of steps, from 0, each run's own sum being added
+     * with its scale in one fused multiply-add: that of block i is scale_factor times the j-th of
+     * the 16 at scales + i * scale_block, which those of the next run follow. The first run has
+     * first_run steps, the others `run`. Of TILE_BF16_PAIRS without parts, and nothing accumulates.
+     */
+    const float *scales;
+    int64_t scale_block, first_run, run;
+    float scale_factor;
+    unsigned scale_mode; // 0, or MXCSR while scales are used
 };
+
+/* The i-th part of a tile's steps, or run, `done` steps having been before it. */
+static inline struct tile_part tile_part_at(const struct tile *t, int i, int64_t done,
+                                            size_t step_bytes)
+{
+    if (t->parts)
+        return t->parts[i];
+    int64_t n = !t->scales ? t->n_k : i == 0 ? t->first_run : t->run;
+    return (struct tile_part){.b = (const char *)t->b + (size_t)done * step_bytes,
+                              .n_k = n < t->n_k - done ? n : t->n_k - done};
+}
 
 struct cpu_tile_ops {
     int max_rows;                   // largest n_rows of run()
@@ -97,10 +117,6 @@ enum expand_to {
 
 struct cpu_expand_ops {
     void (*run)(void *dst, const struct expansion *e, enum weight_format format, enum expand_to to);
-    /* sums[r][j] += scale of j * part[r][j], one fused multiply-add, for rows of n_blocks blocks; a
-     * run's end (kernels/quantized.h). `scales` is the first block's. */
-    void (*add_run)(float *sums, const float *part, int n_rows, int n_blocks, const float *scales,
-                    int64_t block_bytes, enum weight_format format);
 };
 
 /* c[r][j] <- one lane's sum over k of a[k][r] * w[k][j], in the order of TILE_BF16_PAIRS, for

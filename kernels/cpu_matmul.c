@@ -189,14 +189,14 @@ struct matmul_job {
     int n_blocks_wide;     // blocks of one tile
     int n_blocks_kept;     // of a part, that all panels pass over before the next are fetched
     uint32_t *packed_x;    // NULL: each thread packs its own
-    int64_t chunk;         // steps of a quantised weight expanded at a time, with one panel
+    int64_t chunk;         // steps expanded at a time where that is not whole
     size_t expanded_bytes; // of what is expanded of a part at a time
     struct cpu_quantized_layout quantized; // of a quantised weight
     int multiplies;                        // with a quantised weight that is not expanded
 };
 
 /* The blocks of the weight that are kept: dense in memory, or of a quantised one that is expanded,
- * whole where several panels use them and a chunk at a time where one does. */
+ * whole or a chunk at a time. */
 struct blocks {
     int64_t first;
     int n;
@@ -289,10 +289,12 @@ static size_t block_row_bytes(const struct matmul_job *job)
     return 16 * dtype_size(job->l->dtype) * (size_t)job->steps.step;
 }
 
-/* Of a quantised weight, the steps of each block that are expanded at a time. */
-static int64_t expanded_steps(const struct matmul_job *job)
+/* A quantised weight is expanded a few blocks at a time, each whole, where several panels use them
+ * or runs are summed apart, which a tile does in one go. */
+static int expands_whole(const struct matmul_job *job)
 {
-    return job->n_panels > 1 ? job->steps.n : job->chunk;
+    const unsigned all = (1u << job->l->n_lanes) - 1;
+    return job->n_panels > 1 || (job->quantized.is_factored && job->quantized.irregular != all);
 }
 
 /* The weight of `blocks`, where it is needed as a whole: by several panels, or dense. */
@@ -309,7 +311,7 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, cha
     }
     if (job->multiplies)
         return;
-    if (job->n_panels == 1) {
+    if (!expands_whole(job)) {
         blocks->block_bytes = row_bytes * (size_t)job->chunk;
         return;
     }
@@ -349,16 +351,16 @@ static void fetch_ahead(struct tile *t, const struct matmul_job *job, const stru
     t->ahead_step = LINE_BYTES;
 }
 
-/* sums [n_rows, n_blocks * 16] <- columns [first, first + n_k) of a lane; first is of a whole
- * step. */
-static void compute_columns(const struct matmul_job *job, const struct product *p, int lane,
-                            int64_t first, int64_t n_k, float *sums)
+/* sums [n_rows, n_blocks * 16] <- one lane, of a weight in floats. */
+static void compute_steps(const struct matmul_job *job, const struct product *p, int lane,
+                          float *sums)
 {
+    const struct linear *l = job->l;
     const struct blocks *blocks = p->blocks;
     const int step = job->steps.step, words = job->factor.words;
-    const size_t element = dtype_size(job->l->dtype);
-    const int64_t start = job->steps.start[lane] + first / step,
-                  end = start + (n_k + step - 1) / step;
+    const size_t element = dtype_size(l->dtype);
+    const int64_t start = job->steps.start[lane], end = job->steps.start[lane + 1];
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
     struct tile t = {.a_step = p->n_rows,
                      .a_row = 1,
                      .b = blocks->memory,
@@ -370,6 +372,8 @@ static void compute_columns(const struct matmul_job *job, const struct product *
     const char *dense = blocks->dense;
     if (dense)
         dense += (size_t)(p->block - blocks->first) * blocks->block_bytes;
+    if (is_factored(job, lane))
+        cpu_quantized_runs(&t, l, &job->quantized, p->block, lane);
     for (int64_t at = start; at == start || at < end; at += t.n_k) {
         t.a = p->x + at * p->n_rows * words;
         t.accumulate = at > start;
@@ -380,29 +384,13 @@ static void compute_columns(const struct matmul_job *job, const struct product *
         } else {
             int64_t done = (at - start) * step, left = n_k - done;
             t.n_k = t.n_k < job->chunk ? t.n_k : job->chunk;
-            cpu_expand(job->state, job->l, &job->quantized, blocks->memory, blocks->block_bytes,
-                       p->block, p->n_blocks, lane, first + done,
-                       left < t.n_k * step ? left : t.n_k * step, expands_to(job, lane));
+            cpu_expand(job->state, l, &job->quantized, blocks->memory, blocks->block_bytes,
+                       p->block, p->n_blocks, lane, done, left < t.n_k * step ? left : t.n_k * step,
+                       expands_to(job, lane));
         }
         job->tile->run(&t, p->n_rows, p->n_blocks, job->factor.source);
         if (t.n_k == 0)
             return;
-    }
-}
-
-/* sums [n_rows, n_blocks * 16] <- a lane whose runs are summed apart (kernels/quantized.h). */
-static void compute_runs(const struct matmul_job *job, const struct product *p, int lane,
-                         float *sums)
-{
-    float run[TILE_FLOATS_MAX] __attribute__((aligned(64)));
-    const struct linear *l = job->l;
-    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    memset(sums, 0, (size_t)(p->n_rows * p->n_blocks * 16) * sizeof(float));
-    for (int64_t first = 0, n; first < n_k; first += n) {
-        n = cpu_quantized_run(l, lane, first, n_k - first);
-        compute_columns(job, p, lane, first, n, run);
-        cpu_quantized_add_run(job->state, l, &job->quantized, sums, run, p->n_rows, p->block,
-                              p->n_blocks, lane, first);
     }
 }
 
@@ -417,10 +405,8 @@ static void compute_lane(const struct matmul_job *job, const struct product *p, 
                          .c_row = p->n_blocks * 16};
         cpu_quantized_multiply(job->state, l, &job->quantized, &t, p->n_rows, p->block, p->n_blocks,
                                lane);
-    } else if (is_factored(job, lane)) {
-        compute_runs(job, p, lane, sums);
     } else {
-        compute_columns(job, p, lane, 0, l->lane_start[lane + 1] - l->lane_start[lane], sums);
+        compute_steps(job, p, lane, sums);
     }
 }
 
@@ -566,11 +552,8 @@ size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int6
 {
     const int64_t block_bytes = (in_dim + LANES_MAX) * 16 * (int64_t)dtype_size(dtype) * n_parts;
     const int64_t all = n_blocks_of(out_dim / n_parts) / ITEMS_MIN * block_bytes;
-    int64_t wide = 1;
-    for (int rows = 1; rows <= tile->max_rows; rows++) // of a panel that is not alone
-        if (2 * rows >= tile->max_rows)
-            wide = larger(wide, tile->wide_blocks(rows));
-    return (size_t)larger(larger(wide * block_bytes, smaller(all, kept_bytes())),
+    const int64_t whole = tile->wide_blocks(tile->max_rows) * block_bytes;
+    return (size_t)larger(larger(whole, smaller(all, kept_bytes())),
                           (int64_t)TILE_BLOCKS_MAX * CHUNK_BYTES * n_parts);
 }
 
@@ -594,6 +577,8 @@ static void run_job(struct backend *b, struct matmul_job *job)
             cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows, job->n_panels);
         if (job->multiplies)
             job->n_blocks_wide = s->multiply->product_blocks(panel_rows);
+        else if (expands_whole(job))
+            job->n_blocks_wide = s->tile->wide_blocks(s->tile->max_rows);
     }
     job->factor =
         cpu_factor_of(job->multiplies ? s->multiply->takes_bf16 : s->tile->takes_bf16, l->dtype);
@@ -601,7 +586,8 @@ static void run_job(struct backend *b, struct matmul_job *job)
     job->n_blocks_kept = blocks_kept(job, s->n_threads);
     if (l->format != WEIGHT_FLOAT && !job->multiplies)
         job->expanded_bytes =
-            block_row_bytes(job) * (size_t)(expanded_steps(job) * job->n_blocks_kept);
+            block_row_bytes(job) *
+            (size_t)((expands_whole(job) ? job->steps.n : job->chunk) * job->n_blocks_kept);
     int64_t words = job->steps.n * job->factor.words;
     if (job->n_rows * words > OWN_PACK_WORDS)
         job->packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job->n_rows * words) * 4);

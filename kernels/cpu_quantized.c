@@ -188,13 +188,15 @@ void cpu_expand(const struct cpu_state *s, const struct linear *l,
     }
 }
 
-void cpu_quantized_add_run(const struct cpu_state *s, const struct linear *l,
-                           const struct cpu_quantized_layout *at, float *sums, const float *part,
-                           int n_rows, int64_t block, int n_blocks, int lane, int64_t first)
+void cpu_quantized_runs(struct tile *t, const struct linear *l,
+                        const struct cpu_quantized_layout *at, int64_t block, int lane)
 {
-    s->expand->add_run(sums, part, n_rows, n_blocks,
-                       scales_of(l, at, block, group_at(l, lane, first)), (int64_t)at->n_bytes,
-                       l->format);
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    t->scales = scales_of(l, at, block, group_at(l, lane, 0));
+    t->scale_block = (int64_t)(at->n_bytes / sizeof(float));
+    t->first_run = (cpu_quantized_run(l, lane, 0, n_k) + 1) / 2;
+    t->run = l->group_size / 2;
+    t->scale_factor = l->format == WEIGHT_INT8_127 ? INT8_127_FACTOR : 1.0f;
 }
 
 /* Each panel decodes the weight again, beside its products; expanding it once takes a time of its

@@ -67,6 +67,24 @@ ALWAYS_INLINE void add_step(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const fl
     }
 }
 
+ALWAYS_INLINE void store_sums(float *c, int64_t c_row, vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
+                              const int n_rows, const int n_vectors)
+{
+#pragma GCC unroll 16
+    for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < n_vectors; j++)
+            vf_store(c + r * c_row + j * VF_N, acc[r][j]);
+    }
+}
+
+ALWAYS_INLINE size_t element_bytes(const enum tile_source source)
+{
+    return source == TILE_F32          ? sizeof(float)
+           : source == TILE_BF16_PAIRS ? sizeof(uint16_t)
+                                       : sizeof(int8_t);
+}
+
 /* acc += a b of one part, from its block `first` on; returns a past the part. */
 ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
                                     const struct tile *t, const struct tile_part *part,
@@ -75,9 +93,7 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
 {
     const int n_vectors = n_blocks * BLOCK_VECTORS;
     const int64_t a_row = n_rows <= TILE_ROWS_APART ? t->a_row : 1;
-    const size_t element = source == TILE_F32          ? sizeof(float)
-                           : source == TILE_BF16_PAIRS ? sizeof(uint16_t)
-                                                       : sizeof(int8_t);
+    const size_t element = element_bytes(source);
     const size_t step_bytes = (size_t)t->b_step * element;
     const char *b[TILE_BLOCKS_MAX];
 #pragma GCC unroll 16
@@ -121,6 +137,51 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
     return a;
 }
 
+#if VF_N == 16
+/* MXCSR <- mode, after all that was added to the sums and before all that will be: the compiler
+ * does not know that arithmetic depends on it. */
+ALWAYS_INLINE void set_mode(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], unsigned mode,
+                            const int n_rows, const int n_vectors)
+{
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; side++) {
+#pragma GCC unroll 16
+        for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
+            for (int j = 0; j < n_vectors; j++)
+                __asm__ volatile("" : "+v"(acc[r][j])::"memory");
+        }
+        if (side == 0)
+            _mm_setcsr(mode);
+    }
+}
+#endif
+
+/* c [n_rows] += the i-th run's scales * acc, which is 0 then. */
+ALWAYS_INLINE void end_run(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const struct tile *t,
+                           float *c, int first, int i, const int n_rows, const int n_blocks)
+{
+#if VF_N == 16
+    if (t->scale_mode)
+        set_mode(acc, t->scale_mode, n_rows, n_blocks);
+#endif
+#pragma GCC unroll 16
+    for (int j = 0; j < n_blocks * BLOCK_VECTORS; j++) {
+        const float *of_block = t->scales + (first + j / BLOCK_VECTORS) * t->scale_block + i * 16;
+        vf scale = vf_load(of_block + j % BLOCK_VECTORS * VF_N) * t->scale_factor;
+#pragma GCC unroll 16
+        for (int r = 0; r < n_rows; r++) {
+            float *to = c + r * t->c_row + j * VF_N;
+            vf_store(to, vf_fma(scale, acc[r][j], vf_load(to)));
+            acc[r][j] = vf_set(0.0f);
+        }
+    }
+#if VF_N == 16
+    if (t->scale_mode)
+        set_mode(acc, t->scale_mode | MXCSR_FLUSH, n_rows, n_blocks);
+#endif
+}
+
 /* Blocks [first, first + n_blocks). Unrolled whole, so that the sums are registers and not an
  * array. */
 ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, const int n_blocks,
@@ -135,18 +196,21 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
         for (int j = 0; j < n_vectors; j++)
             acc[r][j] = t->accumulate ? vf_load(c + r * t->c_row + j * VF_N) : vf_set(0.0f);
     }
-    const struct tile_part whole = {t->b, t->n_k};
-    const struct tile_part *parts = t->parts ? t->parts : &whole;
-    const int n_parts = t->parts ? t->n_parts : 1;
+    const int in_runs = source == TILE_BF16_PAIRS && t->scales;
+    if (in_runs)
+        store_sums(c, t->c_row, acc, n_rows, n_vectors);
     const float *a = t->a;
-    for (int i = 0; i < n_parts; i++)
-        a = add_part(acc, t, &parts[i], a, first, n_rows, n_blocks, source);
-#pragma GCC unroll 16
-    for (int r = 0; r < n_rows; r++) {
-#pragma GCC unroll 16
-        for (int j = 0; j < n_vectors; j++)
-            vf_store(c + r * t->c_row + j * VF_N, acc[r][j]);
+    int64_t done = 0;
+    for (int i = 0; t->parts ? i < t->n_parts : done < t->n_k; i++) {
+        const struct tile_part part =
+            tile_part_at(t, i, done, (size_t)t->b_step * element_bytes(source));
+        a = add_part(acc, t, &part, a, first, n_rows, n_blocks, source);
+        if (in_runs)
+            end_run(acc, t, c, first, i, n_rows, n_blocks);
+        done += part.n_k;
     }
+    if (!in_runs)
+        store_sums(c, t->c_row, acc, n_rows, n_vectors);
 }
 
 /* n_blocks as blocks_at_once() has it; what it never says for n_rows is not compiled. */

@@ -33,6 +33,39 @@ ALWAYS_INLINE __m512bh load_pairs(const char *b, const enum tile_source source)
     return (__m512bh)_mm512_or_si512(even, (__m512i)_mm512_cvtepi32_ps(odd));
 }
 
+ALWAYS_INLINE int64_t element_bytes(const enum tile_source source)
+{
+    return source == TILE_BF16_PAIRS ? sizeof(uint16_t) : sizeof(int8_t);
+}
+
+ALWAYS_INLINE void store_sums(float *c, int64_t c_row, __m512 (*acc)[TILE_BLOCKS_MAX],
+                              const int n_rows, const int n_blocks)
+{
+#pragma GCC unroll 16
+    for (int r = 0; r < n_rows; r++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < n_blocks; j++)
+            _mm512_storeu_ps(c + r * c_row + j * 16, acc[r][j]);
+    }
+}
+
+/* c [n_rows] += the i-th run's scales * acc, which is 0 then. */
+ALWAYS_INLINE void end_run(__m512 (*acc)[TILE_BLOCKS_MAX], const struct tile *t, float *c,
+                           int first, int i, const int n_rows, const int n_blocks)
+{
+#pragma GCC unroll 16
+    for (int j = 0; j < n_blocks; j++) {
+        const float *scales = t->scales + (first + j) * t->scale_block + i * 16;
+        __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(scales), _mm512_set1_ps(t->scale_factor));
+#pragma GCC unroll 16
+        for (int r = 0; r < n_rows; r++) {
+            float *to = c + r * t->c_row + j * 16;
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, acc[r][j], _mm512_loadu_ps(to)));
+            acc[r][j] = _mm512_setzero_ps();
+        }
+    }
+}
+
 /* acc += a b of one part, from its block `first` on; returns a past the part. */
 ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const struct tile *t,
                                       const struct tile_part *part, const int32_t *a, int first,
@@ -40,7 +73,7 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
                                       const enum tile_source source)
 {
     const int64_t a_row = n_rows <= TILE_ROWS_APART ? t->a_row : 1;
-    const int64_t element = source == TILE_BF16_PAIRS ? sizeof(uint16_t) : sizeof(int8_t);
+    const int64_t element = element_bytes(source);
     const int64_t step_bytes = t->b_step * element;
     const char *b[TILE_BLOCKS_MAX];
 #pragma GCC unroll 16
@@ -91,18 +124,21 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
             acc[r][j] =
                 t->accumulate ? _mm512_loadu_ps(c + r * t->c_row + j * 16) : _mm512_setzero_ps();
     }
-    const struct tile_part whole = {t->b, t->n_k};
-    const struct tile_part *parts = t->parts ? t->parts : &whole;
-    const int n_parts = t->parts ? t->n_parts : 1;
+    const int in_runs = source == TILE_BF16_PAIRS && t->scales;
+    if (in_runs)
+        store_sums(c, t->c_row, acc, n_rows, n_blocks);
     const int32_t *a = t->a;
-    for (int i = 0; i < n_parts; i++)
-        a = add_part(acc, t, &parts[i], a, first, n_rows, n_blocks, source);
-#pragma GCC unroll 16
-    for (int r = 0; r < n_rows; r++) {
-#pragma GCC unroll 16
-        for (int j = 0; j < n_blocks; j++)
-            _mm512_storeu_ps(c + r * t->c_row + j * 16, acc[r][j]);
+    int64_t done = 0;
+    for (int i = 0; t->parts ? i < t->n_parts : done < t->n_k; i++) {
+        const struct tile_part part =
+            tile_part_at(t, i, done, (size_t)(t->b_step * element_bytes(source)));
+        a = add_part(acc, t, &part, a, first, n_rows, n_blocks, source);
+        if (in_runs)
+            end_run(acc, t, c, first, i, n_rows, n_blocks);
+        done += part.n_k;
     }
+    if (!in_runs)
+        store_sums(c, t->c_row, acc, n_rows, n_blocks);
 }
 
 /* n_blocks is 1, 2 or, of few rows, 4. */
@@ -184,11 +220,12 @@ const struct cpu_tile_ops cpu_tile_avx512bf16 = {
 
 static void run_fma(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
-    unsigned mode = _mm_getcsr();
+    struct tile flushed = *t;
+    flushed.scale_mode = _mm_getcsr();
     if (source != TILE_F32)
-        _mm_setcsr(mode | MXCSR_FLUSH);
-    cpu_tile_avx512.run(t, n_rows, n_blocks, source);
-    _mm_setcsr(mode);
+        _mm_setcsr(flushed.scale_mode | MXCSR_FLUSH);
+    cpu_tile_avx512.run(&flushed, n_rows, n_blocks, source);
+    _mm_setcsr(flushed.scale_mode);
 }
 
 const struct cpu_tile_ops cpu_tile_avx512bf16fma = {
