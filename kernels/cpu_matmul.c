@@ -211,11 +211,29 @@ static int64_t panel_start(const struct matmul_job *job, int64_t panel)
     return job->n_rows * panel / job->n_panels;
 }
 
+/* Rows of x, of so many bytes packed, that go through the whole weight before others do: what stays
+ * in a third-level cache of 32 MiB while part after part of the weight passes over it. Fewer rows
+ * would have the weight read too often. */
+#define TOGETHER_BYTES (8 << 20)
+#define TOGETHER_MIN 512
+
+static int64_t rows_together(int64_t row_bytes)
+{
+    return larger(TOGETHER_MIN, TOGETHER_BYTES / row_bytes);
+}
+
+/* Of one row of x, packed: at most so many. */
+static int64_t row_bytes_of(const struct cpu_tile_ops *tile, int64_t in_dim, enum dtype dtype)
+{
+    struct cpu_factor f = cpu_factor_of(tile->takes_bf16, dtype);
+    return (in_dim + LANES_MAX) * 4 * f.words / f.step;
+}
+
 size_t cpu_matmul_bytes(const struct cpu_tile_ops *tile, int64_t n_rows, int64_t in_dim,
                         enum dtype dtype)
 {
-    struct cpu_factor f = cpu_factor_of(tile->takes_bf16, dtype);
-    return (size_t)n_rows * (size_t)(in_dim + LANES_MAX) * 4 * (size_t)f.words / (size_t)f.step;
+    int64_t row_bytes = row_bytes_of(tile, in_dim, dtype);
+    return (size_t)(smaller(n_rows, rows_together(row_bytes)) * row_bytes);
 }
 
 /* Enough for cache-friendly transposition, small enough for the stack. */
@@ -558,7 +576,7 @@ size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int6
 }
 
 /* The job's l, y, x, epilogue and parts are set. */
-static void run_job(struct backend *b, struct matmul_job *job)
+static void run_together(struct backend *b, struct matmul_job *job)
 {
     struct cpu_state *s = cpu_state(b);
     const struct linear *l = job->l;
@@ -595,6 +613,36 @@ static void run_job(struct backend *b, struct matmul_job *job)
     int64_t weight = l->out_dim * l->in_dim; // few rows take the time to read it
     int64_t cost = cpu_product_cost(s, job->n_rows * weight);
     cpu_parallel(b, larger(cost, weight), matmul_work, job);
+}
+
+static struct tensor rows_of(const struct tensor *t, int64_t first, int64_t end)
+{
+    struct tensor rows =
+        tensor_2d(cpu_element(t, first, 0), t->dtype, end - first, tensor_n_cols(t));
+    rows.row_stride = t->row_stride;
+    return rows;
+}
+
+/* The same, the rows in parts as even as they come. */
+static void run_job(struct backend *b, const struct matmul_job *all)
+{
+    const struct linear *l = all->l;
+    const int64_t n_rows = tensor_n_rows(all->x);
+    const int64_t most = rows_together(row_bytes_of(cpu_state(b)->tile, l->in_dim, l->dtype));
+    const int n = (int)((n_rows + most - 1) / most);
+    for (int i = 0; i < n; i++) {
+        struct matmul_job job = *all;
+        int64_t first, end;
+        cpu_share(n_rows, i, n, &first, &end);
+        struct tensor y = rows_of(all->y, first, end), x = rows_of(all->x, first, end), residual;
+        job.y = &y;
+        job.x = &x;
+        if (all->epilogue.residual) {
+            residual = rows_of(all->epilogue.residual, first, end);
+            job.epilogue.residual = &residual;
+        }
+        run_together(b, &job);
+    }
 }
 
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,

@@ -308,6 +308,49 @@ static void test_gated(void **state)
     }
 }
 
+/* More rows than go through a weight together equal those of two calls, the residual being added to
+ * where it is. */
+static void check_parts(struct backend *b, enum dtype dtype)
+{
+    enum { M = 600, N = 32, K = 8200, FIRST = 301 };
+    struct tensor x = op_case_strided(M, K), w = op_case_matrix(N, K);
+    struct tensor y = op_case_strided(M, N), want = y;
+    const size_t n_bytes = (size_t)(M * y.row_stride) * sizeof(float);
+    float *scale = op_case_floats(N, 1);
+    struct linear l = linear_of(&w, dtype, 2);
+    want.data = op_case_floats(M * y.row_stride, 0);
+    memcpy(want.data, y.data, n_bytes);
+    op_linear_pack(b, &l, &w, NULL);
+    op_matmul(b, &y, &x, &l, &(struct epilogue){.scale = scale, .residual = &y});
+    for (int64_t first = 0; first < M; first += FIRST) {
+        int64_t n = first ? M - FIRST : FIRST;
+        struct tensor to = tensor_rows(&want, first, n), of = tensor_rows(&x, first, n);
+        op_matmul(b, &to, &of, &l, &(struct epilogue){.scale = scale, .residual = &to});
+    }
+    op_case_same(want.data, y.data, n_bytes, "rows in parts");
+    op_case_check_gated(b, &l, M);
+    op_linear_free(b, &l);
+    free(x.data);
+    free(w.data);
+    free(y.data);
+    free(want.data);
+    free(scale);
+}
+
+static void test_rows_in_parts(void **state)
+{
+    (void)state;
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 2);
+        if (!b)
+            continue;
+        op_case_seed(7);
+        check_parts(b, DTYPE_F32);
+        check_parts(b, DTYPE_BF16);
+        backend_close(b);
+    }
+}
+
 /* y in bfloat16 is float32's, rounded. */
 static void check_rounded_output(struct backend *b, const struct linear *l, const struct tensor *x,
                                  enum activation act)
@@ -453,6 +496,7 @@ int op_matmul_tests(void)
         cmocka_unit_test(test_bf16_tiles_agree), cmocka_unit_test(test_gated),
         cmocka_unit_test(test_rounded),          cmocka_unit_test(test_claims),
         cmocka_unit_test(test_cores_are_shared), cmocka_unit_test(test_no_rows),
+        cmocka_unit_test(test_rows_in_parts),
     };
     return cmocka_run_group_tests_name("matmul", tests, NULL, NULL);
 }
