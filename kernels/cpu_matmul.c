@@ -354,15 +354,15 @@ struct product {
     int n_blocks;
 };
 
-/* The blocks after these are fetched while these are used, each during another panel, so that
- * memory and arithmetic are both busy all the time; the last panel fetches what is left. */
+/* The blocks after a tile's are fetched while these are used first, each during another panel, so
+ * that memory and arithmetic are both busy all the time; the last panel fetches what is left. */
 static void fetch_ahead(struct tile *t, const struct matmul_job *job, const struct product *p)
 {
     const struct blocks *blocks = p->blocks;
-    const char *next = (const char *)t->b + (size_t)blocks->n * blocks->block_bytes;
-    int64_t last = p->panel == job->n_panels - 1 ? blocks->n - 1 : p->panel;
+    const char *next = (const char *)t->b + (size_t)p->n_blocks * blocks->block_bytes;
+    int64_t last = p->panel == job->n_panels - 1 ? p->n_blocks - 1 : p->panel;
     t->ahead_step = 0;
-    if (blocks->memory || p->panel >= blocks->n || blocks->n > p->n_blocks)
+    if (blocks->memory || p->panel >= p->n_blocks)
         return;
     t->ahead[0] = next + (size_t)p->panel * blocks->block_bytes;
     t->ahead[1] = next + (size_t)last * blocks->block_bytes;
@@ -492,6 +492,11 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
     job->vector->finish(&f);
 }
 
+/* Panels that pass over the blocks of a tile before the next blocks: the blocks come from memory
+ * while the first four do, not while one alone waits for them, and the four stay in the
+ * second-level cache beside the blocks that are kept. */
+#define PANELS_TOGETHER 4
+
 /* The panels times blocks [first, end) of each part. */
 static void compute_blocks(const struct matmul_job *job, const uint32_t *packed_x, char *memory,
                            int64_t first, int64_t end)
@@ -501,10 +506,13 @@ static void compute_blocks(const struct matmul_job *job, const uint32_t *packed_
     for (int i = 0; i < job->n_parts; i++)
         blocks_init(&kept[i], job, memory ? memory + (size_t)i * job->expanded_bytes : NULL,
                     i * n_blocks_of(job->n_columns) + first, (int)n);
-    for (int64_t panel = 0; panel < job->n_panels; panel++) {
-        for (int64_t at = 0; at < n; at += job->n_blocks_wide)
-            compute_tile(job, packed_x, panel, kept, at,
-                         (int)(n - at < job->n_blocks_wide ? n - at : job->n_blocks_wide));
+    for (int64_t panels = 0; panels < job->n_panels; panels += PANELS_TOGETHER) {
+        const int64_t panels_end = smaller(panels + PANELS_TOGETHER, job->n_panels);
+        for (int64_t at = 0; at < n; at += job->n_blocks_wide) {
+            for (int64_t panel = panels; panel < panels_end; panel++)
+                compute_tile(job, packed_x, panel, kept, at,
+                             (int)smaller(n - at, job->n_blocks_wide));
+        }
     }
 }
 
