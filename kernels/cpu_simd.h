@@ -288,18 +288,31 @@ ALWAYS_INLINE float vf_largest(vf x)
     return x[0];
 }
 
-/* x = n ln 2 + r, n being `whole`, and e^r: degree 6 in r (coefficients: Cephes expf). */
-ALWAYS_INLINE vf exp_polynomial(vf x, vf whole)
+/* x <- e^r, where x = n ln 2 + r, n being `whole`: degree 6 in r (coefficients: Cephes expf). Of
+ * n_vectors, step by step: each waits for its own steps before, but not for the others'. */
+#define EXP_VECTORS_MAX 6
+ALWAYS_INLINE void exp_polynomial(vf *x, const vf *whole, const int n_vectors)
 {
-    vf r = vf_fma(whole, vf_set(-0.693359375f), x);
-    r = vf_fma(whole, vf_set(2.12194440e-4f), r);
-    vf p = vf_set(1.9875691500e-4f);
-    p = vf_fma(p, r, vf_set(1.3981999507e-3f));
-    p = vf_fma(p, r, vf_set(8.3334519073e-3f));
-    p = vf_fma(p, r, vf_set(4.1665795894e-2f));
-    p = vf_fma(p, r, vf_set(1.6666665459e-1f));
-    p = vf_fma(p, r, vf_set(5.0000001201e-1f));
-    return vf_fma(p, r * r, r) + 1.0f;
+    static const float coefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                         4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    vf p[EXP_VECTORS_MAX];
+#pragma GCC unroll 8
+    for (int i = 0; i < n_vectors; i++)
+        x[i] = vf_fma(whole[i], vf_set(-0.693359375f), x[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < n_vectors; i++) {
+        x[i] = vf_fma(whole[i], vf_set(2.12194440e-4f), x[i]);
+        p[i] = vf_set(coefficients[0]);
+    }
+#pragma GCC unroll 8
+    for (int j = 1; j < 6; j++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n_vectors; i++)
+            p[i] = vf_fma(p[i], x[i], vf_set(coefficients[j]));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < n_vectors; i++)
+        x[i] = vf_fma(p[i], x[i] * x[i], x[i]) + 1.0f;
 }
 
 /*
@@ -312,23 +325,41 @@ ALWAYS_INLINE vf vf_exp(vf x)
     const vf magic = vf_set(12582912.0f); // 1.5 * 2^23
     x = vf_max(vf_set(-104.0f), vf_min(vf_set(89.0f), x));
     vf whole = vf_fma(x, vf_set(1.44269504f), magic) - magic;
-    return vf_scale(exp_polynomial(x, whole), whole);
+    exp_polynomial(&x, &whole, 1);
+    return vf_scale(x, whole);
 }
 
-/* The same bits, x being at most 0 or a NaN. */
-ALWAYS_INLINE vf vf_exp_falling(vf x)
+/* The same bits, each x being at most 0 or a NaN. */
+ALWAYS_INLINE void vf_exp_falling(vf *x, const int n_vectors)
 {
-    x = vf_max(vf_set(-104.0f), x);
+    vf whole[EXP_VECTORS_MAX];
 #if VF_N == 16
     const vf magic = vf_set(12582912.0f);
-    vf whole = vf_fma(x, vf_set(1.44269504f), magic) - magic;
-    return _mm512_scalef_ps(exp_polynomial(x, whole), whole);
 #else /* times 2^(n + 33), whose exponent is in the lower bits of the sum, and 2^-33 */
     const vf magic = vf_set(12582912.0f + 127.0f + 33.0f);
-    vf shifted = vf_fma(x, vf_set(1.44269504f), magic);
-    vf p = exp_polynomial(x, shifted - magic);
-    return p * (vf)((vi)shifted << 23) * 0x1p-33f;
+    vu exponent[EXP_VECTORS_MAX];
 #endif
+#pragma GCC unroll 8
+    for (int i = 0; i < n_vectors; i++) {
+        x[i] = vf_max(vf_set(-104.0f), x[i]);
+        whole[i] = vf_fma(x[i], vf_set(1.44269504f), magic);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < n_vectors; i++) {
+#if VF_N < 16
+        exponent[i] = (vu)whole[i] << 23;
+#endif
+        whole[i] -= magic;
+    }
+    exp_polynomial(x, whole, n_vectors);
+#pragma GCC unroll 8
+    for (int i = 0; i < n_vectors; i++) {
+#if VF_N == 16
+        x[i] = _mm512_scalef_ps(x[i], whole[i]);
+#else
+        x[i] = x[i] * (vf)exponent[i] * 0x1p-33f;
+#endif
+    }
 }
 
 /*

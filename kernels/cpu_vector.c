@@ -221,7 +221,8 @@ ALWAYS_INLINE float softmax_exp(float *scores, int64_t lo, int64_t hi, float sca
     struct sum16 sum = {{{0}}};
     for (int64_t i = lo / 16 * 16; i < (hi + 15) / 16 * 16; i += 16) {
         for (int j = 0; j < BLOCK_VECTORS; j++) {
-            vf p = vf_exp_falling(vf_load(scores + i + j * VF_N) * scale - m);
+            vf p = vf_load(scores + i + j * VF_N) * scale - m;
+            vf_exp_falling(&p, 1);
             vf_store(scores + i + j * VF_N, p);
             sum.v[j] += p;
         }
@@ -282,38 +283,54 @@ ALWAYS_INLINE vu round_exp(vf x)
 #endif
 }
 
-/* e^(score - m), which its sum takes in. */
-ALWAYS_INLINE vf column_exp(const float *scores, float *sum, float scale, vf m)
+/* Keys i and i + 1 of n_vectors of queries from j on: e^(score - m), which its sum takes in. */
+ALWAYS_INLINE void pair_exp(const struct softmax_columns *c, int64_t i, int64_t j,
+                            const int n_vectors, const enum columns_form form)
 {
-    vf p = vf_exp_falling(vf_load(scores) * scale - m);
-    vf_store(sum, vf_load(sum) + p);
-    return p;
+    const float *scores = c->scores + i * c->row + j;
+    float *sums = c->sums + i % 16 * c->row + j;
+    uint32_t *to = (uint32_t *)c->p + (form == COLUMNS_BF16_PAIRS ? i / 2 : i) * c->row + j;
+    const int has_odd = i + 1 < c->n_keys;
+    vf p[EXP_VECTORS_MAX]; // even and odd
+#pragma GCC unroll 8
+    for (int k = 0; k < n_vectors; k++) {
+        const vf m = vf_load(c->m + j + k * VF_N);
+        p[2 * k] = vf_load(scores + k * VF_N) * c->scale - m;
+        p[2 * k + 1] =
+            has_odd ? vf_load(scores + c->row + k * VF_N) * c->scale - m : vf_set(-INFINITY);
+    }
+    vf_exp_falling(p, 2 * n_vectors);
+#pragma GCC unroll 8
+    for (int k = 0; k < n_vectors; k++, sums += VF_N, to += VF_N) {
+        const vf even = p[2 * k], odd = p[2 * k + 1];
+        vf_store(sums, vf_load(sums) + even);
+        if (has_odd)
+            vf_store(sums + c->row, vf_load(sums + c->row) + odd);
+        if (form == COLUMNS_BF16_PAIRS) {
+            *(vu_memory *)to = vf_pair_bf16(even, odd);
+        } else if (form == COLUMNS_ROUNDED) {
+            *(vu_memory *)to = round_exp(odd);
+            *(vu_memory *)(to + c->row) = round_exp(even);
+        } else {
+            *(vu_memory *)to = (vu)even;
+            if (has_odd)
+                *(vu_memory *)(to + c->row) = (vu)odd;
+        }
+    }
 }
+
+/* Vectors whose e^x are computed side by side: what registers hold. */
+#define EXP_VECTORS (VF_N == 16 ? 3 : 1)
 
 ALWAYS_INLINE void columns_exp_as(const struct softmax_columns *arg, const enum columns_form form)
 {
     const struct softmax_columns c = *arg; // what is stored through pointers does not touch
     for (int64_t i = 0; i < c.n_keys; i += 2) {
-        const float *scores = c.scores + i * c.row;
-        float *sums = c.sums + i % 16 * c.row;
-        uint32_t *to = (uint32_t *)c.p + (form == COLUMNS_BF16_PAIRS ? i / 2 : i) * c.row;
-        const int has_odd = i + 1 < c.n_keys;
-        for (int64_t j = 0; j < c.n; j += VF_N) {
-            const vf m = vf_load(c.m + j);
-            vf even = column_exp(scores + j, sums + j, c.scale, m), odd = vf_set(0.0f);
-            if (has_odd)
-                odd = column_exp(scores + c.row + j, sums + c.row + j, c.scale, m);
-            if (form == COLUMNS_BF16_PAIRS) {
-                *(vu_memory *)(to + j) = vf_pair_bf16(even, odd);
-            } else if (form == COLUMNS_ROUNDED) {
-                *(vu_memory *)(to + j) = round_exp(odd);
-                *(vu_memory *)(to + c.row + j) = round_exp(even);
-            } else {
-                *(vu_memory *)(to + j) = (vu)even;
-                if (has_odd)
-                    *(vu_memory *)(to + c.row + j) = (vu)odd;
-            }
-        }
+        int64_t j = 0;
+        for (; j + EXP_VECTORS * VF_N <= c.n; j += EXP_VECTORS * VF_N)
+            pair_exp(&c, i, j, EXP_VECTORS, form);
+        for (; j < c.n; j += VF_N)
+            pair_exp(&c, i, j, 1, form);
     }
 }
 
