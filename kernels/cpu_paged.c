@@ -14,6 +14,11 @@
  *
  * Int8 pages are bfloat16's pairs of codes, expanded in registers; scores and e^(score - m) are
  * multiplied with the scales of keys and values on their way.
+ *
+ * Many rows of a prompt, over bfloat16 pages and with vdpbf16ps, lie key by key instead, as
+ * vision's do (cpu_attention.c): scores = K q^T, the keys of a page being the left factor as they
+ * are, and e^(score - m) comes out as the left factor of p V. The sums are the same, in the same
+ * order.
  */
 #include <string.h>
 
@@ -25,7 +30,9 @@
 #define STEP_BF16 256
 #define STEP_MAX STEP_BF16
 #define RUNS_MAX (STEP_MAX / 16)
-#define ITEMS_A_THREAD 4
+#define GROUP 96 // rows that lie key by key: whole tiles, and whole vectors of their softmax
+#define KEYS 8   // of a product with them: even parts of the sixteen that lie in one page
+#define ITEMS_A_THREAD 8
 #define ITEM_TILES_MAX 32
 
 struct paged_job {
@@ -42,6 +49,7 @@ struct paged_job {
     int64_t *item_start;      // [n_sequences + 1] the first item of each
     struct cpu_factor factor; // of queries and of p
     int pairs;                // 0 with float32 pages, else 1
+    int has_groups;           // 1 where tiles have up to GROUP rows, else up to TILE_ROWS_MAX
     int has_scales;           // 1 with int8 pages
     int64_t step;             // positions
     int64_t dim, dim16;       // head_dim; rounded up to 16
@@ -67,41 +75,45 @@ struct paged_step {
 };
 
 /* A few (token, head) rows of one sequence that read the same kv head; a later one sees no fewer
- * keys at the end and no more at the beginning. */
+ * keys at the end and no more at the beginning. More than TILE_ROWS_MAX lie key by key. */
 struct paged_tile {
     int32_t sequence, kv_head, n_rows;
     int is_first; // of its item
-    int32_t token[TILE_ROWS_MAX], head[TILE_ROWS_MAX];
-    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // key positions it sees: [lo, hi)
-    int64_t page, slot;                           // of the first key after the steps so far
-    struct softmax softmax[TILE_ROWS_MAX];
+    int32_t token[GROUP], head[GROUP];
+    int64_t lo[GROUP], hi[GROUP]; // key positions it sees: [lo, hi)
+    int64_t page, slot;           // of the first key after the steps so far
+    struct softmax softmax[GROUP];
     struct cpu_factor_place queries, p;
-    uint32_t *q_rows;    // [TILE_ROWS_MAX][dim16]
-    uint32_t *q_columns; // [dim16][TILE_ROWS_MAX]
-    float *scores;       // [TILE_ROWS_MAX][STEP_MAX]
+    uint32_t *q_rows;    // [rows][dim16]
+    uint32_t *q_columns; // [dim16][TILE_ROWS_MAX], or [GROUP / 16][pairs of dim16][16]
+    float *scores;       // [TILE_ROWS_MAX][STEP_MAX], or [STEP_MAX][GROUP]
     uint32_t *p_rows;    // [TILE_ROWS_MAX][STEP_MAX]
-    uint32_t *p_columns; // [STEP_MAX][TILE_ROWS_MAX]
-    float *sums;         // [TILE_ROWS_MAX][dim16]
+    uint32_t *p_columns; // [STEP_MAX][TILE_ROWS_MAX], or [STEP_MAX / 2][GROUP]
+    float *l;            // [16][GROUP] of a step
+    float *sums;         // [rows][dim16]
     float *scales;       // [STEP_MAX] of the step's keys or values
     char *edge;          // [2][dim16][2] of the page's type: pairs of which one key is seen
-    char *values;        // [STEP_MAX][dim16] of the page's type, where 16 divides not head_dim
+    char *values;        // [STEP_MAX][dim16] of the page's type, where they are gathered
 };
 
 static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int thread)
 {
-    const int64_t rows = TILE_ROWS_MAX, dim = job->dim16;
-    const int64_t padded = dim == job->dim ? 0 : STEP_MAX * dim;
-    const int64_t n_words = 3 * rows * dim + (3 * rows + 1) * STEP_MAX + 2 * dim + padded;
+    const int64_t rows = job->has_groups ? GROUP : TILE_ROWS_MAX, dim = job->dim16;
+    const int64_t n_l = job->has_groups ? 16 * rows : 0;
+    const int64_t n_values = job->has_groups || dim != job->dim ? STEP_MAX * dim : 0;
+    const int64_t n_words =
+        3 * rows * dim + (2 * rows + TILE_ROWS_MAX + 1) * STEP_MAX + n_l + 2 * dim + n_values;
     char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)n_words * 4);
     t->q_rows = cpu_carve(&at, rows * dim);
     t->q_columns = cpu_carve(&at, dim * rows);
     t->scores = cpu_carve(&at, rows * STEP_MAX);
-    t->p_rows = cpu_carve(&at, rows * STEP_MAX);
+    t->p_rows = cpu_carve(&at, TILE_ROWS_MAX * STEP_MAX);
     t->p_columns = cpu_carve(&at, STEP_MAX * rows);
+    t->l = cpu_carve(&at, n_l);
     t->sums = cpu_carve(&at, rows * dim);
     t->scales = cpu_carve(&at, STEP_MAX);
     t->edge = cpu_carve(&at, 2 * dim);
-    t->values = cpu_carve(&at, padded);
+    t->values = cpu_carve(&at, n_values);
 }
 
 /* The next step of the tile's keys, cut at the ends of pages. */
@@ -142,16 +154,21 @@ static void cut_step(const struct paged_job *job, struct paged_tile *t, struct p
     }
 }
 
-/* Values of head_dim dimensions, which are no multiple of 16, are padded to one. */
-static void pad_values(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
+/* Values of head_dim dimensions, which may be no multiple of 16, are padded to one, and lie one
+ * after another whatever the pages: a product is begun once. */
+static void gather_values(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
 {
-    const size_t stored = job->step_bytes / (size_t)job->dim16 * (size_t)job->dim;
+    const size_t to_bytes = job->step_bytes;
+    const size_t bytes = to_bytes / (size_t)job->dim16 * (size_t)job->dim;
     for (int i = 0; i < s->n_runs; i++) {
         struct paged_run *run = &s->runs[i];
-        char *to = t->values + (size_t)(run->column >> job->pairs) * job->step_bytes;
-        for (int64_t j = 0; j < run->n >> job->pairs; j++) {
-            memcpy(to + (size_t)j * job->step_bytes, run->v + (size_t)j * stored, stored);
-            memset(to + (size_t)j * job->step_bytes + stored, 0, job->step_bytes - stored);
+        const size_t n = (size_t)(run->n >> job->pairs);
+        char *to = t->values + (size_t)(run->column >> job->pairs) * to_bytes;
+        if (bytes == to_bytes)
+            memcpy(to, run->v, n * bytes);
+        for (size_t j = 0; bytes < to_bytes && j < n; j++) {
+            memcpy(to + j * to_bytes, run->v + j * bytes, bytes);
+            memset(to + j * to_bytes + bytes, 0, to_bytes - bytes);
         }
         run->v = to;
     }
@@ -182,6 +199,7 @@ static int cut_values(const struct paged_job *job, struct paged_tile *t, const s
                       int64_t from, int64_t to, struct tile_part parts[RUNS_MAX + 2])
 {
     const int64_t whole = to & ~(int64_t)job->pairs;
+    const char *v_end = NULL; // of the last part
     int n = 0;
     if (from & job->pairs) {
         parts[n++] = edge_pair(job, t->edge, s, from);
@@ -190,11 +208,13 @@ static int cut_values(const struct paged_job *job, struct paged_tile *t, const s
     for (int i = 0; i < s->n_runs; i++) {
         const struct paged_run *run = &s->runs[i];
         const int64_t lo = larger(from, run->column), hi = smaller(whole, run->column + run->n);
-        if (lo < hi)
-            parts[n++] = (struct tile_part){
-                .b = run->v + (size_t)((lo - run->column) >> job->pairs) * job->step_bytes,
-                .n_k = (hi - lo) >> job->pairs,
-            };
+        if (lo >= hi)
+            continue;
+        const char *v = run->v + (size_t)((lo - run->column) >> job->pairs) * job->step_bytes;
+        if (n == 0 || v != v_end)
+            parts[n++] = (struct tile_part){.b = v};
+        parts[n - 1].n_k += (hi - lo) >> job->pairs;
+        v_end = v + (size_t)((hi - lo) >> job->pairs) * job->step_bytes;
     }
     if (whole < to)
         parts[n++] = edge_pair(job, t->edge + job->step_bytes, s, whole);
@@ -316,29 +336,10 @@ static void multiply_scales(const struct paged_job *job, struct paged_tile *t,
     }
 }
 
-/* Each row takes in the keys that it sees of the step. Others may hold anything (a page is reused
- * without being cleared): they enter no sum of the row. */
-static void tile_take_step(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
+/* e^(score - m) as the left factor of p V. */
+static void place_p(const struct paged_job *job, struct paged_tile *t, const struct paged_step *s)
 {
-    const int has_sums = s->first + s->from > t->lo[0];
     const struct cpu_vector_ops *vector = job->state->vector;
-    int64_t lo[TILE_ROWS_MAX], hi[TILE_ROWS_MAX]; // what each row sees of the step
-    for (int r = 0; r < t->n_rows; r++) {
-        lo[r] = smaller(larger(t->lo[r] - s->first, 0), job->step);
-        hi[r] = smaller(larger(t->hi[r] - s->first, lo[r]), job->step);
-    }
-    for (int i = 0; i < s->n_runs && t->is_first; i++)
-        prefetch(s->runs[i].v, s->runs[i].n * job->key_bytes);
-    score_keys(job, t, s);
-    if (job->has_scales)
-        multiply_scales(job, t, s, 0);
-    float correction[TILE_ROWS_MAX];
-    vector->softmax_step(t->scores, STEP_MAX, t->n_rows, lo, hi, job->scale, t->softmax,
-                         correction);
-    for (int r = 0; r < t->n_rows; r++) {
-        if (correction[r] != 1.0f && has_sums)
-            vector->multiply(t->sums + r * job->dim16, correction[r], job->dim);
-    }
     if (job->has_scales)
         multiply_scales(job, t, s, 1);
     const struct cpu_factor *f = &job->factor;
@@ -353,9 +354,144 @@ static void tile_take_step(const struct paged_job *job, struct paged_tile *t, st
     t->p = cpu_factor_place(vector, rows, STEP_MAX, t->p_columns + at * TILE_ROWS_MAX, t->n_rows,
                             n_words);
     t->p.a -= at * t->p.a_step;
-    if (job->dim != job->dim16)
-        pad_values(job, t, s);
+}
+
+/* Scores of the keys [column, column + KEYS) that a row does not see <- -infinity. */
+static void mask_keys(struct paged_tile *t, int64_t column, const int64_t *lo, const int64_t *hi)
+{
+    const int n_rows = t->n_rows;
+    for (int64_t i = column; i < column + KEYS; i++) {
+        float *scores = t->scores + i * GROUP;
+        for (int r = 0; r < n_rows && hi[r] <= i; r++)
+            scores[r] = -__builtin_inff();
+        for (int r = n_rows - 1; r >= 0 && lo[r] > i; r--)
+            scores[r] = -__builtin_inff();
+    }
+}
+
+/* scores <- K q^T, largest [GROUP] <- the largest that each row sees. */
+static void score_group(const struct paged_job *job, struct paged_tile *t,
+                        const struct paged_step *s, const int64_t *lo, const int64_t *hi,
+                        float *largest)
+{
+    const int n_blocks = (t->n_rows + 15) / 16;
+    for (int r = 0; r < GROUP; r++)
+        largest[r] = -__builtin_inff();
+    struct tile product = {
+        .a_step = job->kv->page_size,
+        .a_row = 1,
+        .b = t->q_columns,
+        .b_step = 2 * 16,
+        .b_block = job->dim * 16,
+        .c_row = GROUP,
+        .n_k = job->dim / 2,
+    };
+    for (int i = 0; i < s->n_runs; i++) {
+        const struct paged_run *run = &s->runs[i];
+        for (int64_t j = 0; j < run->n; j += KEYS) {
+            const int64_t column = run->column + j;
+            product.a = (const uint32_t *)(const void *)run->k + j;
+            product.c = t->scores + column * GROUP;
+            job->state->tile->run(&product, KEYS, n_blocks, job->factor.source);
+            if (column < lo[t->n_rows - 1] || column + KEYS > hi[0])
+                mask_keys(t, column, lo, hi);
+            job->state->vector->columns_largest(largest, product.c, GROUP, KEYS, 16 * n_blocks);
+        }
+    }
+}
+
+/* The softmax step of rows that lie side by side, and their p. */
+static void softmax_group(const struct paged_job *job, struct paged_tile *t,
+                          const struct paged_step *s, const int64_t *lo, const int64_t *hi,
+                          const float *largest, float *correction)
+{
+    float m[GROUP], fall[GROUP];
+    const int64_t n16 = cpu_round16(t->n_rows);
+    for (int r = 0; r < n16; r++)
+        m[r] = fall[r] = 0.0f;
+    for (int r = 0; r < t->n_rows; r++) {
+        const float old = t->softmax[r].m, now = largest[r] * job->scale;
+        if (lo[r] == hi[r])
+            continue; // e^(-infinity - 0), whatever m is
+        if (now > old) {
+            fall[r] = old - now;
+            t->softmax[r].m = now;
+        }
+        m[r] = t->softmax[r].m;
+    }
+    const struct cpu_vector_ops *vector = job->state->vector;
+    vector->exp(correction, fall, n16);
+    memset(t->l, 0, 16 * GROUP * sizeof(float));
+    struct softmax_columns softmax = {
+        .scores = t->scores + s->from * GROUP,
+        .n_keys = s->to - s->from,
+        .n = n16,
+        .row = GROUP,
+        .scale = job->scale,
+        .m = m,
+        .sums = t->l,
+        .p = t->p_columns + s->from / 2 * GROUP,
+        .form = COLUMNS_BF16_PAIRS,
+    };
+    vector->columns_exp(&softmax);
+    vector->columns_total(t->l, GROUP, n16);
+    for (int r = 0; r < t->n_rows; r++)
+        t->softmax[r].l = t->softmax[r].l * correction[r] + t->l[r];
+    t->p = (struct cpu_factor_place){.a = t->p_columns, .a_step = GROUP, .a_row = 1};
+}
+
+/* Each row takes in the keys that it sees of the step. Others may hold anything (a page is reused
+ * without being cleared): they enter no sum of the row. */
+static void tile_take_step(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
+{
+    const int has_sums = s->first + s->from > t->lo[0];
+    const struct cpu_vector_ops *vector = job->state->vector;
+    int64_t lo[GROUP], hi[GROUP]; // what each row sees of the step
+    for (int r = 0; r < t->n_rows; r++) {
+        lo[r] = smaller(larger(t->lo[r] - s->first, 0), job->step);
+        hi[r] = smaller(larger(t->hi[r] - s->first, lo[r]), job->step);
+    }
+    for (int i = 0; i < s->n_runs && t->is_first; i++)
+        prefetch(s->runs[i].v, s->runs[i].n * job->key_bytes);
+    float correction[GROUP];
+    if (t->n_rows > TILE_ROWS_MAX) {
+        float largest[GROUP];
+        score_group(job, t, s, lo, hi, largest);
+        softmax_group(job, t, s, lo, hi, largest, correction);
+    } else {
+        score_keys(job, t, s);
+        if (job->has_scales)
+            multiply_scales(job, t, s, 0);
+        vector->softmax_step(t->scores, STEP_MAX, t->n_rows, lo, hi, job->scale, t->softmax,
+                             correction);
+        place_p(job, t, s);
+    }
+    for (int r = 0; r < t->n_rows; r++) {
+        if (correction[r] != 1.0f && has_sums)
+            vector->multiply(t->sums + r * job->dim16, correction[r], job->dim);
+    }
+    if (t->n_rows > TILE_ROWS_MAX || job->dim != job->dim16)
+        gather_values(job, t, s);
     take_values(job, t, s, lo, hi);
+}
+
+static void place_queries(const struct paged_job *job, struct paged_tile *t)
+{
+    const struct cpu_vector_ops *vector = job->state->vector;
+    const int64_t dim = job->dim, dim16 = job->dim16;
+    int64_t n_words = 0;
+    for (int r = 0; r < t->n_rows; r++)
+        n_words = cpu_factor_rows(vector, &job->factor, t->q_rows + r * dim16, dim16,
+                                  cpu_row(job->q, t->token[r]) + t->head[r] * dim, 0, 1, dim);
+    if (t->n_rows <= TILE_ROWS_MAX) {
+        t->queries = cpu_factor_place(vector, t->q_rows, dim16, t->q_columns, t->n_rows, n_words);
+        return;
+    }
+    for (int r = t->n_rows; r < cpu_round16(t->n_rows); r++)
+        memset(t->q_rows + r * dim16, 0, (size_t)n_words * 4);
+    for (int r = 0; r < t->n_rows; r += 16)
+        vector->transpose(t->q_columns + r * n_words, 16, t->q_rows + r * dim16, dim16, 16,
+                          n_words);
 }
 
 static void tile_run(const struct paged_job *job, struct paged_tile *t)
@@ -363,13 +499,9 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
     const struct cpu_vector_ops *vector = job->state->vector;
     const int64_t dim = job->dim, dim16 = job->dim16;
     const int last = t->n_rows - 1;
-    int64_t n_words = 0;
-    for (int r = 0; r < t->n_rows; r++) {
-        n_words = cpu_factor_rows(vector, &job->factor, t->q_rows + r * dim16, dim16,
-                                  cpu_row(job->q, t->token[r]) + t->head[r] * dim, 0, 1, dim);
+    for (int r = 0; r < t->n_rows; r++)
         t->softmax[r] = (struct softmax){.m = -__builtin_inff(), .l = 0.0f};
-    }
-    t->queries = cpu_factor_place(vector, t->q_rows, dim16, t->q_columns, t->n_rows, n_words);
+    place_queries(job, t);
     memset(t->sums, 0, (size_t)(t->n_rows * dim16) * sizeof(float));
     const int64_t from = t->lo[0] / 16 * 16, to = cpu_round16(t->hi[last]);
     t->page = from / job->kv->page_size;
@@ -485,6 +617,7 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     job.factor = cpu_factor_of(job.state->tile->takes_bf16, kv->dtype);
     job.pairs = kv->dtype != DTYPE_F32;
     job.has_scales = kv->dtype == DTYPE_I8;
+    job.has_groups = job.factor.source == TILE_BF16_PAIRS && job.factor.words == 1;
     job.step = job.pairs ? STEP_BF16 : STEP_F32;
     job.dim = kv->head_dim;
     job.dim16 = cpu_round16(job.dim);
@@ -496,7 +629,8 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     /* Full tiles unless that would leave threads without one. */
     int64_t n_rows = (int64_t)layout->n_tokens * n_heads;
     const int n_threads = job.state->n_threads;
-    job.tile_rows = (int)smaller((n_rows + n_threads - 1) / n_threads, TILE_ROWS_MAX);
+    job.tile_rows =
+        (int)smaller((n_rows + n_threads - 1) / n_threads, job.has_groups ? GROUP : TILE_ROWS_MAX);
     cpu_parts_init(job.state, cut_items(&job, n_rows, n_threads));
     cpu_parallel(b,
                  cpu_product_cost(job.state, 2 * n_rows * kv->head_dim * layout->max_context_len),
