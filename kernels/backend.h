@@ -285,6 +285,7 @@ struct backend {
     const struct backend_ops *ops;
     enum dtype activation_dtype; // F32 on the CPU
     int kv_in_pairs;             // how bfloat16 and int8 pages are laid out (struct kv_pages)
+    int is_host;                 // its memory is the host's: nothing need be downloaded
     int replays;                 // steps are to be recorded and replayed as graphs
     int has_fp8;                 // products of E4M3 with E4M3 (struct linear's x_in_fp8)
     int n_threads;               // on the host, at most

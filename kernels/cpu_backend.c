@@ -450,6 +450,7 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     b->ops = &cpu_ops;
     b->activation_dtype = DTYPE_F32;
     b->kv_in_pairs = 1;
+    b->is_host = 1;
     b->n_threads = n_threads;
     b->state = s;
     return b;

@@ -590,6 +590,8 @@ static int download_logits(struct step *s, int32_t first, int32_t n)
     for (int32_t j = 0; j < n; j++)
         if (captures_logits(s, needed[j]) || draw_wants_row(s->batch, needed[j], m->is_drawn))
             wanted[n_wanted++] = j;
+    if (m->backend->is_host) // where they are
+        return n_wanted > 0;
     if (n_wanted > n / 4) {
         op_download(m->backend, m->host_logits, m->scratch.gathered,
                     (size_t)(m->n_shards * n * part) * sizeof(float));
@@ -621,7 +623,8 @@ static void finish(struct step *s)
         struct tensor logits = tensor_2d(m->scratch.logits, DTYPE_F32, n, part);
         op_gather_rows(b, &chosen, &s->normed, s->inputs.needed + first);
         op_matmul(b, &logits, &chosen, &m->lm_head, NULL);
-        all_gather(m, m->scratch.gathered, logits.data, n * part);
+        if (m->n_shards > 1)
+            all_gather(m, m->scratch.gathered, logits.data, n * part);
         if (m->shard != 0)
             continue;
         if (b->ops->draw)

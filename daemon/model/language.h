@@ -59,7 +59,7 @@ struct language_scratch { // void: of the back end's activation_dtype
     void *inputs;        // struct step_inputs of the largest step
     float *features;     // [max_tokens, dim]
     float *logits;       // [n_logit_rows, vocab.n] of this shard
-    float *gathered;     // [T, n_logit_rows, vocab.n]
+    float *gathered;     // [T, n_logit_rows, vocab.n]; of one shard, its logits
     struct top_k *best;  // [n_logit_rows]
     struct drawn *drawn; // [max_sequences]
 };
@@ -90,7 +90,7 @@ struct language_model {
     void *host_inputs;             // as scratch.inputs
     float *inv_freq, *grown_freq;  // [head_dim / 2] of short sequences; of one long one
     float rope_scale;              // of cos and sin
-    float *host_logits;            // [T, n_logit_rows, vocab.n]
+    float *host_logits;            // as scratch.gathered, which it is on the host
     struct top_k *host_best;       // [n_logit_rows]
     struct drawn *host_drawn;      // [max_sequences]
     uint8_t *is_drawn;             // [max_sequences] 1: the sample has its token
@@ -116,10 +116,11 @@ size_t language_scratch_bytes(const struct text_config *t, const struct weight_c
                               int n_shards, int is_last, const struct language_limits *limits,
                               enum dtype activation);
 
-/* Host memory of the same; `samples`: of the rank that draws the tokens, with
- * n_threads. */
+/* Host memory of the same; `samples`: of the rank that draws the tokens, with n_threads;
+ * `downloads`: the back end is not on the host. */
 size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,
-                           int samples, const struct language_limits *limits, int n_threads);
+                           int samples, int downloads, const struct language_limits *limits,
+                           int n_threads);
 /* The widest input of the shard's products, with as many rows as a step has tokens. */
 int64_t language_widest_input(const struct text_config *t, const struct weight_cut *cut);
 

@@ -43,7 +43,8 @@ static void lay_out(struct language_scratch *s, struct carve *c, const struct te
     s->inputs = carve(c, (int64_t)inputs_bytes(t, limits), 1);
     s->features = carve(c, n * dim, sizeof(float));
     s->logits = carve(c, rows * cut->vocab.n, sizeof(float));
-    s->gathered = carve(c, rows * cut->vocab.n * n_shards, sizeof(float));
+    s->gathered =
+        n_shards > 1 ? carve(c, rows * cut->vocab.n * n_shards, sizeof(float)) : s->logits;
     s->best = carve(c, rows, sizeof(*s->best));
     s->drawn = carve(c, is_last ? limits->max_sequences : 0, sizeof(*s->drawn));
 }
@@ -59,13 +60,14 @@ size_t language_scratch_bytes(const struct text_config *t, const struct weight_c
 }
 
 size_t language_host_bytes(const struct text_config *t, const struct weight_cut *cut, int n_shards,
-                           int samples, const struct language_limits *limits, int n_threads)
+                           int samples, int downloads, const struct language_limits *limits,
+                           int n_threads)
 {
     size_t vocab = (size_t)cut->vocab.n * (size_t)n_shards;
     size_t n_bytes = inputs_bytes(t, limits) + (size_t)limits->max_tokens * sizeof(int32_t);
     n_bytes += expert_scratch_host_bytes(t, limits->max_tokens);
     if (samples)
-        n_bytes += (size_t)logit_rows(limits) * vocab * sizeof(float) +
+        n_bytes += (downloads ? (size_t)logit_rows(limits) * vocab * sizeof(float) : 0) +
                    (size_t)logit_rows(limits) * sizeof(struct top_k) +
                    draw_bytes(t->vocab_size, n_threads) +
                    (size_t)limits->max_sequences *
@@ -156,8 +158,10 @@ static void allocate_host(struct language_model *m)
     m->sequence_of = xcalloc(n, sizeof(int32_t));
     if (m->stage != m->n_stages - 1 || m->shard != 0)
         return;
-    m->host_logits = op_alloc_host(m->backend, rows * (size_t)m->cut.vocab.n * (size_t)m->n_shards *
-                                                   sizeof(float));
+    m->host_logits = m->scratch.gathered;
+    if (!m->backend->is_host)
+        m->host_logits = op_alloc_host(m->backend, rows * (size_t)m->cut.vocab.n *
+                                                       (size_t)m->n_shards * sizeof(float));
     m->host_best = op_alloc_host(m->backend, rows * sizeof(*m->host_best));
     m->host_drawn = op_alloc_host(m->backend, n_samples * sizeof(*m->host_drawn));
     m->is_drawn = xcalloc(n_samples, sizeof(*m->is_drawn));
@@ -218,7 +222,8 @@ void language_release(struct language_model *m)
                     m->inv_freq, m->grown_freq, m->host_inputs, m->kv_of_head};
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         free(host[i]);
-    op_free_host(b, m->host_logits);
+    if (!b->is_host)
+        op_free_host(b, m->host_logits);
     op_free_host(b, m->host_best);
     op_free_host(b, m->host_drawn);
     expert_scratch_free_host(&m->scratch.experts);

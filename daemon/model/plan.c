@@ -115,8 +115,8 @@ static void add_language_step(struct plan_rank *r, const struct model_config *c,
                                      .page_size = s->page_size};
     size_t scratch =
         language_scratch_bytes(t, cut, n_shards, is_last, &limits, s->activation_dtype);
-    size_t host = language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, &limits,
-                                      s->n_threads);
+    size_t host = language_host_bytes(t, cut, n_shards, is_last && topology->shard == 0, s->on_cuda,
+                                      &limits, s->n_threads);
     add_step(r, c, s, scratch, host);
     if (!s->on_cuda)
         r->scratch_bytes += backend_cpu_matmul_bytes(s->cpu_isa, limits.max_tokens,

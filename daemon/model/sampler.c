@@ -220,14 +220,29 @@ static const struct sampler_candidate *take_best(struct sampler_candidate *heap,
     return &heap[*n];
 }
 
-/* Candidates after temperature and min_p, as a heap; *total is the sum of their weights. */
-static int32_t make_candidates(struct sampler *s, const struct sampling *p, double *total)
+/* What a token is drawn from: the logits, or, where the request changes them, `work`. */
+static const float *adjusted(struct sampler *s, const float *logits, const struct sample_row *row,
+                             const struct batch *b)
 {
-    float max = s->work[argmax(s->work, s->vocab_size)] / p->temperature;
+    const struct sampling *p = &row->sampling;
+    if (row->n_banned == 0 && row->n_bias == 0 && p->repetition_penalty == 1 &&
+        p->frequency_penalty == 0 && p->presence_penalty == 0)
+        return logits;
+    memcpy(s->work, logits, (size_t)s->vocab_size * sizeof(float));
+    apply_bias_and_bans(s, row, b);
+    apply_penalties(s, row, b);
+    return s->work;
+}
+
+/* Candidates after temperature and min_p, as a heap; *total is the sum of their weights. */
+static int32_t make_candidates(struct sampler *s, const struct sampling *p, const float *logits,
+                               double *total)
+{
+    float max = logits[argmax(logits, s->vocab_size)] / p->temperature;
     int32_t n = 0;
     *total = 0;
     for (int32_t i = 0; i < s->vocab_size; i++) {
-        double weight = exp((double)(s->work[i] / p->temperature) - max);
+        double weight = exp((double)(logits[i] / p->temperature) - max);
         if (!(weight > 0) || weight < p->min_p)
             continue;
         s->candidates[n++] = (struct sampler_candidate){weight, i};
@@ -259,17 +274,17 @@ static int32_t keep_top_k(struct sampler_candidate *c, int32_t n, int32_t top_k,
 }
 
 /* One draw: the first candidate, best first, at which the running sum passes u * total. */
-static int32_t draw(struct sampler *s, const struct sample_row *row)
+static int32_t draw(struct sampler *s, const float *logits, const struct sample_row *row)
 {
     const struct sampling *p = &row->sampling;
     struct sampler_candidate *c = s->candidates;
     double total = 0, sum = 0;
-    int32_t n = make_candidates(s, p, &total);
+    int32_t n = make_candidates(s, p, logits, &total);
     if (p->top_k > 0 && p->top_k < n)
         n = keep_top_k(c, n, p->top_k, &total);
     double u =
         sampler_uniform(row->sampling.seed, (uint32_t)row->candidate, (uint32_t)row->position);
-    int32_t left = n, id = argmax(s->work, s->vocab_size);
+    int32_t left = n, id = argmax(logits, s->vocab_size);
     if (p->top_p < 1) { // the nucleus: tokens with less than top_p before them
         while (left > 0 && (left == n || sum < p->top_p * total))
             sum += take_best(c, &left)->weight;
@@ -328,10 +343,8 @@ void sampler_draw(struct sampler *s, struct sample_result *out, const float *log
         rank_for_beams(s, out, logits, log_sum, row, b);
         return;
     }
-    memcpy(s->work, logits, (size_t)s->vocab_size * sizeof(float));
-    apply_bias_and_bans(s, row, b);
-    apply_penalties(s, row, b);
-    int32_t id = p->temperature == 0 ? argmax(s->work, s->vocab_size) : draw(s, row);
+    const float *chosen = adjusted(s, logits, row, b);
+    int32_t id = p->temperature == 0 ? argmax(chosen, s->vocab_size) : draw(s, chosen, row);
     out->token.id = id;
     if (p->n_logprobs < 0)
         return;
