@@ -561,14 +561,18 @@ static int64_t kept_bytes(void)
  * cache. A whole number of units of any format. */
 #define CHUNK_BYTES 4096
 
-/* Whole tiles. */
+/* Whole tiles. Where all panels pass over a tile's blocks before the next, and nothing is expanded,
+ * they are kept by no cache and are only an item: smaller, and more of them. */
 static int blocks_kept(const struct matmul_job *job, int n_threads)
 {
     const int64_t block_bytes = (int64_t)block_row_bytes(job) * job->steps.n * job->n_parts + 1;
     int64_t n = n_blocks_of(job->n_columns) / (n_threads * ITEMS_MIN);
     n = smaller(n, kept_bytes() / block_bytes);
-    if (job->n_panels < KEPT_PANELS_MIN || n < job->n_blocks_wide)
+    if (job->n_panels <= PANELS_TOGETHER && (job->l->format == WEIGHT_FLOAT || job->multiplies))
+        n /= 2;
+    else if (job->n_panels < KEPT_PANELS_MIN)
         n = job->n_blocks_wide;
+    n = larger(n, job->n_blocks_wide);
     return (int)(n / job->n_blocks_wide * job->n_blocks_wide);
 }
 
