@@ -315,7 +315,7 @@ void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q
     job.n_tokens = tensor_n_rows(q) / n_tiles;
     job.n_heads = n_heads;
     job.head_dim = tensor_n_cols(q) / n_heads;
-    job.scale = scale;
+    job.scale = scale * LOG2_E;
     job.probs = probs;
     const int is_f32 = dtype == DTYPE_F32, is_paired = !is_f32 && job.state->tile->takes_bf16;
     job.source = is_paired ? TILE_BF16_PAIRS : is_f32 ? TILE_F32 : TILE_F32_BF16;

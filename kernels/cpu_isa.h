@@ -141,6 +141,10 @@ struct cpu_multiply_ops {
                      enum weight_format format);
 };
 
+/* e^(score - m) is 2 to the power of both times log2(e), which is in the `scale` of scores here and
+ * below, and so in m. */
+#define LOG2_E 1.44269504f
+
 /* One row's running softmax: m the largest score so far, l the sum of e^(score - m). */
 struct softmax {
     float m, l;
@@ -163,7 +167,7 @@ struct softmax_columns {
     float scale;
     const float *m; // [n] the largest scaled score of each query
     float *sums;    // [16] rows: of each query's keys i % 16, added to
-    void *p;        // <- e^(score * scale - m): [n_keys] rows, or [n_keys / 2 rounded up]
+    void *p;        // <- e^(score - m): [n_keys] rows, or [n_keys / 2 rounded up]
     enum columns_form form;
 };
 
@@ -212,6 +216,7 @@ struct cpu_vector_ops {
     void (*transpose)(uint32_t *dst, int64_t dst_row, const uint32_t *src, int64_t src_row,
                       int64_t n_rows, int64_t n);
     void (*exp)(float *y, const float *x, int64_t n);
+    void (*exp2_falling)(float *y, const float *x, int64_t n); // 2^x, each x at most 0 or a NaN
     void (*multiply_by)(float *x, const float *by, int64_t n); // x[i] *= by[i]
     /* The scale of a vector of int8 codes, and sixteen of its codes: struct kv_pages. n is a
      * multiple of 16. */

@@ -420,7 +420,7 @@ static void softmax_group(const struct paged_job *job, struct paged_tile *t,
         m[r] = t->softmax[r].m;
     }
     const struct cpu_vector_ops *vector = job->state->vector;
-    vector->exp(correction, fall, n16);
+    vector->exp2_falling(correction, fall, n16);
     memset(t->l, 0, 16 * GROUP * sizeof(float));
     struct softmax_columns softmax = {
         .scores = t->scores + s->from * GROUP,
@@ -612,7 +612,7 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     struct paged_job job = {.state = cpu_state(b), .out = out, .q = q, .kv = kv, .layout = layout};
     job.kv_of_head = kv_of_head;
     job.n_heads = n_heads;
-    job.scale = scale;
+    job.scale = scale * LOG2_E;
     job.window = window;
     job.factor = cpu_factor_of(job.state->tile->takes_bf16, kv->dtype);
     job.pairs = kv->dtype != DTYPE_F32;

@@ -221,8 +221,7 @@ ALWAYS_INLINE float softmax_exp(float *scores, int64_t lo, int64_t hi, float sca
     struct sum16 sum = {{{0}}};
     for (int64_t i = lo / 16 * 16; i < (hi + 15) / 16 * 16; i += 16) {
         for (int j = 0; j < BLOCK_VECTORS; j++) {
-            vf p = vf_load(scores + i + j * VF_N) * scale - m;
-            vf_exp_falling(&p, 1);
+            vf p = vf_exp2_falling(vf_load(scores + i + j * VF_N) * scale - m);
             vf_store(scores + i + j * VF_N, p);
             sum.v[j] += p;
         }
@@ -253,7 +252,7 @@ static void softmax_step(float *scores, int64_t row_stride, int n_rows, const in
     }
     if (any_falls) {
         for (int r = 0; r < 16; r += VF_N)
-            vf_store(fall + r, vf_exp(vf_load(fall + r)));
+            vf_store(fall + r, vf_exp2_falling(vf_load(fall + r)));
         memcpy(correction, fall, (size_t)n_rows * sizeof(float));
     }
     for (int r = 0; r < n_rows; r++)
@@ -283,55 +282,42 @@ ALWAYS_INLINE vu round_exp(vf x)
 #endif
 }
 
-/* Keys i and i + 1 of n_vectors of queries from j on: e^(score - m), which its sum takes in. */
-ALWAYS_INLINE void pair_exp(const struct softmax_columns *c, int64_t i, int64_t j,
-                            const int n_vectors, const enum columns_form form)
+/* Keys i and, where there is one, i + 1; i is even. */
+ALWAYS_INLINE void columns_exp_pair(const struct softmax_columns *c, int64_t i, const int has_odd,
+                                    const enum columns_form form)
 {
-    const float *scores = c->scores + i * c->row + j;
-    float *sums = c->sums + i % 16 * c->row + j;
-    uint32_t *to = (uint32_t *)c->p + (form == COLUMNS_BF16_PAIRS ? i / 2 : i) * c->row + j;
-    const int has_odd = i + 1 < c->n_keys;
-    vf p[EXP_VECTORS_MAX]; // even and odd
-#pragma GCC unroll 8
-    for (int k = 0; k < n_vectors; k++) {
-        const vf m = vf_load(c->m + j + k * VF_N);
-        p[2 * k] = vf_load(scores + k * VF_N) * c->scale - m;
-        p[2 * k + 1] =
-            has_odd ? vf_load(scores + c->row + k * VF_N) * c->scale - m : vf_set(-INFINITY);
-    }
-    vf_exp_falling(p, 2 * n_vectors);
-#pragma GCC unroll 8
-    for (int k = 0; k < n_vectors; k++, sums += VF_N, to += VF_N) {
-        const vf even = p[2 * k], odd = p[2 * k + 1];
-        vf_store(sums, vf_load(sums) + even);
-        if (has_odd)
-            vf_store(sums + c->row, vf_load(sums + c->row) + odd);
+    const float *scores = c->scores + i * c->row;
+    float *sums = c->sums + i % 16 * c->row;
+    uint32_t *to = (uint32_t *)c->p + (form == COLUMNS_BF16_PAIRS ? i / 2 : i) * c->row;
+    for (int64_t j = 0; j < c->n; j += VF_N) {
+        const vf m = vf_load(c->m + j);
+        vf even = vf_exp2_falling(vf_load(scores + j) * c->scale - m), odd = vf_set(0.0f);
+        vf_store(sums + j, vf_load(sums + j) + even);
+        if (has_odd) {
+            odd = vf_exp2_falling(vf_load(scores + c->row + j) * c->scale - m);
+            vf_store(sums + c->row + j, vf_load(sums + c->row + j) + odd);
+        }
         if (form == COLUMNS_BF16_PAIRS) {
-            *(vu_memory *)to = vf_pair_bf16(even, odd);
+            *(vu_memory *)(to + j) = vf_pair_bf16(even, odd);
         } else if (form == COLUMNS_ROUNDED) {
-            *(vu_memory *)to = round_exp(odd);
-            *(vu_memory *)(to + c->row) = round_exp(even);
+            *(vu_memory *)(to + j) = round_exp(odd);
+            *(vu_memory *)(to + c->row + j) = round_exp(even);
         } else {
-            *(vu_memory *)to = (vu)even;
+            *(vu_memory *)(to + j) = (vu)even;
             if (has_odd)
-                *(vu_memory *)(to + c->row) = (vu)odd;
+                *(vu_memory *)(to + c->row + j) = (vu)odd;
         }
     }
 }
 
-/* Vectors whose e^x are computed side by side: what registers hold. */
-#define EXP_VECTORS (VF_N == 16 ? 3 : 1)
-
 ALWAYS_INLINE void columns_exp_as(const struct softmax_columns *arg, const enum columns_form form)
 {
     const struct softmax_columns c = *arg; // what is stored through pointers does not touch
-    for (int64_t i = 0; i < c.n_keys; i += 2) {
-        int64_t j = 0;
-        for (; j + EXP_VECTORS * VF_N <= c.n; j += EXP_VECTORS * VF_N)
-            pair_exp(&c, i, j, EXP_VECTORS, form);
-        for (; j < c.n; j += VF_N)
-            pair_exp(&c, i, j, 1, form);
-    }
+    int64_t i = 0;
+    for (; i + 2 <= c.n_keys; i += 2)
+        columns_exp_pair(&c, i, 1, form);
+    if (i < c.n_keys)
+        columns_exp_pair(&c, i, 0, form);
 }
 
 static void columns_exp(const struct softmax_columns *c)
@@ -419,6 +405,12 @@ static void exponential(float *y, const float *x, int64_t n)
         store_at(y, i, n, vf_exp(load_at(x, i, n)));
 }
 
+static void exp2_falling(float *y, const float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += VF_N)
+        store_at(y, i, n, vf_exp2_falling(load_at(x, i, n)));
+}
+
 static void multiply_by(float *x, const float *by, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VF_N)
@@ -478,6 +470,7 @@ const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .round_bf16_odd_first = round_bf16_odd_first,
     .transpose = transpose,
     .exp = exponential,
+    .exp2_falling = exp2_falling,
     .multiply_by = multiply_by,
     .code_scale = code_scale,
     .code16 = code16,

@@ -248,6 +248,41 @@ static void test_exp(void **state)
     free(y);
 }
 
+/* 2^x in units of the last place, and bit for bit on every instruction set, denormals too. */
+static void test_exp2(void **state)
+{
+    (void)state;
+    enum { N = 1 << 18, N_NORMAL = 126 * (N / 152) };
+    float *x = xcalloc(N, sizeof(*x)), *y = xcalloc(N, sizeof(*y)), *want = NULL;
+    for (int j = 0; j < N; j++)
+        x[j] = (float)j * -(152.0f / N);
+    for (int i = 0; i < op_n_isas; i++) {
+        struct backend *b = op_case_open(op_isas[i], 1);
+        if (!b)
+            continue;
+        double largest = 0;
+        cpu_state(b)->vector->exp2_falling(y, x, N);
+        for (int j = 0; j < N_NORMAL; j++) {
+            double exact = exp2((double)x[j]);
+            float ulp = nextafterf((float)exact, INFINITY) - (float)exact;
+            largest = fmax(largest, fabs(y[j] - exact) / ulp);
+        }
+        printf("    exp2 %-10s %.3f ulp\n", op_isas[i], largest);
+        assert_true(largest <= 2);
+        if (want)
+            op_case_same(want, y, N * sizeof(*y), "exp2");
+        else
+            want = memcpy(xcalloc(N, sizeof(*want)), y, N * sizeof(*y));
+        float special[5] = {-INFINITY, NAN, 0, -200, -1e30f}, out[5];
+        cpu_state(b)->vector->exp2_falling(out, special, 5);
+        assert_true(out[0] == 0 && isnan(out[1]) && out[2] == 1 && out[3] == 0 && out[4] == 0);
+        backend_close(b);
+    }
+    free(x);
+    free(y);
+    free(want);
+}
+
 /* GELU by the vector erf, absolutely and relatively, against the C library's. */
 static void test_gelu(void **state)
 {
@@ -447,8 +482,8 @@ static void test_no_tokens(void **state)
 int op_row_tests(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),  cmocka_unit_test(test_exp),       cmocka_unit_test(test_gelu),
-        cmocka_unit_test(test_moves), cmocka_unit_test(test_no_tokens),
+        cmocka_unit_test(test_rows), cmocka_unit_test(test_exp),   cmocka_unit_test(test_exp2),
+        cmocka_unit_test(test_gelu), cmocka_unit_test(test_moves), cmocka_unit_test(test_no_tokens),
     };
     return cmocka_run_group_tests_name("rows", tests, NULL, NULL);
 }
