@@ -322,10 +322,10 @@ static void cpu_free(struct backend *b, void *p)
 void *cpu_scratch_reserve(struct cpu_scratch *s, size_t n_bytes)
 {
     if (n_bytes > s->n_bytes) {
-        n_bytes = (n_bytes + 63) / 64 * 64;
-        const size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE;
-        free(s->memory);
-        s->memory = aligned_alloc(whole > 0 ? HUGE_PAGE : 64, n_bytes);
+        const size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE,
+                     alignment = whole > 0 ? HUGE_PAGE : 64;
+        free(s->memory); // what is asked for beyond n_bytes is never touched
+        s->memory = aligned_alloc(alignment, (n_bytes + alignment - 1) / alignment * alignment);
         if (!s->memory)
             die("out of memory: %zu bytes of scratch", n_bytes);
         madvise(s->memory, whole, MADV_HUGEPAGE);
