@@ -79,9 +79,10 @@ static void head_reserve(const struct full_job *job, struct full_head *h, int th
 static void prefetch_rows(const struct full_job *job, const struct tensor *t, int64_t row,
                           int64_t column, int64_t n, int64_t end)
 {
+    const size_t n_bytes = (size_t)job->head_dim * dtype_size(t->dtype);
     for (; n > 0 && row < end; row++, n--) {
         const char *x = cpu_element(t, row, column);
-        for (size_t i = 0; i < (size_t)job->head_dim * dtype_size(t->dtype); i += 64)
+        for (size_t i = 0; i < n_bytes; i += 64)
             __builtin_prefetch(x + i, 0, 2);
     }
 }
@@ -106,14 +107,23 @@ static void round_row(const struct full_job *job, uint32_t *to, const void *row,
     }
 }
 
+/* 1 where rows are stored as they are packed: in whole words of 4 bytes. */
+static int is_in_words(const struct full_job *job, const struct tensor *t, const void *row)
+{
+    if (job->form == COLUMNS_F32)
+        return 1;
+    return job->form == COLUMNS_BF16_PAIRS && t->dtype == DTYPE_BF16 && job->head_dim % 2 == 0 &&
+           t->row_stride % 2 == 0 && (uintptr_t)row % 4 == 0;
+}
+
 /* dst [dim_words][dst_row] <- n <= dst_row <= 16 rows of a tensor, rounded, as columns. */
 static void pack_columns(const struct full_job *job, struct full_head *h, uint32_t *dst,
                          int64_t dst_row, const struct tensor *t, int64_t row, int64_t column,
                          int64_t n)
 {
     const uint32_t *from = cpu_element(t, row, column);
-    int64_t from_row = t->row_stride;
-    if (job->form != COLUMNS_F32) {
+    int64_t from_row = t->row_stride / job->step;
+    if (!is_in_words(job, t, from)) {
         for (int64_t r = 0; r < n; r++)
             round_row(job, h->rows + r * job->dim_words, cpu_element(t, row + r, column), t->dtype);
         from = h->rows;
