@@ -39,6 +39,7 @@ enum tile_source {
  */
 struct tile_part {
     const void *b;
+    const void *ahead; // NULL, or what lies as b does and is fetched on the way
     int64_t n_k;
 };
 
@@ -48,12 +49,14 @@ struct tile {
     int64_t a_row; // 1 with more than TILE_ROWS_APART rows
     const void *b; // block i at b + i * b_block, or at blocks[i]; row k of it at k * b_step
     int64_t b_step, b_block;
-    const void *const *blocks;     // NULL, or where each block begins
-    const struct tile_part *parts; // NULL, or what b and n_k are of each of n_parts, in order
+    const void *const *blocks;       // NULL, or where each block begins
+    const void *const *blocks_ahead; // NULL, or the same of what is fetched on the way
+    const struct tile_part *parts;   // NULL, or what b and n_k are of each of n_parts, in order
     int n_parts;
     /* Of b from memory: with up to TILE_ROWS_APART rows each step also fetches what lies this far
      * ahead (0: nothing); with more a line from each of `ahead`, which move by ahead_step bytes
-     * then (0: nothing of use). */
+     * then (0: nothing of use), or, where takes_bf16, of blocks_ahead or a part's `ahead`, two
+     * blocks of which are fetched as two of b are read. */
     int prefetch_bytes, ahead_step;
     const char *ahead[2];
     float *c; // [n_rows] rows of c_row

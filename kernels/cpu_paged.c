@@ -83,6 +83,7 @@ struct paged_tile {
     int64_t lo[GROUP], hi[GROUP]; // key positions it sees: [lo, hi)
     int64_t page, slot;           // of the first key after the steps so far
     struct softmax softmax[GROUP];
+    const struct paged_step *next; // NULL, or the step whose keys and values products fetch
     struct cpu_factor_place queries, p;
     uint32_t *q_rows;    // [rows][dim16]
     uint32_t *q_columns; // [dim16][TILE_ROWS_MAX], or [GROUP / 16][pairs of dim16][16]
@@ -211,8 +212,11 @@ static int cut_values(const struct paged_job *job, struct paged_tile *t, const s
         if (lo >= hi)
             continue;
         const char *v = run->v + (size_t)((lo - run->column) >> job->pairs) * job->step_bytes;
-        if (n == 0 || v != v_end)
+        if (n == 0 || v != v_end) {
             parts[n++] = (struct tile_part){.b = v};
+            if (t->next && i < t->next->n_runs && run->column == lo)
+                parts[n - 1].ahead = t->next->runs[i].v;
+        }
         parts[n - 1].n_k += (hi - lo) >> job->pairs;
         v_end = v + (size_t)((hi - lo) >> job->pairs) * job->step_bytes;
     }
@@ -287,29 +291,41 @@ static void take_values(const struct paged_job *job, struct paged_tile *t,
 
 /* Pages lie anywhere, so the processor's own prefetch ends at the end of each. Into the
  * second-level cache: a step's keys and values can be more than the first holds. The first tile
- * fetches for those that follow it. */
+ * fetches for those that follow it: line by line as its products go, where they can, so that memory
+ * and arithmetic are busy together, else a step at once. */
 static void prefetch(const char *p, int64_t n_bytes)
 {
     for (int64_t i = 0; i < n_bytes; i += 64)
         __builtin_prefetch(p + i, 0, 2);
 }
 
+/* Where each sixteen keys of the step begin; returns how many. */
+static int cut_keys(const struct paged_job *job, const struct paged_step *s,
+                    const void *blocks[RUNS_MAX])
+{
+    int n = 0;
+    for (int i = 0; i < s->n_runs; i++) {
+        for (int64_t j = 0; j < s->runs[i].n / 16; j++)
+            blocks[n++] = s->runs[i].k + (size_t)j * job->block_bytes;
+    }
+    return n;
+}
+
 /* The scores of all rows and the keys of the step. */
 static void score_keys(const struct paged_job *job, struct paged_tile *t,
                        const struct paged_step *s)
 {
-    const void *blocks[RUNS_MAX];
-    int n_blocks = 0;
-    for (int i = 0; i < s->n_runs; i++) {
-        for (int64_t j = 0; j < s->runs[i].n / 16; j++)
-            blocks[n_blocks++] = s->runs[i].k + (size_t)j * job->block_bytes;
-    }
+    const void *blocks[RUNS_MAX], *ahead[RUNS_MAX];
+    const int n_blocks = cut_keys(job, s, blocks);
+    for (int i = t->next ? cut_keys(job, t->next, ahead) : 0; i < n_blocks; i++)
+        ahead[i] = blocks[i];
     struct tile product = {
         .a = t->queries.a,
         .a_step = t->queries.a_step,
         .a_row = t->queries.a_row,
         .b_step = job->kv->page_size << job->pairs,
         .blocks = blocks,
+        .blocks_ahead = t->next ? ahead : NULL,
         .c = t->scores + s->from,
         .c_row = STEP_MAX,
         .n_k = job->dim >> job->pairs,
@@ -451,8 +467,6 @@ static void tile_take_step(const struct paged_job *job, struct paged_tile *t, st
         lo[r] = smaller(larger(t->lo[r] - s->first, 0), job->step);
         hi[r] = smaller(larger(t->hi[r] - s->first, lo[r]), job->step);
     }
-    for (int i = 0; i < s->n_runs && t->is_first; i++)
-        prefetch(s->runs[i].v, s->runs[i].n * job->key_bytes);
     float correction[GROUP];
     if (t->n_rows > TILE_ROWS_MAX) {
         float largest[GROUP];
@@ -494,6 +508,13 @@ static void place_queries(const struct paged_job *job, struct paged_tile *t)
                           n_words);
 }
 
+/* 1 where products fetch what the next step will read. */
+static int tiles_fetch(const struct paged_job *job, int n_rows)
+{
+    const int max_rows = job->state->tile->max_rows, n = (n_rows + max_rows - 1) / max_rows;
+    return job->factor.words == 1 && n_rows <= TILE_ROWS_MAX && n_rows / n > TILE_ROWS_APART;
+}
+
 static void tile_run(const struct paged_job *job, struct paged_tile *t)
 {
     const struct cpu_vector_ops *vector = job->state->vector;
@@ -507,6 +528,8 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
     t->page = from / job->kv->page_size;
     t->slot = from % job->kv->page_size;
     struct paged_step steps[2];
+    const int fetches = tiles_fetch(job, t->n_rows);
+    t->next = NULL;
     cut_step(job, t, &steps[0], from, to);
     for (int i = 0, has_next = 1; has_next; i = !i) {
         const int64_t end = steps[i].first + steps[i].to;
@@ -514,9 +537,12 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
         if (has_next) {
             struct paged_step *next = &steps[!i];
             cut_step(job, t, next, end, to);
-            for (int j = 0; j < next->n_runs && t->is_first; j++)
+            for (int j = 0; j < next->n_runs && t->is_first && !fetches; j++)
                 prefetch(next->runs[j].k, next->runs[j].n * job->key_bytes);
         }
+        for (int j = 0; j < steps[i].n_runs && t->is_first && !(fetches && t->next); j++)
+            prefetch(steps[i].runs[j].v, steps[i].runs[j].n * job->key_bytes);
+        t->next = has_next && t->is_first && fetches ? &steps[!i] : NULL;
         tile_take_step(job, t, &steps[i]);
     }
     for (int r = 0; r < t->n_rows; r++)

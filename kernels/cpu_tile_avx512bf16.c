@@ -81,14 +81,23 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
         b[j] = t->blocks ? t->blocks[first + j]
                          : (const char *)part->b + (first + j) * t->b_block * element;
     const char *ahead[2]; // with nothing to fetch, what is there already
+    int64_t ahead_step = t->ahead_step;
     for (int i = 0; i < 2; i++)
         ahead[i] = t->ahead_step ? t->ahead[i] : (const char *)a;
+    if (n_rows > TILE_ROWS_APART && (t->blocks_ahead || part->ahead)) {
+        ahead_step = step_bytes;
+        for (int i = 0; i < 2; i++) {
+            const int j = first + (i < n_blocks ? i : 0);
+            ahead[i] = t->blocks_ahead ? t->blocks_ahead[j]
+                                       : (const char *)part->ahead + j * t->b_block * element;
+        }
+    }
     for (int64_t k = 0; k < part->n_k; k++) {
         __m512bh v[TILE_BLOCKS_MAX];
         if (n_rows > TILE_ROWS_APART) {
             for (int i = 0; i < 2; i++) {
                 __builtin_prefetch(ahead[i], 0, 2);
-                ahead[i] += t->ahead_step;
+                ahead[i] += ahead_step;
             }
         }
 #pragma GCC unroll 16
