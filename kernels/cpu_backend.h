@@ -89,6 +89,18 @@ static inline void cpu_share(int64_t n, int thread, int n_threads, int64_t *firs
     *end = n * (thread + 1) / n_threads;
 }
 
+/* Blocks of sixteen outputs of a weight lie in strips of so many, a line of each side by side, so
+ * that a few rows read memory from end to end: as many as tiles of many rows have, but codes need
+ * the sums of more to hide the latency of products. A weight's last strip may have fewer. */
+#define STRIP_BLOCKS 2
+#define CODES_STRIP_BLOCKS 4
+
+/* The blocks of the strip that has `block`. */
+static inline int cpu_strip_blocks(int64_t n_blocks, int64_t block, int strip)
+{
+    return (int)smaller(n_blocks - block / strip * strip, strip);
+}
+
 /* The items [0, n) are to be taken: called before cpu_parallel(). */
 void cpu_parts_init(struct cpu_state *s, int64_t n);
 /* The next items, up to `most` together, of the thread's own part, which is contiguous and the same
@@ -151,14 +163,23 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
 int cpu_matmul_gated(struct backend *b, struct tensor *y, const struct tensor *x,
                      const struct linear *l, enum activation act);
 
+/* What a product fetches while it runs: what it will read itself (`own`), or of the next strip so
+ * many lines a step (0: none), which together, in all steps of all lanes, are that strip's part-th
+ * part from end to end. */
+struct cpu_ahead {
+    int own;
+    int64_t part;
+    int lines;
+};
+
 /* cpu_quantized.c */
 void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                                const struct tensor *bias);
-/* Where things lie in a packed block of a quantised weight, in bytes. */
+/* How a packed quantised weight lies, bytes a block. */
 struct cpu_quantized_layout {
-    size_t scales, zeros, n_bytes;
-    int64_t lane_unit[LANES_MAX + 1]; // first unit of each lane
-    int unit;                         // k
+    size_t codes, scales, zeros, n_bytes; // n_bytes: of all three
+    int64_t lane_unit[LANES_MAX + 1];     // first unit of each lane
+    int unit;                             // k
     unsigned irregular; // bit i: lane i has groups in no order, or that meet within a unit
     int is_factored;    // regular lanes are summed by runs of multiples (kernels/quantized.h)
 };
@@ -171,17 +192,18 @@ int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64
 void cpu_expand(const struct cpu_state *s, const struct linear *l,
                 const struct cpu_quantized_layout *at, void *dst, size_t dst_block, int64_t block,
                 int n_blocks, int lane, int64_t first, int64_t n_k, enum expand_to to);
-/* The runs of a factored `lane` as a tile has them, whose b are the blocks from `block` on. */
-void cpu_quantized_runs(struct tile *t, const struct linear *l,
-                        const struct cpu_quantized_layout *at, int64_t block, int lane);
+/* The runs of a factored `lane` of the blocks from `block` on. */
+struct tile_runs cpu_quantized_runs(const struct linear *l, const struct cpu_quantized_layout *at,
+                                    int64_t block, int lane);
 /* 1 where so few rows, in so many panels, are multiplied without expanding. */
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows,
                              int64_t n_panels);
-/* t->c <- the product of lane `lane`, t->a having all its steps; t's b is not used. */
+/* t->c <- the product of lane `lane`, t->a having all its steps; t's b is not used. The blocks are
+ * of one strip. */
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
-                            int64_t block, int n_blocks, int lane);
+                            int64_t block, int n_blocks, int lane, struct cpu_ahead ahead);
 
 /* cpu_paged.c */
 void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,

@@ -22,7 +22,7 @@ ALWAYS_INLINE void expand_units(void *dst, const struct expansion *e, const uint
     uint32_t *words = dst;
     grid_init(&even, e, 0, d, has_zeros);
     odd = even;
-    for (int64_t i = 0; i < n_units; i++, codes += UNIT_BYTES) {
+    for (int64_t i = 0; i < n_units; i++, codes += e->unit_bytes) {
         __builtin_prefetch(codes + PREFETCH_BYTES);
 #pragma GCC unroll 4
         for (int p = 0; p < n_pairs; p++) {
@@ -65,7 +65,7 @@ ALWAYS_INLINE void expand(void *dst, const struct expansion *e, const enum decod
         return;
     float rest[8 * 16];
     char *end = (char *)dst + (size_t)(n_units * unit) * 16 * element;
-    expand_units(rest, e, e->codes + n_units * UNIT_BYTES, n_units * unit, 1, d, has_zeros,
+    expand_units(rest, e, e->codes + n_units * e->unit_bytes, n_units * unit, 1, d, has_zeros,
                  has_groups, to);
     if (to == EXPAND_F32) {
         memcpy(end, rest, (size_t)left * 16 * element);

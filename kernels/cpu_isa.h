@@ -14,6 +14,7 @@
 
 #include "kernels/backend.h"
 
+#define LINE_BYTES 64     // of a cache
 #define TILE_ROWS_MAX 12  // of any instruction set
 #define TILE_ROWS_APART 4 // so few rows of `a` need not lie side by side
 #define TILE_BLOCKS_MAX 4 // wide_blocks() of any
@@ -43,6 +44,17 @@ struct tile_part {
     int64_t n_k;
 };
 
+/* c[r][j] is summed run after run of steps, from 0, each run's own sum being added with its scale
+ * in one fused multiply-add: that of block i is `factor` times the j-th of the 16 at scales + i *
+ * scale_block, which those of the next run follow. */
+struct tile_runs {
+    int64_t first, n; // steps of the first run, of the others
+    const float *scales;
+    int64_t scale_block;
+    float factor;
+    unsigned mode; // 0, or MXCSR while scales are used
+};
+
 struct tile {
     const void *a; // row r of step k at k * a_step + r * a_row
     int64_t a_step;
@@ -53,25 +65,16 @@ struct tile {
     const void *const *blocks_ahead; // NULL, or the same of what is fetched on the way
     const struct tile_part *parts;   // NULL, or what b and n_k are of each of n_parts, in order
     int n_parts;
-    /* Of b from memory: with up to TILE_ROWS_APART rows each step also fetches what lies this far
-     * ahead (0: nothing); with more a line from each of `ahead`, which move by ahead_step bytes
-     * then (0: nothing of use), or, where takes_bf16, of blocks_ahead or a part's `ahead`, two
-     * blocks of which are fetched as two of b are read. */
-    int prefetch_bytes, ahead_step;
-    const char *ahead[2];
+    /* Each step also fetches two lines from `ahead` on, which moves by ahead_step bytes then (0:
+     * nothing of use), or, where takes_bf16 and with more than TILE_ROWS_APART rows, a line of each
+     * of two of blocks_ahead or of a part's `ahead`, as b's are read. */
+    const char *ahead;
+    int ahead_step;
     float *c; // [n_rows] rows of c_row
     int64_t c_row;
     int64_t n_k; // steps; pairs where b is pairs
     int accumulate;
-    /* NULL, or c[r][j] is summed run after run of steps, from 0, each run's own sum being added
-     * with its scale in one fused multiply-add: that of block i is scale_factor times the j-th of
-     * the 16 at scales + i * scale_block, which those of the next run follow. The first run has
-     * first_run steps, the others `run`. Of TILE_BF16_PAIRS without parts, and nothing accumulates.
-     */
-    const float *scales;
-    int64_t scale_block, first_run, run;
-    float scale_factor;
-    unsigned scale_mode; // 0, or MXCSR while scales are used
+    const struct tile_runs *runs; // NULL, or of TILE_BF16_PAIRS without parts; nothing accumulates
 };
 
 /* The i-th part of a tile's steps, or run, `done` steps having been before it. */
@@ -80,7 +83,7 @@ static inline struct tile_part tile_part_at(const struct tile *t, int i, int64_t
 {
     if (t->parts)
         return t->parts[i];
-    int64_t n = !t->scales ? t->n_k : i == 0 ? t->first_run : t->run;
+    int64_t n = !t->runs ? t->n_k : i == 0 ? t->runs->first : t->runs->n;
     return (struct tile_part){.b = (const char *)t->b + (size_t)done * step_bytes,
                               .n_k = n < t->n_k - done ? n : t->n_k - done};
 }
@@ -104,6 +107,7 @@ struct cpu_tile_ops {
 
 struct expansion {
     const uint8_t *codes;
+    int64_t unit_bytes;      // from one unit to the next
     const float *scales;     // [n_groups][16]
     const int8_t *zeros;     // [n_groups][16] or NULL
     const float *table;      // [16] of NF4 and FP4
@@ -124,17 +128,22 @@ struct cpu_expand_ops {
 
 /* c[r][j] <- one lane's sum over k of a[k][r] * w[k][j], in the order of TILE_BF16_PAIRS, for
  * blocks of sixteen columns: of the values rounded, or, where weight_format_is_factored(), of the
- * multiples of each run (kernels/quantized.h). The expansion is the first block's; it has no
- * group_of, and its groups follow each other. Up to three bytes past a block's codes are read. */
-#define PRODUCT_BLOCKS_MAX 8
+ * multiples of each run (kernels/quantized.h). The blocks are of one strip, their lines
+ * side by side. The expansion is the first block's; it has no group_of, and its groups follow each
+ * other. Up to three bytes past a strip's codes are read. */
+#define PRODUCT_BLOCKS_MAX 4
 struct expand_product {
     float *c; // [n_rows] rows of c_row
     int64_t c_row;
-    const void *a;                     // [n_k or pairs][n_rows], as a tile's of TILE_BF16_PAIRS
-    int n_rows, n_blocks;              // n_rows as the tile of the same instruction set takes them
-    int64_t first_run, run;            // k of the first run and of those that follow: whole units
-    int64_t block_bytes;               // from one block's codes, scales and zeros to the next one's
-    int64_t codes_before, codes_bytes; // of a block: those before the lane's, and all
+    const void *a;                   // [n_k or pairs][n_rows], as a tile's of TILE_BF16_PAIRS
+    int n_rows, n_blocks;            // n_rows as the tile of the same instruction set takes them
+    int64_t first_run, run;          // k of the first run and of those that follow: whole units
+    int64_t scale_block, zero_block; // from one block's scales and zeros to the next one's
+    int64_t strip_bytes, tail_bytes; // from one strip to the next, and of it after the codes
+    int64_t codes_left;              // bytes from the lane's first codes of the strip to its last
+    /* As a tile's, which moves once a unit; NULL: what will be read soon is fetched. */
+    const char *ahead;
+    int ahead_step;
 };
 
 struct cpu_multiply_ops {

@@ -2,15 +2,17 @@
  * y = residual + scale * act(x W^T + bias) on the CPU, and y = act(gate) * up of [gate, up] =
  * x W^T + bias: the packed weight, the packed input, and the walk over tiles.
  *
- * A weight is packed once, for one row and for thousands alike:
+ * A weight is packed once, for one row and for thousands alike, in strips of STRIP_BLOCKS blocks of
+ * sixteen outputs, of which the last may have fewer:
  *
- *     block of 16 outputs | lane | k            | 16 outputs   float32
- *     block of 16 outputs | lane | pair of k    | 16 outputs | 2   bfloat16
+ *     strip | lane | k            | block | 16 outputs   float32
+ *     strip | lane | pair of k    | block | 16 outputs | 2   bfloat16
  *
- * Decode streams it from end to end; prefill keeps some blocks in the second-level cache and passes
- * all panels of x over them. A lane of odd length is padded with a zero to a whole pair. Each
- * output is one accumulator a lane, running over k in order, and the lanes of an output are added
- * as a binary tree, so no tile shape, thread count or neighbouring row can change its bits.
+ * Decode streams it from end to end, all blocks of a strip at once; prefill keeps some strips in
+ * the second-level cache and passes all panels of x over them. A lane of odd length is padded with
+ * a zero to a whole pair. Each output is one accumulator a lane, running over k in order, and the
+ * lanes of an output are added as a binary tree, so no tile shape, thread count or neighbouring row
+ * can change its bits.
  *
  * x is packed, rounded to bfloat16 where the weight is bfloat16, as panels of up to TILE_ROWS_MAX
  * rows: [k][rows of the panel] float32, or [pair of k][rows][2] bfloat16 for vdpbf16ps.
@@ -44,6 +46,26 @@ static int64_t n_blocks_of(int64_t out_dim)
     return (out_dim + 15) / 16;
 }
 
+static int strip_of(const struct linear *l)
+{
+    return l->format == WEIGHT_FLOAT ? STRIP_BLOCKS : CODES_STRIP_BLOCKS;
+}
+
+/* Where a block's first line lies in the packed weight, and how far apart its steps are. */
+struct place {
+    size_t bytes, step_bytes;
+};
+
+static struct place place_of(const struct linear *l, const struct steps *s, int64_t block)
+{
+    const int64_t in_strip = block % STRIP_BLOCKS;
+    const size_t strip = (size_t)((block - in_strip) * s->n) * LINE_BYTES;
+    return (struct place){
+        .bytes = strip + (size_t)in_strip * LINE_BYTES,
+        .step_bytes =
+            (size_t)cpu_strip_blocks(n_blocks_of(l->out_dim), block, STRIP_BLOCKS) * LINE_BYTES};
+}
+
 /* ---- packing weights ---- */
 
 struct pack_job {
@@ -71,8 +93,8 @@ static uint16_t element_bf16(const void *row, enum dtype t, int64_t k)
 
 /* A lane that is stored as it is to be packed is words of 4 bytes to transpose: a float32 each, or
  * a pair of bfloat16. Returns 0 where it is not. */
-static int pack_words(const struct pack_job *job, void *dst, const void *const *rows, int64_t k0,
-                      int64_t k1)
+static int pack_words(const struct pack_job *job, void *dst, int64_t line, const void *const *rows,
+                      int64_t k0, int64_t k1)
 {
     const struct tensor *w = job->w;
     const int64_t per_word = job->steps.step;
@@ -80,24 +102,26 @@ static int pack_words(const struct pack_job *job, void *dst, const void *const *
     if (w->dtype != job->l->dtype || !rows[15] || (uintptr_t)from % 4 != 0 ||
         (k1 - k0) % per_word != 0 || w->row_stride % per_word != 0)
         return 0;
-    job->vector->transpose(dst, 16, (const uint32_t *)(const void *)from, w->row_stride / per_word,
-                           16, (k1 - k0) / per_word);
+    job->vector->transpose(dst, line, (const uint32_t *)(const void *)from,
+                           w->row_stride / per_word, 16, (k1 - k0) / per_word);
     return 1;
 }
 
-/* Columns [k0, k1) of 16 rows (the last block's missing rows are NULL and become 0). */
-static void pack_lane_f32(float *dst, const void *const *rows, enum dtype t, int64_t k0, int64_t k1)
+/* Columns [k0, k1) of 16 rows (the last block's missing rows are NULL and become 0) to a block's
+ * lines, `line` words from one to the next. */
+static void pack_lane_f32(float *dst, int64_t line, const void *const *rows, enum dtype t,
+                          int64_t k0, int64_t k1)
 {
     for (int j = 0; j < 16; j++) {
         for (int64_t k = k0; k < k1; k++)
-            dst[(k - k0) * 16 + j] = rows[j] ? element_f32(rows[j], t, k) : 0.0f;
+            dst[(k - k0) * line + j] = rows[j] ? element_f32(rows[j], t, k) : 0.0f;
     }
 }
 
-static void pack_lane_bf16(uint16_t *dst, const void *const *rows, enum dtype t, int64_t k0,
-                           int64_t k1)
+static void pack_lane_bf16(uint16_t *dst, int64_t line, const void *const *rows, enum dtype t,
+                           int64_t k0, int64_t k1)
 {
-    for (int64_t k = k0; k < k1; k += 2, dst += 32) {
+    for (int64_t k = k0; k < k1; k += 2, dst += 2 * line) {
         for (int j = 0; j < 16; j++) {
             dst[2 * j] = rows[j] ? element_bf16(rows[j], t, k) : 0;
             dst[2 * j + 1] = rows[j] && k + 1 < k1 ? element_bf16(rows[j], t, k + 1) : 0;
@@ -111,7 +135,6 @@ static void pack_work(void *arg, int thread, int n_threads)
     const struct linear *l = job->l;
     const struct steps *s = &job->steps;
     const size_t element = dtype_size(job->w->dtype);
-    const int64_t block_elements = s->n * s->step * 16;
     const int64_t n_rows = tensor_n_rows(job->w);
     int64_t first, end;
     cpu_share(n_blocks_of(n_rows), thread, n_threads, &first, &end);
@@ -120,18 +143,17 @@ static void pack_work(void *arg, int thread, int n_threads)
         for (int j = 0; j < 16 && block * 16 + j < n_rows; j++)
             rows[j] = (const char *)job->w->data +
                       (size_t)((block * 16 + j) * job->w->row_stride) * element;
+        const struct place at = place_of(l, s, job->first_row / 16 + block);
+        const int64_t line = (int64_t)(at.step_bytes / 4);
         for (int i = 0; i < l->n_lanes; i++) {
-            int64_t at =
-                (job->first_row / 16 + block) * block_elements + s->start[i] * s->step * 16;
-            if (pack_words(job, (char *)l->packed + (size_t)at * dtype_size(l->dtype), rows,
-                           l->lane_start[i], l->lane_start[i + 1]))
+            const int64_t k0 = l->lane_start[i], k1 = l->lane_start[i + 1];
+            void *to = (char *)l->packed + at.bytes + (size_t)s->start[i] * at.step_bytes;
+            if (pack_words(job, to, line, rows, k0, k1))
                 continue;
             if (l->dtype == DTYPE_F32)
-                pack_lane_f32((float *)l->packed + at, rows, job->w->dtype, l->lane_start[i],
-                              l->lane_start[i + 1]);
+                pack_lane_f32(to, line, rows, job->w->dtype, k0, k1);
             else
-                pack_lane_bf16((uint16_t *)l->packed + at, rows, job->w->dtype, l->lane_start[i],
-                               l->lane_start[i + 1]);
+                pack_lane_bf16(to, line, rows, job->w->dtype, k0, k1);
         }
     }
 }
@@ -142,9 +164,8 @@ void cpu_linear_pack(struct backend *b, struct linear *l, int64_t first, const s
     struct pack_job job = {.vector = cpu_state(b)->vector, .l = l, .first_row = first, .w = w};
     steps_init(&job.steps, l);
     if (first == 0) {
-        size_t block_bytes = (size_t)(job.steps.n * job.steps.step * 16) * dtype_size(l->dtype);
         l->format = WEIGHT_FLOAT;
-        l->packed_bytes = (size_t)n_blocks_of(l->out_dim) * block_bytes;
+        l->packed_bytes = (size_t)(n_blocks_of(l->out_dim) * job.steps.n) * LINE_BYTES;
         l->packed = b->ops->alloc(b, l->packed_bytes);
         cpu_linear_pack_bias(b, l, bias);
     }
@@ -189,20 +210,18 @@ struct matmul_job {
     int n_blocks_wide;     // blocks of one tile
     int n_blocks_kept;     // of a part, that all panels pass over before the next are fetched
     uint32_t *packed_x;    // NULL: each thread packs its own
-    int64_t chunk;         // steps expanded at a time where that is not whole
     size_t expanded_bytes; // of what is expanded of a part at a time
     struct cpu_quantized_layout quantized; // of a quantised weight
     int multiplies;                        // with a quantised weight that is not expanded
 };
 
-/* The blocks of the weight that are kept: dense in memory, or of a quantised one that is expanded,
- * whole or a chunk at a time. */
+/* The blocks of the weight that are kept, of a quantised one expanded, whole or a chunk at a time.
+ */
 struct blocks {
     int64_t first;
     int n;
-    size_t block_bytes; // from one block to the next
-    const char *dense;  // NULL: expanded as it is used
     char *memory;       // for what is expanded
+    size_t block_bytes; // there, from one block to the next
 };
 
 /* The rows are cut into panels as even as they come. */
@@ -302,10 +321,9 @@ static enum expand_to expands_to(const struct matmul_job *job, int lane)
     return is_factored(job, lane) ? EXPAND_MULTIPLES : EXPAND_BF16;
 }
 
-static size_t block_row_bytes(const struct matmul_job *job)
-{
-    return 16 * dtype_size(job->l->dtype) * (size_t)job->steps.step;
-}
+/* Steps of a quantised weight that are expanded for one panel: those of four blocks stay in the
+ * first-level cache. A whole number of units of any format. */
+#define CHUNK_STEPS 64
 
 /* A quantised weight is expanded a few blocks at a time, each whole, where several panels use them
  * or runs are summed apart, which a tile does in one go. */
@@ -315,34 +333,20 @@ static int expands_whole(const struct matmul_job *job)
     return job->n_panels > 1 || (job->quantized.is_factored && job->quantized.irregular != all);
 }
 
-/* The weight of `blocks`, where it is needed as a whole: by several panels, or dense. */
+/* Expands a quantised weight's blocks where they are needed whole. */
 static void blocks_init(struct blocks *blocks, const struct matmul_job *job, char *memory,
                         int64_t first, int n)
 {
     const struct linear *l = job->l;
-    const size_t row_bytes = block_row_bytes(job);
-    *blocks = (struct blocks){
-        .first = first, .n = n, .block_bytes = row_bytes * (size_t)job->steps.n, .memory = memory};
-    if (l->format == WEIGHT_FLOAT) {
-        blocks->dense = (const char *)l->packed + (size_t)first * blocks->block_bytes;
+    *blocks = (struct blocks){.first = first, .n = n, .memory = memory};
+    if (!memory)
         return;
-    }
-    if (job->multiplies)
-        return;
-    if (!expands_whole(job)) {
-        blocks->block_bytes = row_bytes * (size_t)job->chunk;
-        return;
-    }
-    for (int i = 0; i < l->n_lanes; i++)
-        cpu_expand(job->state, l, &job->quantized, memory + row_bytes * (size_t)job->steps.start[i],
+    blocks->block_bytes = (size_t)(expands_whole(job) ? job->steps.n : CHUNK_STEPS) * LINE_BYTES;
+    for (int i = 0; expands_whole(job) && i < l->n_lanes; i++)
+        cpu_expand(job->state, l, &job->quantized, memory + job->steps.start[i] * LINE_BYTES,
                    blocks->block_bytes, first, n, i, 0, l->lane_start[i + 1] - l->lane_start[i],
                    expands_to(job, i));
-    blocks->dense = memory;
 }
-
-/* Further than the processor's own prefetch reaches across pages of memory. */
-#define PREFETCH_BYTES 2048
-#define LINE_BYTES 64 // a step of one block
 
 /* One panel, and those of the kept blocks that it is multiplied with. */
 struct product {
@@ -354,61 +358,91 @@ struct product {
     int n_blocks;
 };
 
-/* The blocks after a tile's are fetched while these are used first, each during another panel, so
- * that memory and arithmetic are both busy all the time; the last panel fetches what is left. */
-static void fetch_ahead(struct tile *t, const struct matmul_job *job, const struct product *p)
+/* Further than the processor's own prefetch reaches across pages of memory. */
+#define PREFETCH_BYTES 4096
+
+/* Panels that pass over the blocks of a tile before the next blocks: the blocks come from memory
+ * while the first four do, not while one alone waits for them, and the four stay in the
+ * second-level cache beside the blocks that are kept. */
+#define PANELS_TOGETHER 4
+
+/* The tiles that pass over a strip first fetch the next one, each an equal part from end to end, so
+ * that memory and arithmetic are both busy all the time; a tile that is alone, what it will read.
+ */
+static struct cpu_ahead ahead_of(const struct matmul_job *job, const struct product *p)
 {
-    const struct blocks *blocks = p->blocks;
-    const char *next = (const char *)t->b + (size_t)p->n_blocks * blocks->block_bytes;
-    int64_t last = p->panel == job->n_panels - 1 ? p->n_blocks - 1 : p->panel;
-    t->ahead_step = 0;
-    if (blocks->memory || p->panel >= p->n_blocks)
-        return;
-    t->ahead[0] = next + (size_t)p->panel * blocks->block_bytes;
-    t->ahead[1] = next + (size_t)last * blocks->block_bytes;
-    t->ahead_step = LINE_BYTES;
+    const int n_panels = (int)smaller(job->n_panels, PANELS_TOGETHER), strip = strip_of(job->l);
+    if (p->panel >= n_panels)
+        return (struct cpu_ahead){0};
+    const int n = cpu_strip_blocks(n_blocks_of(job->l->out_dim), p->block, strip);
+    const int n_parts = (n + p->n_blocks - 1) / p->n_blocks * n_panels;
+    const int lines = (n + n_parts - 1) / n_parts;
+    const int part = (int)(p->block % strip) / p->n_blocks * n_panels + (int)p->panel;
+    if (n_parts == 1)
+        return (struct cpu_ahead){.own = 1};
+    return (struct cpu_ahead){.part = part, .lines = part * lines < n ? lines : 0};
 }
 
-/* sums [n_rows, n_blocks * 16] <- one lane, of a weight in floats. */
-static void compute_steps(const struct matmul_job *job, const struct product *p, int lane,
-                          float *sums)
+/* t->c <- a lane of a weight in floats, whose steps begin at `start`. */
+static void run_dense(struct tile *t, const struct matmul_job *job, const struct product *p,
+                      int64_t start)
+{
+    const struct linear *l = job->l;
+    const size_t element = dtype_size(l->dtype);
+    const struct place at = place_of(l, &job->steps, p->block);
+    const struct cpu_ahead ahead = ahead_of(job, p);
+    const int64_t next = (p->block / STRIP_BLOCKS + 1) * STRIP_BLOCKS * job->steps.n;
+    t->b = (const char *)l->packed + at.bytes + (size_t)start * at.step_bytes;
+    t->b_step = (int64_t)(at.step_bytes / element);
+    t->b_block = (int64_t)(LINE_BYTES / element);
+    t->ahead = (const char *)t->b + PREFETCH_BYTES;
+    t->ahead_step = (int)at.step_bytes;
+    if (!ahead.own) {
+        t->ahead = (const char *)l->packed +
+                   (next + (ahead.part * job->steps.n + start) * ahead.lines) * LINE_BYTES;
+        t->ahead_step = ahead.lines * LINE_BYTES;
+    }
+    job->tile->run(t, p->n_rows, p->n_blocks, job->factor.source);
+}
+
+/* The same of a quantised weight whose blocks are expanded whole, */
+static void run_expanded(struct tile *t, const struct matmul_job *job, const struct product *p,
+                         int lane, int64_t start)
+{
+    const struct blocks *blocks = p->blocks;
+    const size_t element = dtype_size(job->l->dtype);
+    t->b = blocks->memory + (size_t)(p->block - blocks->first) * blocks->block_bytes +
+           start * LINE_BYTES;
+    t->b_step = (int64_t)(LINE_BYTES / element);
+    t->b_block = (int64_t)(blocks->block_bytes / element);
+    struct tile_runs runs;
+    if (is_factored(job, lane)) {
+        runs = cpu_quantized_runs(job->l, &job->quantized, p->block, lane);
+        t->runs = &runs;
+    }
+    job->tile->run(t, p->n_rows, p->n_blocks, job->factor.source);
+}
+
+/* or a chunk of steps at a time, */
+static void run_chunks(struct tile *t, const struct matmul_job *job, const struct product *p,
+                       int lane)
 {
     const struct linear *l = job->l;
     const struct blocks *blocks = p->blocks;
-    const int step = job->steps.step, words = job->factor.words;
-    const size_t element = dtype_size(l->dtype);
-    const int64_t start = job->steps.start[lane], end = job->steps.start[lane + 1];
-    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    struct tile t = {.a_step = p->n_rows,
-                     .a_row = 1,
-                     .b = blocks->memory,
-                     .b_step = step * 16,
-                     .b_block = (int64_t)(blocks->block_bytes / element),
-                     .prefetch_bytes = blocks->dense ? PREFETCH_BYTES : 0,
-                     .c = sums,
-                     .c_row = p->n_blocks * 16};
-    const char *dense = blocks->dense;
-    if (dense)
-        dense += (size_t)(p->block - blocks->first) * blocks->block_bytes;
-    if (is_factored(job, lane))
-        cpu_quantized_runs(&t, l, &job->quantized, p->block, lane);
-    for (int64_t at = start; at == start || at < end; at += t.n_k) {
-        t.a = p->x + at * p->n_rows * words;
-        t.accumulate = at > start;
-        t.n_k = end - at;
-        if (dense) {
-            t.b = dense + (size_t)(at * t.b_step) * element;
-            fetch_ahead(&t, job, p);
-        } else {
-            int64_t done = (at - start) * step, left = n_k - done;
-            t.n_k = t.n_k < job->chunk ? t.n_k : job->chunk;
-            cpu_expand(job->state, l, &job->quantized, blocks->memory, blocks->block_bytes,
-                       p->block, p->n_blocks, lane, done, left < t.n_k * step ? left : t.n_k * step,
-                       expands_to(job, lane));
-        }
-        job->tile->run(&t, p->n_rows, p->n_blocks, job->factor.source);
-        if (t.n_k == 0)
-            return;
+    const int step = job->steps.step;
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane], n = t->n_k;
+    const uint32_t *a = t->a;
+    t->b = blocks->memory;
+    t->b_step = step * 16;
+    t->b_block = (int64_t)(blocks->block_bytes / dtype_size(l->dtype));
+    for (int64_t done = 0; done == 0 || done < n; done += CHUNK_STEPS) {
+        t->a = a + done * p->n_rows * job->factor.words;
+        t->accumulate = done > 0;
+        t->n_k = smaller(CHUNK_STEPS, n - done);
+        cpu_expand(job->state, l, &job->quantized, blocks->memory, blocks->block_bytes, p->block,
+                   p->n_blocks, lane, done * step, smaller(n_k - done * step, t->n_k * step),
+                   expands_to(job, lane));
+        job->tile->run(t, p->n_rows, p->n_blocks, job->factor.source);
     }
 }
 
@@ -416,16 +450,22 @@ static void compute_steps(const struct matmul_job *job, const struct product *p,
 static void compute_lane(const struct matmul_job *job, const struct product *p, int lane,
                          float *sums)
 {
-    const struct linear *l = job->l;
-    if (job->multiplies) {
-        struct tile t = {.a = p->x + job->steps.start[lane] * p->n_rows * job->factor.words,
-                         .c = sums,
-                         .c_row = p->n_blocks * 16};
-        cpu_quantized_multiply(job->state, l, &job->quantized, &t, p->n_rows, p->block, p->n_blocks,
-                               lane);
-    } else {
-        compute_steps(job, p, lane, sums);
-    }
+    const int64_t start = job->steps.start[lane];
+    struct tile t = {.a = p->x + start * p->n_rows * job->factor.words,
+                     .a_step = p->n_rows,
+                     .a_row = 1,
+                     .c = sums,
+                     .c_row = p->n_blocks * 16,
+                     .n_k = job->steps.start[lane + 1] - start};
+    if (job->l->format == WEIGHT_FLOAT)
+        run_dense(&t, job, p, start);
+    else if (job->multiplies)
+        cpu_quantized_multiply(job->state, job->l, &job->quantized, &t, p->n_rows, p->block,
+                               p->n_blocks, lane, ahead_of(job, p));
+    else if (expands_whole(job))
+        run_expanded(&t, job, p, lane, start);
+    else
+        run_chunks(&t, job, p, lane);
 }
 
 /* sums[0] [n_rows, n_blocks * 16] <- all lanes, as their tree. */
@@ -492,11 +532,6 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
     job->vector->finish(&f);
 }
 
-/* Panels that pass over the blocks of a tile before the next blocks: the blocks come from memory
- * while the first four do, not while one alone waits for them, and the four stay in the
- * second-level cache beside the blocks that are kept. */
-#define PANELS_TOGETHER 4
-
 /* The panels times blocks [first, end) of each part. */
 static void compute_blocks(const struct matmul_job *job, const uint32_t *packed_x, char *memory,
                            int64_t first, int64_t end)
@@ -516,7 +551,7 @@ static void compute_blocks(const struct matmul_job *job, const uint32_t *packed_
     }
 }
 
-/* The items are blocks: a thread's part of them is a contiguous part of the weight. */
+/* The items are strips: a thread's part of them is a contiguous part of the weight. */
 static void matmul_work(void *arg, int thread, int n_threads)
 {
     const struct matmul_job *job = arg;
@@ -535,9 +570,13 @@ static void matmul_work(void *arg, int thread, int n_threads)
     if (job->expanded_bytes > 0)
         memory = cpu_scratch_reserve(&job->state->expanded[thread],
                                      job->expanded_bytes * (size_t)job->n_parts);
-    int64_t first, end;
-    while (cpu_parts_take(job->state, thread, job->n_blocks_kept, &first, &end))
-        compute_blocks(job, packed_x, memory, first, end);
+    const int64_t n_blocks = n_blocks_of(job->n_columns), n = strip_of(job->l);
+    int64_t strip, end;
+    while (cpu_parts_take(job->state, thread, larger(job->n_blocks_kept / n, 1), &strip, &end)) {
+        end = smaller(end * n, n_blocks);
+        for (int64_t first = strip * n; first < end; first += job->n_blocks_kept)
+            compute_blocks(job, packed_x, memory, first, smaller(first + job->n_blocks_kept, end));
+    }
 }
 
 /* Input this small is packed by every thread for itself, which is cheaper than a barrier. */
@@ -553,27 +592,25 @@ static int64_t kept_bytes(void)
     return half <= 0 ? KEPT_BYTES_MAX : larger(KEPT_BYTES_MIN, smaller(half, KEPT_BYTES_MAX));
 }
 
-/* Fewer wait for memory, which is read without a break while each tile's blocks are kept alone. */
+/* Fewer wait for memory, which is read without a break while each strip is kept alone. */
 #define KEPT_PANELS_MIN 9
 /* Of each thread, so that all are busy to the end. */
 #define ITEMS_MIN 4
-/* Bytes a block of a quantised weight that is expanded for one panel: four stay in the first-level
- * cache. A whole number of units of any format. */
-#define CHUNK_BYTES 4096
 
-/* Whole tiles. Where all panels pass over a tile's blocks before the next, and nothing is expanded,
- * they are kept by no cache and are only an item: smaller, and more of them. */
+/* Whole strips, or whole tiles of what is expanded. Where all panels pass over a tile's blocks
+ * before the next, and nothing is expanded, they are kept by no cache and are only an item:
+ * smaller, and more of them. */
 static int blocks_kept(const struct matmul_job *job, int n_threads)
 {
-    const int64_t block_bytes = (int64_t)block_row_bytes(job) * job->steps.n * job->n_parts + 1;
+    const int expands = job->l->format != WEIGHT_FLOAT && !job->multiplies;
+    const int64_t unit = expands ? job->n_blocks_wide : strip_of(job->l);
     int64_t n = n_blocks_of(job->n_columns) / (n_threads * ITEMS_MIN);
-    n = smaller(n, kept_bytes() / block_bytes);
-    if (job->n_panels <= PANELS_TOGETHER && (job->l->format == WEIGHT_FLOAT || job->multiplies))
+    n = smaller(n, kept_bytes() / (job->steps.n * LINE_BYTES * job->n_parts + 1));
+    if (job->n_panels <= PANELS_TOGETHER && !expands)
         n /= 2;
     else if (job->n_panels < KEPT_PANELS_MIN)
-        n = job->n_blocks_wide;
-    n = larger(n, job->n_blocks_wide);
-    return (int)(n / job->n_blocks_wide * job->n_blocks_wide);
+        n = unit;
+    return (int)(larger(n, unit) / unit * unit);
 }
 
 /* A thread keeps most when it is alone. */
@@ -584,7 +621,7 @@ size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int6
     const int64_t all = n_blocks_of(out_dim / n_parts) / ITEMS_MIN * block_bytes;
     const int64_t whole = tile->wide_blocks(tile->max_rows) * block_bytes;
     return (size_t)larger(larger(whole, smaller(all, kept_bytes())),
-                          (int64_t)TILE_BLOCKS_MAX * CHUNK_BYTES * n_parts);
+                          (int64_t)TILE_BLOCKS_MAX * CHUNK_STEPS * LINE_BYTES * n_parts);
 }
 
 /* The job's l, y, x, epilogue and parts are set. */
@@ -600,7 +637,7 @@ static void run_together(struct backend *b, struct matmul_job *job)
     job->n_rows = tensor_n_rows(job->x);
     job->n_panels = (job->n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
     int panel_rows = (int)((job->n_rows + job->n_panels - 1) / job->n_panels);
-    job->n_blocks_wide = s->tile->wide_blocks(panel_rows);
+    job->n_blocks_wide = (int)smaller(s->tile->wide_blocks(panel_rows), STRIP_BLOCKS);
     if (l->format != WEIGHT_FLOAT) {
         cpu_quantized_layout(&job->quantized, l);
         job->multiplies =
@@ -612,16 +649,15 @@ static void run_together(struct backend *b, struct matmul_job *job)
     }
     job->factor =
         cpu_factor_of(job->multiplies ? s->multiply->takes_bf16 : s->tile->takes_bf16, l->dtype);
-    job->chunk = CHUNK_BYTES / (int64_t)block_row_bytes(job);
     job->n_blocks_kept = blocks_kept(job, s->n_threads);
     if (l->format != WEIGHT_FLOAT && !job->multiplies)
         job->expanded_bytes =
-            block_row_bytes(job) *
-            (size_t)((expands_whole(job) ? job->steps.n : job->chunk) * job->n_blocks_kept);
+            (size_t)((expands_whole(job) ? job->steps.n : CHUNK_STEPS) * job->n_blocks_kept) *
+            LINE_BYTES;
     int64_t words = job->steps.n * job->factor.words;
     if (job->n_rows * words > OWN_PACK_WORDS)
         job->packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job->n_rows * words) * 4);
-    cpu_parts_init(s, n_blocks_of(job->n_columns));
+    cpu_parts_init(s, (n_blocks_of(job->n_columns) + strip_of(l) - 1) / strip_of(l));
     int64_t weight = l->out_dim * l->in_dim; // few rows take the time to read it
     int64_t cost = cpu_product_cost(s, job->n_rows * weight);
     cpu_parallel(b, larger(cost, weight), matmul_work, job);
@@ -670,7 +706,7 @@ int cpu_matmul_gated(struct backend *b, struct tensor *y, const struct tensor *x
                      const struct linear *l, enum activation act)
 {
     struct matmul_job job = {.l = l, .y = y, .x = x, .n_parts = 2, .epilogue = {.act = act}};
-    if (tensor_n_cols(y) % 16 != 0) // a block would have rows of both
+    if (tensor_n_cols(y) % (16 * strip_of(l)) != 0) // a strip would have rows of both
         return 0;
     if (tensor_n_rows(x) <= cpu_state(b)->tile->max_rows) // one stream is read faster than two
         return 0;

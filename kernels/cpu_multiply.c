@@ -38,7 +38,7 @@ struct sums {
 static int product_blocks(int n_rows)
 {
     if (VF_N == 16)
-        return n_rows == 1 ? 8 : n_rows <= ROWS_BESIDE ? 4 : 2;
+        return n_rows <= ROWS_BESIDE ? 4 : 2;
     return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1;
 }
 
@@ -79,20 +79,18 @@ ALWAYS_INLINE int waits_for_memory(const int n_rows, const enum decoding d)
     return DOTS || (d == DECODE_INT8 && n_rows == 1);
 }
 
-/* What comes later than codes at `codes`, which a block has `before` bytes before, is fetched: of
- * these blocks, or of those that come next. */
-ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t before,
-                               const int n_rows, const int n_blocks, const enum decoding d)
+/* What is read later than codes at `codes`, unit i of the lane's, after which `left` bytes of codes
+ * are left in the strip, near its end of the next one; or what the caller asked for. */
+ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t left,
+                               int64_t i, const int n_rows, const int n_blocks,
+                               const enum decoding d)
 {
-    const uint8_t *ahead = codes + PREFETCH_BYTES;
-    if (before + PREFETCH_BYTES >= m->codes_bytes)
-        ahead += n_blocks * m->block_bytes - m->codes_bytes;
-#pragma GCC unroll 8
-    for (int b = 0; b < n_blocks; b++) {
-        prefetch((const char *)ahead, waits_for_memory(n_rows, d));
-        ahead += m->block_bytes;
-        __asm__("" : "+r"(ahead)); // not one register for each block
-    }
+    const char *ahead = m->ahead + i * m->ahead_step;
+    if (!m->ahead)
+        ahead = (const char *)codes + PREFETCH_BYTES + (left <= PREFETCH_BYTES ? m->tail_bytes : 0);
+#pragma GCC unroll 4
+    for (int k = 0; k < (n_blocks < 2 ? 2 : n_blocks); k++)
+        prefetch(ahead + k * LINE_BYTES, waits_for_memory(n_rows, d));
 }
 
 /* From any byte on. */
@@ -127,16 +125,13 @@ ALWAYS_INLINE __m512i load_x(x_word word)
 }
 
 ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
-                            int64_t block_bytes, const struct decoder *f, const struct grid *g,
-                            const int n_rows, const int n_blocks, const enum decoding d,
-                            const int has_zeros)
+                            const struct decoder *f, const struct grid *g, const int n_rows,
+                            const int n_blocks, const enum decoding d, const int has_zeros)
 {
     vu u[PRODUCT_BLOCKS_MAX], w[PRODUCT_BLOCKS_MAX];
 #pragma GCC unroll 8
-    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
-        u[b] = load_codes(codes);
-        __asm__("" : "+r"(codes));
-    }
+    for (int b = 0; b < n_blocks; b++)
+        u[b] = load_codes(codes + b * UNIT_BYTES);
 #pragma GCC unroll 4
     for (int p = 0; p < pairs_of_unit(d); p++, a += n_rows) {
         if (n_rows > ROWS_BESIDE) { /* few blocks: their weights stay, rows come one by one */
@@ -232,16 +227,15 @@ ALWAYS_INLINE void add_vector(struct sums *s, const int b, const int v, const x_
 }
 
 ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
-                            int64_t block_bytes, const struct decoder *f, const struct grid *g,
-                            const int n_rows, const int n_blocks, const enum decoding d,
-                            const int has_zeros)
+                            const struct decoder *f, const struct grid *g, const int n_rows,
+                            const int n_blocks, const enum decoding d, const int has_zeros)
 {
 #pragma GCC unroll 8
-    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
+    for (int b = 0; b < n_blocks; b++) {
+        const uint8_t *of_block = codes + b * UNIT_BYTES;
 #pragma GCC unroll 2
         for (int v = 0; v < BLOCK_VECTORS; v++)
-            add_vector(s, b, v, a, codes + v * VF_N * 4, f, &g[b], n_rows, d, has_zeros);
-        __asm__("" : "+r"(codes));
+            add_vector(s, b, v, a, of_block + v * VF_N * 4, f, &g[b], n_rows, d, has_zeros);
         if (n_rows > 1)
             __asm__("" : "+r"(a));
     }
@@ -271,10 +265,9 @@ ALWAYS_INLINE void add_vectors(struct sums *s, const int i, const int n, const x
 
 /* Integers: pair p of all blocks, so that what the pair has in common stays in registers; with many
  * rows, whose sums take those, the odd and the even k apart. */
-ALWAYS_INLINE void add_integers(struct sums *s, const x_word *a, const uint8_t *codes,
-                                int64_t block_bytes, const int p, const struct grid *g,
-                                const int n_rows, const int n_blocks, const enum decoding d,
-                                const int has_zeros)
+ALWAYS_INLINE void add_integers(struct sums *s, const x_word *a, const uint8_t *first, const int p,
+                                const struct grid *g, const int n_rows, const int n_blocks,
+                                const enum decoding d, const int has_zeros)
 {
     const int at = bits_of(d) * p;
     const int n = n_rows == 1 ? 1 : BLOCK_VECTORS; // vectors that share a broadcast of x
@@ -282,9 +275,10 @@ ALWAYS_INLINE void add_integers(struct sums *s, const x_word *a, const uint8_t *
     vf bias = g[0].bias[at / 4][0];
     /* Of codes and x, what is needed again is loaded again, not spilled. */
     if (n_rows <= ROWS_BESIDE)
-        __asm__ volatile("" : "+x"(mask), "+x"(power), "+x"(bias), "+r"(codes));
+        __asm__ volatile("" : "+x"(mask), "+x"(power), "+x"(bias), "+r"(first));
 #pragma GCC unroll 4
-    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
+    for (int b = 0; b < n_blocks; b++) {
+        const uint8_t *codes = first + b * UNIT_BYTES;
 #pragma GCC unroll 2
         for (int v = 0; v < BLOCK_VECTORS; v += n) {
             vf w[2][BLOCK_VECTORS]; // of the even and the odd k
@@ -382,21 +376,20 @@ ALWAYS_INLINE void add_table(struct sums *s, const x_word *a, vu index, const in
 }
 
 ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
-                            int64_t block_bytes, const struct decoder *f, const struct grid *g,
-                            const int n_rows, const int n_blocks, const enum decoding d,
-                            const int has_zeros)
+                            const struct decoder *f, const struct grid *g, const int n_rows,
+                            const int n_blocks, const enum decoding d, const int has_zeros)
 {
     if (d == DECODE_INT4 || d == DECODE_INT8) {
 #pragma GCC unroll 4
         for (int p = 0; p < pairs_of_unit(d); p++, a += 2 * n_rows)
-            add_integers(s, a, codes, block_bytes, p, g, n_rows, n_blocks, d, has_zeros);
+            add_integers(s, a, codes, p, g, n_rows, n_blocks, d, has_zeros);
         return;
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++, a += pairs_of_unit(d) * n_rows) {
-        const uint8_t *from = codes;
 #pragma GCC unroll 4
-        for (int b = 0; b < n_blocks; b++, from += block_bytes) {
+        for (int b = 0; b < n_blocks; b++) {
+            const uint8_t *from = codes + b * UNIT_BYTES;
             if (d == DECODE_FP8) {
                 add_fp8(s, a, from, b, i, n_rows);
             } else {
@@ -421,16 +414,15 @@ ALWAYS_INLINE void add_first_pair(struct sums *s, const int b, const int v, cons
 /* ---- runs and lanes ---- */
 
 /* n_pairs, fewer than a unit has. */
-ALWAYS_INLINE void add_rest(struct sums *s, const x_word *a, const uint8_t *codes,
-                            int64_t block_bytes, int64_t n_pairs, const struct decoder *f,
-                            const struct grid *g, const int n_rows, const int n_blocks,
-                            const enum decoding d, const int has_zeros)
+ALWAYS_INLINE void add_rest(struct sums *s, const x_word *a, const uint8_t *codes, int64_t n_pairs,
+                            const struct decoder *f, const struct grid *g, const int n_rows,
+                            const int n_blocks, const enum decoding d, const int has_zeros)
 {
 #pragma GCC unroll 8
-    for (int b = 0; b < n_blocks; b++, codes += block_bytes) {
+    for (int b = 0; b < n_blocks; b++) {
 #pragma GCC unroll 2
         for (int v = 0; v < BLOCK_VECTORS; v++) {
-            vu u = load_codes(codes + v * VF_N * 4);
+            vu u = load_codes(codes + b * UNIT_BYTES + v * VF_N * 4);
             for (int64_t p = 0; p < n_pairs; p++, u >>= bits_of(d))
                 add_first_pair(s, b, v, a + p * PAIR_WORDS * n_rows, u, f, &g[b], n_rows, d,
                                has_zeros);
@@ -438,21 +430,22 @@ ALWAYS_INLINE void add_rest(struct sums *s, const x_word *a, const uint8_t *code
     }
 }
 
-/* n_k of one group. */
-ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m, const uint8_t *codes,
-                             const x_word *a, int64_t n_k, int64_t before, const struct decoder *f,
-                             const struct grid *g, const int n_rows, const int n_blocks,
-                             const enum decoding d, const int has_zeros)
+/* n_k of one group, from unit i of the lane's on. */
+ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m,
+                             const struct expansion *e, const x_word *a, int64_t n_k, int64_t i,
+                             const struct decoder *f, const struct grid *g, const int n_rows,
+                             const int n_blocks, const enum decoding d, const int has_zeros)
 {
     const int n_pairs = pairs_of_unit(d);
+    const uint8_t *codes = e->codes + i * e->unit_bytes;
     int64_t left = (n_k + 1) / 2; // pairs
-    for (; left >= n_pairs; left -= n_pairs, codes += UNIT_BYTES, before += UNIT_BYTES) {
-        fetch_ahead(m, codes, before, n_rows, n_blocks, d);
-        add_unit(s, a, codes, m->block_bytes, f, g, n_rows, n_blocks, d, has_zeros);
+    for (; left >= n_pairs; left -= n_pairs, codes += e->unit_bytes, i++) {
+        fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_rows, n_blocks, d);
+        add_unit(s, a, codes, f, g, n_rows, n_blocks, d, has_zeros);
         a += n_pairs * PAIR_WORDS * n_rows;
     }
     if (left > 0)
-        add_rest(s, a, codes, m->block_bytes, left, f, g, n_rows, n_blocks, d, has_zeros);
+        add_rest(s, a, codes, left, f, g, n_rows, n_blocks, d, has_zeros);
 }
 
 /* The expansion of block b, from the `group`-th of the lane on. */
@@ -460,9 +453,8 @@ ALWAYS_INLINE struct expansion block_of(const struct expand_product *m, const st
                                         int64_t group, int b)
 {
     struct expansion at = *e;
-    at.scales =
-        (const float *)(const void *)((const char *)(e->scales + group * 16) + b * m->block_bytes);
-    at.zeros = e->zeros ? e->zeros + group * 16 + b * m->block_bytes : NULL;
+    at.scales = e->scales + group * 16 + b * m->scale_block;
+    at.zeros = e->zeros ? e->zeros + group * 16 + b * m->zero_block : NULL;
     return at;
 }
 
@@ -500,11 +492,10 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
 {
     const int is_factored = d != DECODE_TABLE, n_vectors = n_blocks * BLOCK_VECTORS;
     const struct decoder f = decoder_of(e, d, has_zeros);
-    const uint8_t *codes = e->codes;
     const x_word *a = m->a;
     struct grid g[PRODUCT_BLOCKS_MAX];
     struct sums s;
-    int64_t run = m->first_run, before = m->codes_before;
+    int64_t run = m->first_run, unit = 0;
     clear(&s, n_rows, n_vectors);
     if (is_factored)
         store(&s, m, n_rows, n_vectors);
@@ -514,7 +505,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         for (int b = 0; b < n_blocks; b++) {
             const struct expansion at = block_of(m, e, group, b);
             grid_init(&g[b], &at, 0, d, has_zeros);
-            __builtin_prefetch((const char *)at.scales + n_blocks * m->block_bytes);
+            __builtin_prefetch((const char *)at.scales + m->strip_bytes);
         }
         if (is_factored)
             clear(&s, n_rows, n_vectors);
@@ -522,7 +513,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         const unsigned mode = _mm_getcsr();
         set_mode(&s, mode | MXCSR_FLUSH, n_rows, n_vectors);
 #endif
-        add_codes(&s, m, codes, a, run, before, &f, g, n_rows, n_blocks, d, has_zeros);
+        add_codes(&s, m, e, a, run, unit, &f, g, n_rows, n_blocks, d, has_zeros);
 #if CPU_MULTIPLY_FLUSHES
         set_mode(&s, mode, n_rows, n_vectors); // the ends of runs do not
 #endif
@@ -530,8 +521,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
             __asm__ volatile("" ::: "memory"); // scales are loaded now, not kept until now
             add_scaled(&s, m, e, group, factor, n_rows, n_blocks);
         }
-        codes += run / (2 * pairs_of_unit(d)) * UNIT_BYTES;
-        before += run / (2 * pairs_of_unit(d)) * UNIT_BYTES;
+        unit += run / (2 * pairs_of_unit(d));
         a += run / 2 * PAIR_WORDS * n_rows;
     }
     if (!is_factored)
@@ -540,7 +530,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
 
 /* ---- choosing ---- */
 
-/* Blocks that are left over go four at a time and one by one. */
+/* Blocks that are left over go one by one. */
 ALWAYS_INLINE void multiply_blocks(const struct expand_product *m, const struct expansion *e,
                                    float factor, const int n_rows, const int wide,
                                    const enum decoding d, const int has_zeros)
@@ -548,16 +538,13 @@ ALWAYS_INLINE void multiply_blocks(const struct expand_product *m, const struct 
     struct expand_product part = *m;
     struct expansion of = *e;
     for (int done = 0, n; done < m->n_blocks; done += n) {
-        const int left = m->n_blocks - done;
-        n = left >= wide ? wide : wide > 4 && left >= 4 ? 4 : 1;
-        of.codes = e->codes + done * m->block_bytes;
+        n = m->n_blocks - done >= wide ? wide : 1;
+        of.codes = e->codes + done * UNIT_BYTES;
         of.scales = block_of(m, e, 0, done).scales;
         of.zeros = block_of(m, e, 0, done).zeros;
         part.c = m->c + done * 16;
         if (n == wide)
             multiply_as(&part, &of, factor, n_rows, wide, d, has_zeros);
-        else if (wide > 4 && n == 4)
-            multiply_as(&part, &of, factor, n_rows, 4, d, has_zeros);
         else
             multiply_as(&part, &of, factor, n_rows, 1, d, has_zeros);
     }

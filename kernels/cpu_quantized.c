@@ -2,14 +2,15 @@
  * Quantised weights on the CPU: how they are packed, which part of one is expanded to floats or
  * multiplied, and rows of one as floats.
  *
- *     block of 16 outputs | codes lane | unit of 4 or 8 k     64 bytes (kernels/cpu_isa.h)
- *                         | scales     | group | 16 outputs   float32
- *                         | zeros      | group | 16 outputs   int8, where the format has them
+ *     strip | codes lane | unit of 4 or 8 k | block        64 bytes (kernels/cpu_isa.h)
+ *           | scales     | block | group | 16 outputs      float32
+ *           | zeros      | block | group | 16 outputs      int8, where the format has them
  *
- * A block lies together, so that a product reads one stream, which may read a little past the
- * codes. A lane's columns are padded to whole units. A group that a lane or a shard cuts serves
- * both sides: scales are found by column, not by lane. Where groups do not begin at whole units, or
- * columns are in no order (GPTQ's g_idx), each column carries its group's number.
+ * A strip (of CODES_STRIP_BLOCKS blocks of sixteen outputs, the last may have fewer) lies together,
+ * so that a product reads one stream, which may read a little past the codes. A lane's columns are
+ * padded to whole units. A group that a lane or a shard cuts serves both sides: scales are found by
+ * column, not by lane. Where groups do not begin at whole units, or columns are in no order (GPTQ's
+ * g_idx), each column carries its group's number.
  */
 #include <string.h>
 
@@ -42,9 +43,29 @@ void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *
         at->lane_unit[i + 1] = at->lane_unit[i] + (n_k + at->unit - 1) / at->unit;
         at->irregular |= (unsigned)!lane_is_regular(l, i, at->unit) << i;
     }
-    at->scales = (size_t)at->lane_unit[l->n_lanes] * UNIT_BYTES;
-    at->zeros = at->scales + (size_t)l->n_groups * 16 * sizeof(float);
-    at->n_bytes = at->zeros + (size_t)(l->has_zeros ? round_up(l->n_groups * 16, 64) : 0);
+    at->codes = (size_t)at->lane_unit[l->n_lanes] * UNIT_BYTES;
+    at->scales = (size_t)l->n_groups * 16 * sizeof(float);
+    at->zeros = (size_t)(l->has_zeros ? round_up(l->n_groups * 16, 64) : 0);
+    at->n_bytes = at->codes + at->scales + at->zeros;
+}
+
+/* Where a block's parts begin, in the packed weight, and how far apart its units are. */
+struct place {
+    size_t codes, scales, zeros, unit_bytes;
+};
+
+static struct place place_of(const struct linear *l, const struct cpu_quantized_layout *at,
+                             int64_t block)
+{
+    const size_t n = (size_t)cpu_strip_blocks((l->out_dim + 15) / 16, block, CODES_STRIP_BLOCKS);
+    const size_t in_strip = (size_t)(block % CODES_STRIP_BLOCKS);
+    const size_t strip = ((size_t)block - in_strip) * at->n_bytes;
+    return (struct place){
+        .codes = strip + in_strip * UNIT_BYTES,
+        .scales = strip + n * at->codes + in_strip * at->scales,
+        .zeros = strip + n * (at->codes + at->scales) + in_strip * at->zeros,
+        .unit_bytes = n * UNIT_BYTES,
+    };
 }
 
 /* ---- packing ---- */
@@ -71,17 +92,18 @@ struct pack_job {
     struct cpu_quantized_layout at;
 };
 
-/* One lane's codes of output `row`, which is column j of its block. */
-static void pack_codes(const struct pack_job *job, uint8_t *dst, int64_t row, int lane, int j)
+/* One lane's codes of output `row` to its words, a unit of which is at `dst`. */
+static void pack_codes(const struct pack_job *job, uint8_t *dst, size_t unit_bytes, int64_t row,
+                       int lane)
 {
     const struct linear *l = job->l;
     const uint8_t *codes = job->q->codes + row * l->in_dim + l->lane_start[lane];
     const int is_4_bit = weight_format_bits(l->format) == 4;
     const int is_integer = l->format == WEIGHT_INT8 || l->format == WEIGHT_INT8_127;
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    uint8_t *word = dst + job->at.lane_unit[lane] * UNIT_BYTES + j * 4;
+    uint8_t *word = dst + (size_t)job->at.lane_unit[lane] * unit_bytes;
     const int unit = job->at.unit;
-    for (int64_t k = 0; k < n_k; k += unit, word += UNIT_BYTES) {
+    for (int64_t k = 0; k < n_k; k += unit, word += unit_bytes) {
         for (int i = 0; i < unit && k + i < n_k; i++) {
             if (is_4_bit)
                 word[i % 2 * 2 + i / 4] |= (uint8_t)(codes[k + i] << i / 2 % 2 * 4);
@@ -99,17 +121,18 @@ static void pack_work(void *arg, int thread, int n_threads)
     int64_t first, end;
     cpu_share((l->out_dim + 15) / 16, thread, n_threads, &first, &end);
     for (int64_t row = first * 16; row < end * 16 && row < l->out_dim; row++) {
-        uint8_t *block = (uint8_t *)l->packed + (size_t)(row / 16) * job->at.n_bytes;
-        int j = (int)(row % 16);
+        const struct place at = place_of(l, &job->at, row / 16);
+        uint8_t *packed = l->packed;
+        const size_t j = (size_t)(row % 16);
         for (int64_t g = 0; g < l->n_groups; g++) {
-            memcpy(block + job->at.scales + (size_t)(g * 16 + j) * sizeof(float),
-                   q->scales + row * l->n_groups + g, sizeof(float));
+            const size_t i = (size_t)g * 16 + j;
+            memcpy(packed + at.scales + i * sizeof(float), q->scales + row * l->n_groups + g,
+                   sizeof(float));
             if (l->has_zeros)
-                block[job->at.zeros + (size_t)(g * 16 + j)] =
-                    (uint8_t)q->zeros[row * l->n_groups + g];
+                packed[at.zeros + i] = (uint8_t)q->zeros[row * l->n_groups + g];
         }
         for (int lane = 0; lane < l->n_lanes; lane++)
-            pack_codes(job, block, row, lane, j);
+            pack_codes(job, packed + at.codes + j * 4, at.unit_bytes, row, lane);
     }
 }
 
@@ -145,26 +168,21 @@ int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64
     return left < n_k ? left : n_k;
 }
 
-static const float *scales_of(const struct linear *l, const struct cpu_quantized_layout *at,
-                              int64_t block, int64_t group)
-{
-    return (const float *)l->packed + ((size_t)block * at->n_bytes + at->scales) / sizeof(float) +
-           group * 16;
-}
-
 /* The n_k columns of one block's lane from `first` on, which are of one group where the lane is
  * regular. */
 static struct expansion expansion_of(const struct linear *l, const struct cpu_quantized_layout *at,
                                      int64_t block, int lane, int64_t first, int64_t n_k)
 {
-    const uint8_t *from = (const uint8_t *)l->packed + (size_t)block * at->n_bytes;
+    const uint8_t *packed = l->packed;
+    const struct place place = place_of(l, at, block);
     const int64_t unit = at->lane_unit[lane] + first / at->unit;
     const int is_regular = !(at->irregular >> lane & 1);
     const int64_t group = is_regular ? group_at(l, lane, first) : 0;
     return (struct expansion){
-        .codes = from + unit * UNIT_BYTES,
-        .scales = scales_of(l, at, block, group),
-        .zeros = l->has_zeros ? (const int8_t *)from + at->zeros + group * 16 : NULL,
+        .codes = packed + place.codes + (size_t)unit * place.unit_bytes,
+        .unit_bytes = (int64_t)place.unit_bytes,
+        .scales = (const float *)l->packed + place.scales / sizeof(float) + group * 16,
+        .zeros = l->has_zeros ? (const int8_t *)packed + place.zeros + group * 16 : NULL,
         .table = weight_format_table(l->format, l->has_zeros),
         .group_of = is_regular ? NULL : l->group_of + unit * at->unit,
         .n_k = n_k,
@@ -188,15 +206,17 @@ void cpu_expand(const struct cpu_state *s, const struct linear *l,
     }
 }
 
-void cpu_quantized_runs(struct tile *t, const struct linear *l,
-                        const struct cpu_quantized_layout *at, int64_t block, int lane)
+struct tile_runs cpu_quantized_runs(const struct linear *l, const struct cpu_quantized_layout *at,
+                                    int64_t block, int lane)
 {
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    t->scales = scales_of(l, at, block, group_at(l, lane, 0));
-    t->scale_block = (int64_t)(at->n_bytes / sizeof(float));
-    t->first_run = (cpu_quantized_run(l, lane, 0, n_k) + 1) / 2;
-    t->run = l->group_size / 2;
-    t->scale_factor = l->format == WEIGHT_INT8_127 ? INT8_127_FACTOR : 1.0f;
+    return (struct tile_runs){
+        .first = (cpu_quantized_run(l, lane, 0, n_k) + 1) / 2,
+        .n = l->group_size / 2,
+        .scales = expansion_of(l, at, block, lane, 0, n_k).scales,
+        .scale_block = l->n_groups * 16,
+        .factor = l->format == WEIGHT_INT8_127 ? INT8_127_FACTOR : 1.0f,
+    };
 }
 
 /* Each panel decodes the weight again, beside its products; expanding it once takes a time of its
@@ -222,9 +242,10 @@ int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
 
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
-                            int64_t block, int n_blocks, int lane)
+                            int64_t block, int n_blocks, int lane, struct cpu_ahead ahead)
 {
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    const int64_t n = cpu_strip_blocks((l->out_dim + 15) / 16, block, CODES_STRIP_BLOCKS);
     struct expansion e = expansion_of(l, at, block, lane, 0, n_k);
     struct expand_product m = {
         .c = t->c,
@@ -234,9 +255,18 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
         .n_blocks = n_blocks,
         .first_run = cpu_quantized_run(l, lane, 0, n_k),
         .run = l->group_size,
-        .block_bytes = (int64_t)at->n_bytes,
-        .codes_before = at->lane_unit[lane] * UNIT_BYTES,
-        .codes_bytes = (int64_t)at->scales,
+        .scale_block = l->n_groups * 16,
+        .zero_block = (int64_t)at->zeros,
+        .strip_bytes = n * (int64_t)at->n_bytes,
+        .tail_bytes = n * (int64_t)(at->scales + at->zeros),
+        .codes_left = n * ((int64_t)at->codes - at->lane_unit[lane] * UNIT_BYTES),
+        .ahead = ahead.own
+                     ? NULL
+                     : (const char *)l->packed +
+                           (block - block % CODES_STRIP_BLOCKS + n) * (int64_t)at->n_bytes +
+                           (ahead.part * (int64_t)at->codes + at->lane_unit[lane] * UNIT_BYTES) *
+                               ahead.lines,
+        .ahead_step = ahead.lines * UNIT_BYTES,
     };
     s->multiply->multiply(&m, &e, l->format);
 }

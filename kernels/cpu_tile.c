@@ -21,7 +21,7 @@
 static int wide_blocks(int n_rows)
 {
     if (VF_N == 16)
-        return n_rows <= 4 ? 4 : 2;
+        return n_rows <= 6 ? 4 : 2;
     if (VF_N == 8)
         return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1;
     return 1;
@@ -100,21 +100,14 @@ ALWAYS_INLINE const float *add_part(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS],
     for (int i = 0; i < n_blocks; i++)
         b[i] = t->blocks ? t->blocks[first + i]
                          : (const char *)part->b + (size_t)((first + i) * t->b_block) * element;
-    const char *ahead[2]; // with nothing to fetch, what is there already
-    for (int i = 0; i < 2; i++)
-        ahead[i] = t->ahead_step ? t->ahead[i] : (const char *)a;
+    const char *ahead = t->ahead_step ? t->ahead : (const char *)a; // or what is there already
     for (int64_t k = 0; k < part->n_k; k++) {
         vf v[TILE_BLOCKS_MAX * BLOCK_VECTORS];
-        if (n_rows > TILE_ROWS_APART) {
-            for (int i = 0; i < 2; i++) {
-                __builtin_prefetch(ahead[i], 0, 2);
-                ahead[i] += t->ahead_step;
-            }
-        }
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
+        ahead += t->ahead_step;
 #pragma GCC unroll 16
         for (int i = 0; i < n_blocks; i++) {
-            if (n_rows <= TILE_ROWS_APART)
-                prefetch(b[i] + t->prefetch_bytes, VF_N == 16 || n_rows == 1);
             if (source == TILE_F32)
                 load_block(v + i * BLOCK_VECTORS, b[i]);
             else
@@ -162,13 +155,14 @@ ALWAYS_INLINE void end_run(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const str
                            float *c, int first, int i, const int n_rows, const int n_blocks)
 {
 #if VF_N == 16
-    if (t->scale_mode)
-        set_mode(acc, t->scale_mode, n_rows, n_blocks);
+    if (t->runs->mode)
+        set_mode(acc, t->runs->mode, n_rows, n_blocks);
 #endif
 #pragma GCC unroll 16
     for (int j = 0; j < n_blocks * BLOCK_VECTORS; j++) {
-        const float *of_block = t->scales + (first + j / BLOCK_VECTORS) * t->scale_block + i * 16;
-        vf scale = vf_load(of_block + j % BLOCK_VECTORS * VF_N) * t->scale_factor;
+        const float *of_block =
+            t->runs->scales + (first + j / BLOCK_VECTORS) * t->runs->scale_block + i * 16;
+        vf scale = vf_load(of_block + j % BLOCK_VECTORS * VF_N) * t->runs->factor;
 #pragma GCC unroll 16
         for (int r = 0; r < n_rows; r++) {
             float *to = c + r * t->c_row + j * VF_N;
@@ -177,8 +171,8 @@ ALWAYS_INLINE void end_run(vf (*acc)[TILE_BLOCKS_MAX * BLOCK_VECTORS], const str
         }
     }
 #if VF_N == 16
-    if (t->scale_mode)
-        set_mode(acc, t->scale_mode | MXCSR_FLUSH, n_rows, n_blocks);
+    if (t->runs->mode)
+        set_mode(acc, t->runs->mode | MXCSR_FLUSH, n_rows, n_blocks);
 #endif
 }
 
@@ -196,7 +190,7 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
         for (int j = 0; j < n_vectors; j++)
             acc[r][j] = t->accumulate ? vf_load(c + r * t->c_row + j * VF_N) : vf_set(0.0f);
     }
-    const int in_runs = source == TILE_BF16_PAIRS && t->scales;
+    const int in_runs = source == TILE_BF16_PAIRS && t->runs;
     if (in_runs)
         store_sums(c, t->c_row, acc, n_rows, n_vectors);
     const float *a = t->a;

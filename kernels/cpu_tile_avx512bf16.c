@@ -19,7 +19,7 @@
 
 static int wide_blocks(int n_rows)
 {
-    return n_rows <= 4 ? 4 : 2;
+    return n_rows <= 6 ? 4 : 2;
 }
 
 /* A block of a pair of k. Floats of small integers have nothing in their lower halves. */
@@ -55,8 +55,8 @@ ALWAYS_INLINE void end_run(__m512 (*acc)[TILE_BLOCKS_MAX], const struct tile *t,
 {
 #pragma GCC unroll 16
     for (int j = 0; j < n_blocks; j++) {
-        const float *scales = t->scales + (first + j) * t->scale_block + i * 16;
-        __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(scales), _mm512_set1_ps(t->scale_factor));
+        const float *scales = t->runs->scales + (first + j) * t->runs->scale_block + i * 16;
+        __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(scales), _mm512_set1_ps(t->runs->factor));
 #pragma GCC unroll 16
         for (int r = 0; r < n_rows; r++) {
             float *to = c + r * t->c_row + j * 16;
@@ -83,7 +83,7 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
     const char *ahead[2]; // with nothing to fetch, what is there already
     int64_t ahead_step = t->ahead_step;
     for (int i = 0; i < 2; i++)
-        ahead[i] = t->ahead_step ? t->ahead[i] : (const char *)a;
+        ahead[i] = t->ahead_step ? t->ahead + i * LINE_BYTES : (const char *)a;
     if (n_rows > TILE_ROWS_APART && (t->blocks_ahead || part->ahead)) {
         ahead_step = step_bytes;
         for (int i = 0; i < 2; i++) {
@@ -94,16 +94,12 @@ ALWAYS_INLINE const int32_t *add_part(__m512 (*acc)[TILE_BLOCKS_MAX], const stru
     }
     for (int64_t k = 0; k < part->n_k; k++) {
         __m512bh v[TILE_BLOCKS_MAX];
-        if (n_rows > TILE_ROWS_APART) {
-            for (int i = 0; i < 2; i++) {
-                __builtin_prefetch(ahead[i], 0, 2);
-                ahead[i] += ahead_step;
-            }
+        for (int i = 0; i < 2; i++) {
+            __builtin_prefetch(ahead[i], 0, 2);
+            ahead[i] += ahead_step;
         }
 #pragma GCC unroll 16
         for (int j = 0; j < n_blocks; j++) {
-            if (n_rows <= TILE_ROWS_APART)
-                __builtin_prefetch(b[j] + t->prefetch_bytes, 0, 2);
             v[j] = load_pairs(b[j], source);
             b[j] += step_bytes;
         }
@@ -133,7 +129,7 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
             acc[r][j] =
                 t->accumulate ? _mm512_loadu_ps(c + r * t->c_row + j * 16) : _mm512_setzero_ps();
     }
-    const int in_runs = source == TILE_BF16_PAIRS && t->scales;
+    const int in_runs = source == TILE_BF16_PAIRS && t->runs;
     if (in_runs)
         store_sums(c, t->c_row, acc, n_rows, n_blocks);
     const int32_t *a = t->a;
@@ -154,7 +150,7 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
 ALWAYS_INLINE void run_blocks(const struct tile *t, int first, const int n_rows, int n_blocks,
                               const enum tile_source source)
 {
-    if (n_rows <= 4 && n_blocks == 4)
+    if (n_rows <= 6 && n_blocks == 4)
         tile_run(t, first, n_rows, 4, source);
     else if (n_blocks == 2)
         tile_run(t, first, n_rows, 2, source);
@@ -211,7 +207,7 @@ static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source
     }
     for (int done = 0, step; done < n_blocks; done += step) {
         int left = n_blocks - done;
-        step = n_rows <= 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        step = n_rows <= 6 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
         if (source == TILE_BF16_PAIRS)
             run_bf16_pairs(t, done, n_rows, step);
         else
@@ -229,12 +225,18 @@ const struct cpu_tile_ops cpu_tile_avx512bf16 = {
 
 static void run_fma(const struct tile *t, int n_rows, int n_blocks, enum tile_source source)
 {
+    const unsigned mode = _mm_getcsr();
     struct tile flushed = *t;
-    flushed.scale_mode = _mm_getcsr();
+    struct tile_runs runs;
+    if (t->runs) {
+        runs = *t->runs;
+        runs.mode = mode;
+        flushed.runs = &runs;
+    }
     if (source != TILE_F32)
-        _mm_setcsr(flushed.scale_mode | MXCSR_FLUSH);
+        _mm_setcsr(mode | MXCSR_FLUSH);
     cpu_tile_avx512.run(&flushed, n_rows, n_blocks, source);
-    _mm_setcsr(flushed.scale_mode);
+    _mm_setcsr(mode);
 }
 
 const struct cpu_tile_ops cpu_tile_avx512bf16fma = {
