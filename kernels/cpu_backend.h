@@ -90,10 +90,9 @@ static inline void cpu_share(int64_t n, int thread, int n_threads, int64_t *firs
 }
 
 /* Blocks of sixteen outputs of a weight lie in strips of so many, a line of each side by side, so
- * that a few rows read memory from end to end: as many as tiles of many rows have, but codes need
- * the sums of more to hide the latency of products. A weight's last strip may have fewer. */
+ * that a few rows read memory from end to end: as many as tiles of many rows have. (Codes:
+ * struct cpu_multiply_ops.) A weight's last strip may have fewer. */
 #define STRIP_BLOCKS 2
-#define CODES_STRIP_BLOCKS 4
 
 /* The blocks of the strip that has `block`. */
 static inline int cpu_strip_blocks(int64_t n_blocks, int64_t block, int strip)
@@ -180,10 +179,12 @@ struct cpu_quantized_layout {
     size_t codes, scales, zeros, n_bytes; // n_bytes: of all three
     int64_t lane_unit[LANES_MAX + 1];     // first unit of each lane
     int unit;                             // k
+    int strip;                            // blocks of a strip
     unsigned irregular; // bit i: lane i has groups in no order, or that meet within a unit
     int is_factored;    // regular lanes are summed by runs of multiples (kernels/quantized.h)
 };
-void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *l);
+void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct cpu_state *s,
+                          const struct linear *l);
 /* Columns of a regular `lane` from `first` on that are of one group, at most n_k. */
 int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64_t n_k);
 /* Columns [first, first + n_k) of lane `lane` (first a whole unit) of n_blocks blocks of sixteen
@@ -200,7 +201,7 @@ int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows,
                              int64_t n_panels);
 /* t->c <- the product of lane `lane`, t->a having all its steps; t's b is not used. The blocks are
- * of one strip. */
+ * of one strip, or begin one. */
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
                             int64_t block, int n_blocks, int lane, struct cpu_ahead ahead);

@@ -128,8 +128,8 @@ struct cpu_expand_ops {
 
 /* c[r][j] <- one lane's sum over k of a[k][r] * w[k][j], in the order of TILE_BF16_PAIRS, for
  * blocks of sixteen columns: of the values rounded, or, where weight_format_is_factored(), of the
- * multiples of each run (kernels/quantized.h). The blocks are of one strip, their lines
- * side by side. The expansion is the first block's; it has no group_of, and its groups follow each
+ * multiples of each run (kernels/quantized.h). The blocks are of one strip, or begin
+ * one. The expansion is the first block's; it has no group_of, and its groups follow each
  * other. Up to three bytes past a strip's codes are read. */
 #define PRODUCT_BLOCKS_MAX 4
 struct expand_product {
@@ -147,6 +147,7 @@ struct expand_product {
 };
 
 struct cpu_multiply_ops {
+    int strip_blocks;                  // whose codes lie side by side, a unit of each
     int takes_bf16;                    // a, as the tile's
     int (*product_blocks)(int n_rows); // that multiply() takes at once
     void (*multiply)(const struct expand_product *m, const struct expansion *e,

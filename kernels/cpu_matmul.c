@@ -46,11 +46,6 @@ static int64_t n_blocks_of(int64_t out_dim)
     return (out_dim + 15) / 16;
 }
 
-static int strip_of(const struct linear *l)
-{
-    return l->format == WEIGHT_FLOAT ? STRIP_BLOCKS : CODES_STRIP_BLOCKS;
-}
-
 /* Where a block's first line lies in the packed weight, and how far apart its steps are. */
 struct place {
     size_t bytes, step_bytes;
@@ -230,6 +225,12 @@ static int64_t panel_start(const struct matmul_job *job, int64_t panel)
     return job->n_rows * panel / job->n_panels;
 }
 
+/* Blocks of a strip of the weight. */
+static int strip_of(const struct matmul_job *job)
+{
+    return job->l->format == WEIGHT_FLOAT ? STRIP_BLOCKS : job->quantized.strip;
+}
+
 /* Rows of x, of so many bytes packed, that go through the whole weight before others do: what stays
  * in a third-level cache of 32 MiB while part after part of the weight passes over it. Fewer rows
  * would have the weight read too often. */
@@ -371,7 +372,7 @@ struct product {
  */
 static struct cpu_ahead ahead_of(const struct matmul_job *job, const struct product *p)
 {
-    const int n_panels = (int)smaller(job->n_panels, PANELS_TOGETHER), strip = strip_of(job->l);
+    const int n_panels = (int)smaller(job->n_panels, PANELS_TOGETHER), strip = strip_of(job);
     if (p->panel >= n_panels)
         return (struct cpu_ahead){0};
     const int n = cpu_strip_blocks(n_blocks_of(job->l->out_dim), p->block, strip);
@@ -570,7 +571,7 @@ static void matmul_work(void *arg, int thread, int n_threads)
     if (job->expanded_bytes > 0)
         memory = cpu_scratch_reserve(&job->state->expanded[thread],
                                      job->expanded_bytes * (size_t)job->n_parts);
-    const int64_t n_blocks = n_blocks_of(job->n_columns), n = strip_of(job->l);
+    const int64_t n_blocks = n_blocks_of(job->n_columns), n = strip_of(job);
     int64_t strip, end;
     while (cpu_parts_take(job->state, thread, larger(job->n_blocks_kept / n, 1), &strip, &end)) {
         end = smaller(end * n, n_blocks);
@@ -603,7 +604,7 @@ static int64_t kept_bytes(void)
 static int blocks_kept(const struct matmul_job *job, int n_threads)
 {
     const int expands = job->l->format != WEIGHT_FLOAT && !job->multiplies;
-    const int64_t unit = expands ? job->n_blocks_wide : strip_of(job->l);
+    const int64_t wide = job->n_blocks_wide, unit = expands ? wide : larger(wide, strip_of(job));
     int64_t n = n_blocks_of(job->n_columns) / (n_threads * ITEMS_MIN);
     n = smaller(n, kept_bytes() / (job->steps.n * LINE_BYTES * job->n_parts + 1));
     if (job->n_panels <= PANELS_TOGETHER && !expands)
@@ -624,14 +625,11 @@ size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int6
                           (int64_t)TILE_BLOCKS_MAX * CHUNK_STEPS * LINE_BYTES * n_parts);
 }
 
-/* The job's l, y, x, epilogue and parts are set. */
+/* Of a job as job_of() has it, and its epilogue. */
 static void run_together(struct backend *b, struct matmul_job *job)
 {
-    struct cpu_state *s = cpu_state(b);
+    struct cpu_state *s = job->state;
     const struct linear *l = job->l;
-    job->state = s;
-    job->tile = s->tile;
-    job->vector = s->vector;
     job->n_columns = l->out_dim / job->n_parts;
     steps_init(&job->steps, l);
     job->n_rows = tensor_n_rows(job->x);
@@ -639,7 +637,6 @@ static void run_together(struct backend *b, struct matmul_job *job)
     int panel_rows = (int)((job->n_rows + job->n_panels - 1) / job->n_panels);
     job->n_blocks_wide = (int)smaller(s->tile->wide_blocks(panel_rows), STRIP_BLOCKS);
     if (l->format != WEIGHT_FLOAT) {
-        cpu_quantized_layout(&job->quantized, l);
         job->multiplies =
             cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows, job->n_panels);
         if (job->multiplies)
@@ -657,7 +654,7 @@ static void run_together(struct backend *b, struct matmul_job *job)
     int64_t words = job->steps.n * job->factor.words;
     if (job->n_rows * words > OWN_PACK_WORDS)
         job->packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job->n_rows * words) * 4);
-    cpu_parts_init(s, (n_blocks_of(job->n_columns) + strip_of(l) - 1) / strip_of(l));
+    cpu_parts_init(s, (n_blocks_of(job->n_columns) + strip_of(job) - 1) / strip_of(job));
     int64_t weight = l->out_dim * l->in_dim; // few rows take the time to read it
     int64_t cost = cpu_product_cost(s, job->n_rows * weight);
     cpu_parallel(b, larger(cost, weight), matmul_work, job);
@@ -693,10 +690,26 @@ static void run_job(struct backend *b, const struct matmul_job *all)
     }
 }
 
+static struct matmul_job job_of(struct backend *b, struct tensor *y, const struct tensor *x,
+                                const struct linear *l, int n_parts)
+{
+    struct cpu_state *s = cpu_state(b);
+    struct matmul_job job = {.tile = s->tile,
+                             .vector = s->vector,
+                             .state = s,
+                             .y = y,
+                             .x = x,
+                             .l = l,
+                             .n_parts = n_parts};
+    if (l->format != WEIGHT_FLOAT)
+        cpu_quantized_layout(&job.quantized, s, l);
+    return job;
+}
+
 void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, const struct linear *l,
                 const struct epilogue *e)
 {
-    struct matmul_job job = {.l = l, .y = y, .x = x, .n_parts = 1};
+    struct matmul_job job = job_of(b, y, x, l, 1);
     if (e)
         job.epilogue = *e;
     run_job(b, &job);
@@ -705,8 +718,9 @@ void cpu_matmul(struct backend *b, struct tensor *y, const struct tensor *x, con
 int cpu_matmul_gated(struct backend *b, struct tensor *y, const struct tensor *x,
                      const struct linear *l, enum activation act)
 {
-    struct matmul_job job = {.l = l, .y = y, .x = x, .n_parts = 2, .epilogue = {.act = act}};
-    if (tensor_n_cols(y) % (16 * strip_of(l)) != 0) // a strip would have rows of both
+    struct matmul_job job = job_of(b, y, x, l, 2);
+    job.epilogue.act = act;
+    if (tensor_n_cols(y) % (16 * strip_of(&job)) != 0) // a strip would have rows of both
         return 0;
     if (tensor_n_rows(x) <= cpu_state(b)->tile->max_rows) // one stream is read faster than two
         return 0;

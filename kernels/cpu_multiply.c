@@ -29,6 +29,10 @@ typedef float x_word;
 
 #define ROWS_BESIDE 4
 
+/* As many as a few rows take at once, which so read memory from end to end. AVX2's rows take one or
+ * two, and wait for arithmetic. */
+#define STRIP_BLOCKS (VF_N == 16 ? 4 : 1)
+
 /* The sums of a run or, of values, of a lane: of each row, the vectors of blocks side by side. */
 struct sums {
     vf of[TILE_ROWS_MAX][PRODUCT_BLOCKS_MAX * BLOCK_VECTORS];
@@ -79,18 +83,33 @@ ALWAYS_INLINE int waits_for_memory(const int n_rows, const enum decoding d)
     return DOTS || (d == DECODE_INT8 && n_rows == 1);
 }
 
+/* Where block b's codes are, of the first one's. */
+ALWAYS_INLINE const uint8_t *codes_of(const struct expand_product *m, const uint8_t *codes,
+                                      const int b)
+{
+    return codes + b / STRIP_BLOCKS * m->strip_bytes + b % STRIP_BLOCKS * UNIT_BYTES;
+}
+
 /* What is read later than codes at `codes`, unit i of the lane's, after which `left` bytes of codes
- * are left in the strip, near its end of the next one; or what the caller asked for. */
+ * are left in the strip, near its end of the strips after these; or what the caller asked for. */
 ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t left,
                                int64_t i, const int n_rows, const int n_blocks,
                                const enum decoding d)
 {
+    const int n_strips = (n_blocks + STRIP_BLOCKS - 1) / STRIP_BLOCKS;
+    const int n_lines = n_blocks < STRIP_BLOCKS ? 2 : STRIP_BLOCKS; // of each
     const char *ahead = m->ahead + i * m->ahead_step;
-    if (!m->ahead)
-        ahead = (const char *)codes + PREFETCH_BYTES + (left <= PREFETCH_BYTES ? m->tail_bytes : 0);
+    if (!m->ahead) {
+        ahead = (const char *)codes + PREFETCH_BYTES;
+        if (left <= PREFETCH_BYTES)
+            ahead += m->tail_bytes + (n_strips - 1) * m->strip_bytes;
+    }
 #pragma GCC unroll 4
-    for (int k = 0; k < (n_blocks < 2 ? 2 : n_blocks); k++)
-        prefetch(ahead + k * LINE_BYTES, waits_for_memory(n_rows, d));
+    for (int k = 0; k < n_strips; k++, ahead += m->strip_bytes) {
+#pragma GCC unroll 4
+        for (int line = 0; line < n_lines; line++)
+            prefetch(ahead + line * LINE_BYTES, waits_for_memory(n_rows, d));
+    }
 }
 
 /* From any byte on. */
@@ -124,14 +143,15 @@ ALWAYS_INLINE __m512i load_x(x_word word)
     return x;
 }
 
-ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
-                            const struct decoder *f, const struct grid *g, const int n_rows,
-                            const int n_blocks, const enum decoding d, const int has_zeros)
+ALWAYS_INLINE void add_unit(struct sums *s, const struct expand_product *m, const x_word *a,
+                            const uint8_t *codes, const struct decoder *f, const struct grid *g,
+                            const int n_rows, const int n_blocks, const enum decoding d,
+                            const int has_zeros)
 {
     vu u[PRODUCT_BLOCKS_MAX], w[PRODUCT_BLOCKS_MAX];
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++)
-        u[b] = load_codes(codes + b * UNIT_BYTES);
+        u[b] = load_codes(codes_of(m, codes, b));
 #pragma GCC unroll 4
     for (int p = 0; p < pairs_of_unit(d); p++, a += n_rows) {
         if (n_rows > ROWS_BESIDE) { /* few blocks: their weights stay, rows come one by one */
@@ -226,13 +246,14 @@ ALWAYS_INLINE void add_vector(struct sums *s, const int b, const int v, const x_
     }
 }
 
-ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
-                            const struct decoder *f, const struct grid *g, const int n_rows,
-                            const int n_blocks, const enum decoding d, const int has_zeros)
+ALWAYS_INLINE void add_unit(struct sums *s, const struct expand_product *m, const x_word *a,
+                            const uint8_t *codes, const struct decoder *f, const struct grid *g,
+                            const int n_rows, const int n_blocks, const enum decoding d,
+                            const int has_zeros)
 {
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++) {
-        const uint8_t *of_block = codes + b * UNIT_BYTES;
+        const uint8_t *of_block = codes_of(m, codes, b);
 #pragma GCC unroll 2
         for (int v = 0; v < BLOCK_VECTORS; v++)
             add_vector(s, b, v, a, of_block + v * VF_N * 4, f, &g[b], n_rows, d, has_zeros);
@@ -265,9 +286,10 @@ ALWAYS_INLINE void add_vectors(struct sums *s, const int i, const int n, const x
 
 /* Integers: pair p of all blocks, so that what the pair has in common stays in registers; with many
  * rows, whose sums take those, the odd and the even k apart. */
-ALWAYS_INLINE void add_integers(struct sums *s, const x_word *a, const uint8_t *first, const int p,
-                                const struct grid *g, const int n_rows, const int n_blocks,
-                                const enum decoding d, const int has_zeros)
+ALWAYS_INLINE void add_integers(struct sums *s, const struct expand_product *m, const x_word *a,
+                                const uint8_t *first, const int p, const struct grid *g,
+                                const int n_rows, const int n_blocks, const enum decoding d,
+                                const int has_zeros)
 {
     const int at = bits_of(d) * p;
     const int n = n_rows == 1 ? 1 : BLOCK_VECTORS; // vectors that share a broadcast of x
@@ -278,7 +300,7 @@ ALWAYS_INLINE void add_integers(struct sums *s, const x_word *a, const uint8_t *
         __asm__ volatile("" : "+x"(mask), "+x"(power), "+x"(bias), "+r"(first));
 #pragma GCC unroll 4
     for (int b = 0; b < n_blocks; b++) {
-        const uint8_t *codes = first + b * UNIT_BYTES;
+        const uint8_t *codes = codes_of(m, first, b);
 #pragma GCC unroll 2
         for (int v = 0; v < BLOCK_VECTORS; v += n) {
             vf w[2][BLOCK_VECTORS]; // of the even and the odd k
@@ -375,21 +397,22 @@ ALWAYS_INLINE void add_table(struct sums *s, const x_word *a, vu index, const in
     add_vectors(s, b * BLOCK_VECTORS, BLOCK_VECTORS, a, even, odd, n_rows);
 }
 
-ALWAYS_INLINE void add_unit(struct sums *s, const x_word *a, const uint8_t *codes,
-                            const struct decoder *f, const struct grid *g, const int n_rows,
-                            const int n_blocks, const enum decoding d, const int has_zeros)
+ALWAYS_INLINE void add_unit(struct sums *s, const struct expand_product *m, const x_word *a,
+                            const uint8_t *codes, const struct decoder *f, const struct grid *g,
+                            const int n_rows, const int n_blocks, const enum decoding d,
+                            const int has_zeros)
 {
     if (d == DECODE_INT4 || d == DECODE_INT8) {
 #pragma GCC unroll 4
         for (int p = 0; p < pairs_of_unit(d); p++, a += 2 * n_rows)
-            add_integers(s, a, codes, p, g, n_rows, n_blocks, d, has_zeros);
+            add_integers(s, m, a, codes, p, g, n_rows, n_blocks, d, has_zeros);
         return;
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++, a += pairs_of_unit(d) * n_rows) {
 #pragma GCC unroll 4
         for (int b = 0; b < n_blocks; b++) {
-            const uint8_t *from = codes + b * UNIT_BYTES;
+            const uint8_t *from = codes_of(m, codes, b);
             if (d == DECODE_FP8) {
                 add_fp8(s, a, from, b, i, n_rows);
             } else {
@@ -414,15 +437,16 @@ ALWAYS_INLINE void add_first_pair(struct sums *s, const int b, const int v, cons
 /* ---- runs and lanes ---- */
 
 /* n_pairs, fewer than a unit has. */
-ALWAYS_INLINE void add_rest(struct sums *s, const x_word *a, const uint8_t *codes, int64_t n_pairs,
-                            const struct decoder *f, const struct grid *g, const int n_rows,
-                            const int n_blocks, const enum decoding d, const int has_zeros)
+ALWAYS_INLINE void add_rest(struct sums *s, const struct expand_product *m, const x_word *a,
+                            const uint8_t *codes, int64_t n_pairs, const struct decoder *f,
+                            const struct grid *g, const int n_rows, const int n_blocks,
+                            const enum decoding d, const int has_zeros)
 {
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++) {
 #pragma GCC unroll 2
         for (int v = 0; v < BLOCK_VECTORS; v++) {
-            vu u = load_codes(codes + b * UNIT_BYTES + v * VF_N * 4);
+            vu u = load_codes(codes_of(m, codes, b) + v * VF_N * 4);
             for (int64_t p = 0; p < n_pairs; p++, u >>= bits_of(d))
                 add_first_pair(s, b, v, a + p * PAIR_WORDS * n_rows, u, f, &g[b], n_rows, d,
                                has_zeros);
@@ -441,11 +465,11 @@ ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m,
     int64_t left = (n_k + 1) / 2; // pairs
     for (; left >= n_pairs; left -= n_pairs, codes += e->unit_bytes, i++) {
         fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_rows, n_blocks, d);
-        add_unit(s, a, codes, f, g, n_rows, n_blocks, d, has_zeros);
+        add_unit(s, m, a, codes, f, g, n_rows, n_blocks, d, has_zeros);
         a += n_pairs * PAIR_WORDS * n_rows;
     }
     if (left > 0)
-        add_rest(s, a, codes, left, f, g, n_rows, n_blocks, d, has_zeros);
+        add_rest(s, m, a, codes, left, f, g, n_rows, n_blocks, d, has_zeros);
 }
 
 /* The expansion of block b, from the `group`-th of the lane on. */
@@ -453,8 +477,9 @@ ALWAYS_INLINE struct expansion block_of(const struct expand_product *m, const st
                                         int64_t group, int b)
 {
     struct expansion at = *e;
-    at.scales = e->scales + group * 16 + b * m->scale_block;
-    at.zeros = e->zeros ? e->zeros + group * 16 + b * m->zero_block : NULL;
+    const int64_t strip = b / STRIP_BLOCKS * m->strip_bytes, in_strip = b % STRIP_BLOCKS;
+    at.scales = e->scales + group * 16 + in_strip * m->scale_block + strip / (int64_t)sizeof(float);
+    at.zeros = e->zeros ? e->zeros + group * 16 + in_strip * m->zero_block + strip : NULL;
     return at;
 }
 
@@ -491,6 +516,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
                                const enum decoding d, const int has_zeros)
 {
     const int is_factored = d != DECODE_TABLE, n_vectors = n_blocks * BLOCK_VECTORS;
+    const int n_strips = (n_blocks + STRIP_BLOCKS - 1) / STRIP_BLOCKS;
     const struct decoder f = decoder_of(e, d, has_zeros);
     const x_word *a = m->a;
     struct grid g[PRODUCT_BLOCKS_MAX];
@@ -505,7 +531,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         for (int b = 0; b < n_blocks; b++) {
             const struct expansion at = block_of(m, e, group, b);
             grid_init(&g[b], &at, 0, d, has_zeros);
-            __builtin_prefetch((const char *)at.scales + m->strip_bytes);
+            __builtin_prefetch((const char *)at.scales + n_strips * m->strip_bytes);
         }
         if (is_factored)
             clear(&s, n_rows, n_vectors);
@@ -539,7 +565,7 @@ ALWAYS_INLINE void multiply_blocks(const struct expand_product *m, const struct 
     struct expansion of = *e;
     for (int done = 0, n; done < m->n_blocks; done += n) {
         n = m->n_blocks - done >= wide ? wide : 1;
-        of.codes = e->codes + done * UNIT_BYTES;
+        of.codes = codes_of(m, e->codes, done);
         of.scales = block_of(m, e, 0, done).scales;
         of.zeros = block_of(m, e, 0, done).zeros;
         part.c = m->c + done * 16;
@@ -611,6 +637,7 @@ static void multiply(const struct expand_product *m, const struct expansion *e,
 }
 
 const struct cpu_multiply_ops CPU_MULTIPLY_OPS = {
+    .strip_blocks = STRIP_BLOCKS,
     .takes_bf16 = DOTS,
     .product_blocks = product_blocks,
     .multiply = multiply,

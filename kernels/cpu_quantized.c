@@ -6,7 +6,7 @@
  *           | scales     | block | group | 16 outputs      float32
  *           | zeros      | block | group | 16 outputs      int8, where the format has them
  *
- * A strip (of CODES_STRIP_BLOCKS blocks of sixteen outputs, the last may have fewer) lies together,
+ * A strip (some blocks of sixteen outputs, the last may have fewer) lies together,
  * so that a product reads one stream, which may read a little past the codes. A lane's columns are
  * padded to whole units. A group that a lane or a shard cuts serves both sides: scales are found by
  * column, not by lane. Where groups do not begin at whole units, or columns are in no order (GPTQ's
@@ -32,8 +32,10 @@ static int lane_is_regular(const struct linear *l, int lane, int unit)
            (l->group_size % unit == 0 && (l->lane_start[lane] + l->group_phase) % unit == 0);
 }
 
-void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct linear *l)
+void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct cpu_state *s,
+                          const struct linear *l)
 {
+    at->strip = s->multiply ? s->multiply->strip_blocks : 1;
     at->unit = UNIT_BYTES / 2 / weight_format_bits(l->format);
     at->is_factored = l->dtype == DTYPE_BF16 && weight_format_is_factored(l->format);
     at->irregular = 0;
@@ -57,8 +59,8 @@ struct place {
 static struct place place_of(const struct linear *l, const struct cpu_quantized_layout *at,
                              int64_t block)
 {
-    const size_t n = (size_t)cpu_strip_blocks((l->out_dim + 15) / 16, block, CODES_STRIP_BLOCKS);
-    const size_t in_strip = (size_t)(block % CODES_STRIP_BLOCKS);
+    const size_t n = (size_t)cpu_strip_blocks((l->out_dim + 15) / 16, block, at->strip);
+    const size_t in_strip = (size_t)(block % at->strip);
     const size_t strip = ((size_t)block - in_strip) * at->n_bytes;
     return (struct place){
         .codes = strip + in_strip * UNIT_BYTES,
@@ -145,7 +147,7 @@ void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct
     l->group_size = q->group_of ? 0 : q->group_size;
     l->group_phase = q->group_phase;
     l->has_zeros = q->zeros != NULL;
-    cpu_quantized_layout(&job.at, l);
+    cpu_quantized_layout(&job.at, cpu_state(b), l);
     l->group_of = job.at.irregular ? list_groups(b, l, q, &job.at) : NULL;
     l->packed_bytes = (size_t)((l->out_dim + 15) / 16) * job.at.n_bytes;
     l->packed = b->ops->alloc(b, l->packed_bytes);
@@ -245,7 +247,7 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             int64_t block, int n_blocks, int lane, struct cpu_ahead ahead)
 {
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    const int64_t n = cpu_strip_blocks((l->out_dim + 15) / 16, block, CODES_STRIP_BLOCKS);
+    const int64_t n = cpu_strip_blocks((l->out_dim + 15) / 16, block, at->strip);
     struct expansion e = expansion_of(l, at, block, lane, 0, n_k);
     struct expand_product m = {
         .c = t->c,
@@ -263,7 +265,7 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
         .ahead = ahead.own
                      ? NULL
                      : (const char *)l->packed +
-                           (block - block % CODES_STRIP_BLOCKS + n) * (int64_t)at->n_bytes +
+                           (block - block % at->strip + n) * (int64_t)at->n_bytes +
                            (ahead.part * (int64_t)at->codes + at->lane_unit[lane] * UNIT_BYTES) *
                                ahead.lines,
         .ahead_step = ahead.lines * UNIT_BYTES,
@@ -321,6 +323,6 @@ void cpu_embed_quantized(struct backend *b, struct tensor *y, const struct linea
 {
     struct embed_job job = {
         .state = cpu_state(b), .y = y, .table = table, .ids = ids, .first_row = first_row};
-    cpu_quantized_layout(&job.at, table);
+    cpu_quantized_layout(&job.at, cpu_state(b), table);
     cpu_parallel(b, tensor_n_elements(y) * 16, embed_work, &job);
 }
