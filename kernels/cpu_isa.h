@@ -128,9 +128,9 @@ struct cpu_expand_ops {
 
 /* c[r][j] <- one lane's sum over k of a[k][r] * w[k][j], in the order of TILE_BF16_PAIRS, for
  * blocks of sixteen columns: of the values rounded, or, where weight_format_is_factored(), of the
- * multiples of each run (kernels/quantized.h). The blocks are of one strip, or begin
- * one. The expansion is the first block's; it has no group_of, and its groups follow each
- * other. Up to three bytes past a strip's codes are read. */
+ * multiples of each run (kernels/quantized.h). The blocks are of one strip, or begin one. The
+ * expansion is the first block's; it has no group_of, and its groups follow each other. Up to three
+ * bytes past a strip's codes are read. */
 #define PRODUCT_BLOCKS_MAX 4
 struct expand_product {
     float *c; // [n_rows] rows of c_row

@@ -29,9 +29,9 @@ typedef float x_word;
 
 #define ROWS_BESIDE 4
 
-/* As many as a few rows take at once, which so read memory from end to end. AVX2's rows take one or
- * two, and wait for arithmetic. */
-#define STRIP_BLOCKS (VF_N == 16 ? 4 : 1)
+/* Blocks whose codes lie side by side: as many as a few rows take at once, which so read memory
+ * from end to end. AVX2's rows take one or two, and wait for arithmetic. */
+#define STRIP (VF_N == 16 ? 4 : 1)
 
 /* The sums of a run or, of values, of a lane: of each row, the vectors of blocks side by side. */
 struct sums {
@@ -87,7 +87,7 @@ ALWAYS_INLINE int waits_for_memory(const int n_rows, const enum decoding d)
 ALWAYS_INLINE const uint8_t *codes_of(const struct expand_product *m, const uint8_t *codes,
                                       const int b)
 {
-    return codes + b / STRIP_BLOCKS * m->strip_bytes + b % STRIP_BLOCKS * UNIT_BYTES;
+    return codes + b / STRIP * m->strip_bytes + b % STRIP * UNIT_BYTES;
 }
 
 /* What is read later than codes at `codes`, unit i of the lane's, after which `left` bytes of codes
@@ -96,8 +96,8 @@ ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *co
                                int64_t i, const int n_rows, const int n_blocks,
                                const enum decoding d)
 {
-    const int n_strips = (n_blocks + STRIP_BLOCKS - 1) / STRIP_BLOCKS;
-    const int n_lines = n_blocks < STRIP_BLOCKS ? 2 : STRIP_BLOCKS; // of each
+    const int n_strips = (n_blocks + STRIP - 1) / STRIP;
+    const int n_lines = n_blocks < STRIP ? 2 : STRIP; // of each
     const char *ahead = m->ahead + i * m->ahead_step;
     if (!m->ahead) {
         ahead = (const char *)codes + PREFETCH_BYTES;
@@ -477,7 +477,7 @@ ALWAYS_INLINE struct expansion block_of(const struct expand_product *m, const st
                                         int64_t group, int b)
 {
     struct expansion at = *e;
-    const int64_t strip = b / STRIP_BLOCKS * m->strip_bytes, in_strip = b % STRIP_BLOCKS;
+    const int64_t strip = b / STRIP * m->strip_bytes, in_strip = b % STRIP;
     at.scales = e->scales + group * 16 + in_strip * m->scale_block + strip / (int64_t)sizeof(float);
     at.zeros = e->zeros ? e->zeros + group * 16 + in_strip * m->zero_block + strip : NULL;
     return at;
@@ -516,7 +516,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
                                const enum decoding d, const int has_zeros)
 {
     const int is_factored = d != DECODE_TABLE, n_vectors = n_blocks * BLOCK_VECTORS;
-    const int n_strips = (n_blocks + STRIP_BLOCKS - 1) / STRIP_BLOCKS;
+    const int n_strips = (n_blocks + STRIP - 1) / STRIP;
     const struct decoder f = decoder_of(e, d, has_zeros);
     const x_word *a = m->a;
     struct grid g[PRODUCT_BLOCKS_MAX];
@@ -637,7 +637,7 @@ static void multiply(const struct expand_product *m, const struct expansion *e,
 }
 
 const struct cpu_multiply_ops CPU_MULTIPLY_OPS = {
-    .strip_blocks = STRIP_BLOCKS,
+    .strip_blocks = STRIP,
     .takes_bf16 = DOTS,
     .product_blocks = product_blocks,
     .multiply = multiply,

@@ -70,9 +70,10 @@ static uint64_t held_bytes(const struct weight_spec *s, const struct weight_list
 }
 
 /* The program, Open MPI, gRPC and what they allocate before any request: resident pages, measured
- * on Debian 12 with 3 to 11 ranks (40 to 42 MiB; the gateway, with its vocabulary, 45 to 60), and
- * the huge page that a rank's small weights do not fill. */
-#define WORKER_PROCESS_BYTES ((uint64_t)46 << 20)
+ * on Debian 12 with 3 to 11 ranks (40 to 42 MiB, a vision rank's 39; the gateway, with its
+ * vocabulary, 45 to 60), and the huge page that a rank's small weights do not fill. */
+#define LANGUAGE_PROCESS_BYTES ((uint64_t)46 << 20)
+#define VISION_PROCESS_BYTES ((uint64_t)44 << 20)
 #define GATEWAY_PROCESS_BYTES ((uint64_t)64 << 20)
 
 /* Scratch in the memory of the back end, and what steps have on the host. */
@@ -186,8 +187,9 @@ static int plan_rank(struct plan_rank *r, const struct plan *p, const struct mod
         weight_cut_init(&cut, t, topology->shard, s->layout.tensor_parallel, err) != 0)
         return -1;
     add_weights(r, c, s, &cut, list);
-    r->process_bytes =
-        topology->role == ROLE_GATEWAY ? GATEWAY_PROCESS_BYTES : WORKER_PROCESS_BYTES;
+    r->process_bytes = topology->role == ROLE_GATEWAY  ? GATEWAY_PROCESS_BYTES
+                       : topology->role == ROLE_VISION ? VISION_PROCESS_BYTES
+                                                       : LANGUAGE_PROCESS_BYTES;
     if (topology->role == ROLE_GATEWAY)
         r->scratch_bytes += s->vision_cache_bytes + s->media_store_bytes;
     if (topology->role == ROLE_VISION)
