@@ -210,8 +210,7 @@ struct matmul_job {
     int multiplies;                        // with a quantised weight that is not expanded
 };
 
-/* The blocks of the weight that are kept, of a quantised one expanded, whole or a chunk at a time.
- */
+/* The blocks of the weight that are kept; where it expands, whole or a chunk at a time. */
 struct blocks {
     int64_t first;
     int n;
@@ -223,6 +222,12 @@ struct blocks {
 static int64_t panel_start(const struct matmul_job *job, int64_t panel)
 {
     return job->n_rows * panel / job->n_panels;
+}
+
+/* 1 where codes become floats before they are multiplied. */
+static int expands(const struct matmul_job *job)
+{
+    return job->l->format != WEIGHT_FLOAT && !job->multiplies;
 }
 
 /* Blocks of a strip of the weight. */
@@ -603,11 +608,11 @@ static int64_t kept_bytes(void)
  * smaller, and more of them. */
 static int blocks_kept(const struct matmul_job *job, int n_threads)
 {
-    const int expands = job->l->format != WEIGHT_FLOAT && !job->multiplies;
-    const int64_t wide = job->n_blocks_wide, unit = expands ? wide : larger(wide, strip_of(job));
+    const int64_t wide = job->n_blocks_wide;
+    const int64_t unit = expands(job) ? wide : larger(wide, strip_of(job));
     int64_t n = n_blocks_of(job->n_columns) / (n_threads * ITEMS_MIN);
     n = smaller(n, kept_bytes() / (job->steps.n * LINE_BYTES * job->n_parts + 1));
-    if (job->n_panels <= PANELS_TOGETHER && !expands)
+    if (job->n_panels <= PANELS_TOGETHER && !expands(job))
         n /= 2;
     else if (job->n_panels < KEPT_PANELS_MIN)
         n = unit;
@@ -647,7 +652,7 @@ static void run_together(struct backend *b, struct matmul_job *job)
     job->factor =
         cpu_factor_of(job->multiplies ? s->multiply->takes_bf16 : s->tile->takes_bf16, l->dtype);
     job->n_blocks_kept = blocks_kept(job, s->n_threads);
-    if (l->format != WEIGHT_FLOAT && !job->multiplies)
+    if (expands(job))
         job->expanded_bytes =
             (size_t)((expands_whole(job) ? job->steps.n : CHUNK_STEPS) * job->n_blocks_kept) *
             LINE_BYTES;
@@ -673,7 +678,7 @@ static void run_job(struct backend *b, const struct matmul_job *all)
 {
     const struct linear *l = all->l;
     const int64_t n_rows = tensor_n_rows(all->x);
-    const int64_t most = rows_together(row_bytes_of(cpu_state(b)->tile, l->in_dim, l->dtype));
+    const int64_t most = rows_together(row_bytes_of(all->tile, l->in_dim, l->dtype));
     const int n = (int)((n_rows + most - 1) / most);
     for (int i = 0; i < n; i++) {
         struct matmul_job job = *all;

@@ -33,6 +33,11 @@ typedef float x_word;
  * from end to end. AVX2's rows take one or two, and wait for arithmetic. */
 #define STRIP (VF_N == 16 ? 4 : 1)
 
+ALWAYS_INLINE int n_strips_of(const int n_blocks)
+{
+    return (n_blocks + STRIP - 1) / STRIP;
+}
+
 /* The sums of a run or, of values, of a lane: of each row, the vectors of blocks side by side. */
 struct sums {
     vf of[TILE_ROWS_MAX][PRODUCT_BLOCKS_MAX * BLOCK_VECTORS];
@@ -96,7 +101,7 @@ ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *co
                                int64_t i, const int n_rows, const int n_blocks,
                                const enum decoding d)
 {
-    const int n_strips = (n_blocks + STRIP - 1) / STRIP;
+    const int n_strips = n_strips_of(n_blocks);
     const int n_lines = n_blocks < STRIP ? 2 : STRIP; // of each
     const char *ahead = m->ahead + i * m->ahead_step;
     if (!m->ahead) {
@@ -516,7 +521,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
                                const enum decoding d, const int has_zeros)
 {
     const int is_factored = d != DECODE_TABLE, n_vectors = n_blocks * BLOCK_VECTORS;
-    const int n_strips = (n_blocks + STRIP - 1) / STRIP;
+    const int n_strips = n_strips_of(n_blocks);
     const struct decoder f = decoder_of(e, d, has_zeros);
     const x_word *a = m->a;
     struct grid g[PRODUCT_BLOCKS_MAX];

@@ -21,7 +21,7 @@
 static int wide_blocks(int n_rows)
 {
     if (VF_N == 16)
-        return n_rows <= 6 ? 4 : 2;
+        return n_rows <= 4 ? 4 : 2;
     if (VF_N == 8)
         return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1;
     return 1;

@@ -19,7 +19,7 @@
 
 static int wide_blocks(int n_rows)
 {
-    return n_rows <= 6 ? 4 : 2;
+    return n_rows <= 4 ? 4 : 2;
 }
 
 /* A block of a pair of k. Floats of small integers have nothing in their lower halves. */
@@ -150,7 +150,7 @@ ALWAYS_INLINE void tile_run(const struct tile *t, int first, const int n_rows, c
 ALWAYS_INLINE void run_blocks(const struct tile *t, int first, const int n_rows, int n_blocks,
                               const enum tile_source source)
 {
-    if (n_rows <= 6 && n_blocks == 4)
+    if (n_rows <= 4 && n_blocks == 4)
         tile_run(t, first, n_rows, 4, source);
     else if (n_blocks == 2)
         tile_run(t, first, n_rows, 2, source);
@@ -207,7 +207,7 @@ static void run(const struct tile *t, int n_rows, int n_blocks, enum tile_source
     }
     for (int done = 0, step; done < n_blocks; done += step) {
         int left = n_blocks - done;
-        step = n_rows <= 6 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        step = n_rows <= 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
         if (source == TILE_BF16_PAIRS)
             run_bf16_pairs(t, done, n_rows, step);
         else
