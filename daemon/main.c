@@ -116,18 +116,22 @@ static enum device_kind planned_device(const struct options *o)
                : DEVICE_CPU;
 }
 
-/* What --activation-quantization fp8 needs beside FP8 weights. */
+/* What --activation-quantization needs beside weights that go with it. */
 static int check_activations(const struct settings *s, enum device_kind device, struct error *err)
 {
-    if (!s->model.quantization.fp8_activations)
+    const enum weight_format f = s->model.quantization.x_format;
+    const enum device_kind needed = f == WEIGHT_FP8 ? DEVICE_CUDA : DEVICE_CPU;
+    if (f == WEIGHT_FLOAT)
         return 0;
-    if (device != DEVICE_CUDA)
+    if (device != needed)
         return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "--activation-quantization fp8: it needs --device cuda, this is the CPU");
+                         "--activation-quantization %s: it needs --device %s, this is %s",
+                         weight_format_name(f), needed == DEVICE_CUDA ? "cuda" : "cpu",
+                         device == DEVICE_CUDA ? "CUDA" : "the CPU");
     if (s->dtype != DTYPE_BF16)
         return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "--activation-quantization fp8: it needs --dtype bfloat16, this is %s",
-                         dtype_name(s->dtype));
+                         "--activation-quantization %s: it needs --dtype bfloat16, this is %s",
+                         weight_format_name(f), dtype_name(s->dtype));
     return 0;
 }
 
@@ -359,7 +363,7 @@ static int run_role(const struct settings *s, const struct topology *t, struct e
                                .index = s->device_index,
                                .deterministic = (int)s->options.deterministic,
                                .enforce_eager = (int)s->options.enforce_eager,
-                               .fp8_activations = s->model.quantization.fp8_activations,
+                               .x_format = s->model.quantization.x_format,
                                .one_shot = !s->options.disable_custom_all_reduce};
     struct control *control;
     int status = 1;

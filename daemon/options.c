@@ -84,10 +84,11 @@ static const struct option table[] = {
     {NULL, "--quantization-group-size", NULL, OPTION_NUMBER, FIELD(quantization_group_size),
      "32|64|128", 32, 128, "Columns of a row that share a scale, with --quantization int4."},
     {NULL, "--activation-quantization", NULL, OPTION_CHOICE, FIELD(activation_quantization),
-     "none|fp8", 0, 0,
-     "With cuda, bfloat16 and FP8 weights that have a scale a matrix or a row: round what is "
-     "multiplied with these to FP8 (E4M3) too, with a scale for each token. Products are then in "
-     "FP8, less exact, and need GPUs of compute capability 8.9 or newer; without --deterministic "
+     "none|fp8|int8", 0, 0,
+     "Round what is multiplied with weights in fewer bits too, with a scale for each token: less "
+     "exact; --dtype must be bfloat16. int8: with cpu and int8 or int4 weights, products are in "
+     "integers. fp8: with cuda and FP8 weights that have a scale a matrix or a row, products are "
+     "in FP8 (E4M3) and need GPUs of compute capability 8.9 or newer; without --deterministic "
      "what is rounded depends on --tensor-parallel-size. none: what is multiplied with weights "
      "keeps --dtype's bits."},
     {NULL, "--max-model-len", NULL, OPTION_NUMBER, FIELD(max_model_len), "TOKENS", 2, INT32_MAX / 4,

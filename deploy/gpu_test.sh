@@ -167,7 +167,7 @@ for step in $steps; do
         run daemon-draw daemon cuda_emulation/daemon_draw.py $(layouts)
         run daemon-quantized quantized
         # shellcheck disable=SC2046
-        run daemon-fp8 daemon parity/daemon/fp8_activations.py $(layouts)
+        run daemon-fp8 daemon parity/daemon/activations.py fp8 $(layouts)
         run daemon-sums sums
         ;;
     sanitizer)

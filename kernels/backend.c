@@ -101,8 +101,10 @@ void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct 
 {
     CHECK(linear_is_sound(l));
     CHECK(q->format != WEIGHT_FLOAT && q->out_dim == l->out_dim && q->in_dim == l->in_dim);
-    CHECK(!l->x_in_fp8 ||
-          (b->has_fp8 && q->format == WEIGHT_FP8 && q->n_groups == 1 && l->dtype == DTYPE_BF16));
+    CHECK(l->x_format == WEIGHT_FLOAT || l->dtype == DTYPE_BF16);
+    CHECK(l->x_format != WEIGHT_FP8 || (b->has_fp8 && q->format == WEIGHT_FP8 && q->n_groups == 1));
+    CHECK(l->x_format != WEIGHT_INT8 ||
+          (b->has_int8 && weight_format_is_integer(q->format) && !q->group_of));
     CHECK(bias == NULL || (is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim));
     b->ops->linear_pack_quantized(b, l, q, bias);
 }

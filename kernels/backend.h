@@ -63,9 +63,11 @@ struct linear {
     int64_t n_groups, group_size, group_phase;
     int has_zeros;
     int32_t *group_of; // opaque to all but the back end, or NULL
-    /* 1: products round x to E4M3 (kernels/quantized.h). Set by the caller, as its dims are, of a
-     * bfloat16 linear of WEIGHT_FP8 with one scale a row, where the back end has_fp8. */
-    int x_in_fp8;
+    /* What products round x to (kernels/quantized.h), or WEIGHT_FLOAT: nothing. Set by the caller,
+     * as its dims are, of a bfloat16 linear: WEIGHT_FP8 of FP8 weights with one scale a row, where
+     * the back end has_fp8; WEIGHT_INT8 of integers whose groups are in order, where it has_int8.
+     */
+    enum weight_format x_format;
 };
 
 /* What happens to a matmul's result before it is stored: y = residual + scale * act(x W^T + bias).
@@ -241,8 +243,8 @@ struct backend_ops {
                             const int32_t *kv_of_head, int32_t n_heads, float scale,
                             int32_t window);
     /* Full (not causal) attention inside each of n_tiles groups of n_tokens_per_tile rows. q, k, v
-     * and out [n_tiles * n_tokens_per_tile, n_heads * head_dim], of activations or of `dtype`, which
-     * is what its products are computed from, F32 or BF16 (CUDA: as its tensors are). probs:
+     * and out [n_tiles * n_tokens_per_tile, n_heads * head_dim], of activations or of `dtype`,
+     * which is what its products are computed from, F32 or BF16 (CUDA: as its tensors are). probs:
      * [n_tiles, n_heads, T, T] float32 to fill, or NULL. */
     void (*attention)(struct backend *b, struct tensor *out, const struct tensor *q,
                       const struct tensor *k, const struct tensor *v, int64_t n_tiles,
@@ -287,13 +289,15 @@ struct backend {
     int kv_in_pairs;             // how bfloat16 and int8 pages are laid out (struct kv_pages)
     int is_host;                 // its memory is the host's: nothing need be downloaded
     int replays;                 // steps are to be recorded and replayed as graphs
-    int has_fp8;                 // products of E4M3 with E4M3 (struct linear's x_in_fp8)
+    int has_fp8;                 // products of E4M3 with E4M3 (struct linear's x_format)
+    int has_int8;                // of int8 with integers of 8 and 4 bits
     int n_threads;               // on the host, at most
     void *state;                 // the back end's own
 };
 
-/* isa: NULL or "auto" (backend_cpu_best()), "avx512bf16", "avx512bf16fma", "avx512", "avx2",
- * "scalar" (INTERNVLD_ISA): a name this processor lacks dies. n_threads >= 1. The caller closes it.
+/* isa: NULL or "auto" (backend_cpu_best()), "avx512bf16", "avx512bf16fma", "avx512vnni", "avx512",
+ * "avx2", "scalar" (INTERNVLD_ISA): a name this processor lacks dies. n_threads >= 1. The caller
+ * closes it.
  */
 struct backend *backend_cpu_open(int n_threads, const char *isa);
 /* From now on ops take this rank's share of `cores`, at most n_threads, which is what others leave

@@ -22,6 +22,7 @@ struct isa {
     const struct cpu_tile_ops *tile;
     const struct cpu_expand_ops *expand;
     const struct cpu_multiply_ops *multiply; // NULL: it gains nothing
+    const struct cpu_integer_ops *integer;
     const struct cpu_vector_ops *vector;
 };
 
@@ -29,14 +30,18 @@ struct isa {
 static const struct isa isas[] = {
 #if INTERNVLD_CPU_X86
     {"avx512bf16", "AVX-512 BF16", &cpu_tile_avx512bf16, &cpu_expand_avx512bf16,
-     &cpu_multiply_avx512bf16, &cpu_vector_avx512bf16},
+     &cpu_multiply_avx512bf16, &cpu_integer_avx512vnni, &cpu_vector_avx512bf16},
     {"avx512bf16fma", "AVX-512 BF16 (FMA tiles)", &cpu_tile_avx512bf16fma, &cpu_expand_avx512bf16,
-     &cpu_multiply_avx512bf16fma, &cpu_vector_avx512bf16},
+     &cpu_multiply_avx512bf16fma, &cpu_integer_avx512vnni, &cpu_vector_avx512bf16},
+    {"avx512vnni", "AVX-512 VNNI", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_multiply_avx512,
+     &cpu_integer_avx512vnni, &cpu_vector_avx512},
     {"avx512", "AVX-512", &cpu_tile_avx512, &cpu_expand_avx512, &cpu_multiply_avx512,
-     &cpu_vector_avx512},
-    {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_multiply_avx2, &cpu_vector_avx2},
+     &cpu_integer_avx512, &cpu_vector_avx512},
+    {"avx2", "AVX2", &cpu_tile_avx2, &cpu_expand_avx2, &cpu_multiply_avx2, &cpu_integer_avx2,
+     &cpu_vector_avx2},
 #endif
-    {"scalar", "portable C", &cpu_tile_scalar, &cpu_expand_scalar, NULL, &cpu_vector_scalar},
+    {"scalar", "portable C", &cpu_tile_scalar, &cpu_expand_scalar, NULL, &cpu_integer_scalar,
+     &cpu_vector_scalar},
 };
 #define N_ISAS ((int)(sizeof(isas) / sizeof(isas[0])))
 
@@ -50,8 +55,11 @@ int backend_cpu_has(const char *isa)
         return avx2;
     if (strcmp(isa, "avx512") == 0)
         return avx512;
+    if (strcmp(isa, "avx512vnni") == 0)
+        return avx512 && __builtin_cpu_supports("avx512vnni");
     if (strcmp(isa, "avx512bf16") == 0 || strcmp(isa, "avx512bf16fma") == 0)
-        return avx512 && __builtin_cpu_supports("avx512bf16");
+        return avx512 && __builtin_cpu_supports("avx512vnni") &&
+               __builtin_cpu_supports("avx512bf16");
 #endif
     return strcmp(isa, "scalar") == 0;
 }
@@ -120,7 +128,8 @@ static const struct isa *isa_choose(const char *name)
             return &isas[i];
         }
     }
-    die("unknown instruction set \"%s\": auto, avx512bf16, avx512bf16fma, avx512, avx2 or scalar",
+    die("unknown instruction set \"%s\": auto, avx512bf16, avx512bf16fma, avx512vnni, avx512, avx2 "
+        "or scalar",
         name);
 }
 
@@ -435,6 +444,7 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     s->tile = chosen->tile;
     s->expand = chosen->expand;
     s->multiply = chosen->multiply;
+    s->integer = chosen->integer;
     s->vector = chosen->vector;
     s->thread = xcalloc((size_t)n_threads, sizeof(*s->thread));
     s->expanded = xcalloc((size_t)n_threads, sizeof(*s->expanded));
@@ -451,6 +461,7 @@ struct backend *backend_cpu_open(int n_threads, const char *isa)
     b->activation_dtype = DTYPE_F32;
     b->kv_in_pairs = 1;
     b->is_host = 1;
+    b->has_int8 = 1;
     b->n_threads = n_threads;
     b->state = s;
     return b;

@@ -29,6 +29,7 @@ struct cpu_state {
     const struct cpu_tile_ops *tile;
     const struct cpu_expand_ops *expand;
     const struct cpu_multiply_ops *multiply; // NULL: codes are expanded
+    const struct cpu_integer_ops *integer;
     const struct cpu_vector_ops *vector;
     struct cpu_team *team;        // NULL: one thread
     struct cpu_scratch shared;    // filled by all threads of an op
@@ -135,6 +136,20 @@ int64_t cpu_factor_rows(const struct cpu_vector_ops *vector, const struct cpu_fa
 /* The same of values that are bfloat16 already, for a factor of bfloat16. */
 int64_t cpu_factor_rows_bf16(const struct cpu_factor *f, uint32_t *dst, int64_t dst_row,
                              const uint16_t *src, int64_t src_row, int n_rows, int64_t n);
+/* The left factor of a product of integers with codes of `bits`, of one lane, whose n columns are
+ * the runs first_run, run, run, …: the codes in words as struct cpu_integer_ops has them, [n_units,
+ * unit_words, n_rows], the runs' begins [n_runs, n_rows] (struct expand_product) and the scales
+ * [n_rows]. */
+struct cpu_codes {
+    int bits, offset; // offset: of the weight's stored codes, 1 where zero points have it
+    int64_t first_run, run, n_runs;
+    uint32_t *words;
+    int32_t *begins;
+    float *scales;
+};
+/* c's arrays <- n columns from `column` on of n_rows rows of x. */
+void cpu_factor_codes(const struct cpu_state *s, const struct cpu_codes *c, const struct tensor *x,
+                      int64_t row, int64_t column, int n_rows, int64_t n);
 /* Such rows as the tile takes them: where they are, or, more of them than may lie apart, as columns
  * [n_words][TILE_ROWS_MAX]. Rows up to the next multiple of four are read. */
 struct cpu_factor_place {
@@ -187,6 +202,8 @@ void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct cpu_stat
                           const struct linear *l);
 /* Columns of a regular `lane` from `first` on that are of one group, at most n_k. */
 int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64_t n_k);
+/* Of all columns of a regular lane. */
+int64_t cpu_quantized_n_runs(const struct linear *l, int lane);
 /* Columns [first, first + n_k) of lane `lane` (first a whole unit) of n_blocks blocks of sixteen
  * outputs from `block` on, in the layout of a dense weight of l->dtype; block i at dst + i *
  * dst_block bytes. */
@@ -200,11 +217,12 @@ struct tile_runs cpu_quantized_runs(const struct linear *l, const struct cpu_qua
 int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
                              const struct cpu_quantized_layout *at, int64_t n_rows,
                              int64_t n_panels);
-/* t->c <- the product of lane `lane`, t->a having all its steps; t's b is not used. The blocks are
- * of one strip, or begin one. */
+/* t->c <- the product of lane `lane`, t->a having all its steps, of floats or, with `codes`, those
+ * words; t's b is not used. The blocks are of one strip, or begin one. */
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
-                            const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
-                            int64_t block, int n_blocks, int lane, struct cpu_ahead ahead);
+                            const struct cpu_quantized_layout *at, const struct tile *t,
+                            const struct cpu_codes *codes, int n_rows, int64_t block, int n_blocks,
+                            int lane, struct cpu_ahead ahead);
 
 /* cpu_paged.c */
 void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,

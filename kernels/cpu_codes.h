@@ -15,9 +15,6 @@
 #include "kernels/cpu_isa.h"
 #include "kernels/cpu_simd.h"
 
-/* Bytes of codes ahead of the loads. */
-#define PREFETCH_BYTES 4096
-
 /* How codes become numbers, before the scale. */
 enum decoding { DECODE_INT8, DECODE_INT8_127, DECODE_FP8, DECODE_INT4, DECODE_TABLE };
 

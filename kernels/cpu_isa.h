@@ -1,11 +1,11 @@
 /*
- * What differs between the processor's instruction sets: four small tables of inner loops.
+ * What differs between the processor's instruction sets: five small tables of inner loops.
  *
- * cpu_tile.c, cpu_expand.c, cpu_multiply.c and cpu_vector.c are compiled once per instruction set
- * and export one table each; cpu_backend.c picks one of each. Everything above (threads, layouts,
- * pages, lanes) is written once over them. The bits of a result do not depend on the table, with
- * one exception: the products and roundings of AVX-512 BF16 flush denormals, on whichever of its
- * two tiles.
+ * cpu_tile.c, cpu_expand.c, cpu_multiply.c, cpu_integer.c and cpu_vector.c are compiled once per
+ * instruction set and export one table each; cpu_backend.c picks one of each. Everything above
+ * (threads, layouts, pages, lanes) is written once over them. The bits of a result do not depend on
+ * the table, with one exception: the products and roundings of AVX-512 BF16 flush denormals, on
+ * whichever of its two tiles.
  */
 #ifndef INTERNVLD_KERNELS_CPU_ISA_H
 #define INTERNVLD_KERNELS_CPU_ISA_H
@@ -144,11 +144,31 @@ struct expand_product {
     /* As a tile's, which moves once a unit; NULL: what will be read soon is fetched. */
     const char *ahead;
     int ahead_step;
+    /* Of products of integers: what each run's sums begin with, and the scales of x. The first is
+     * minus the total of the run's codes in `a`, times what stored codes of a column without zero
+     * points have too much; with them, each column's zero point as stored is still to come in. */
+    const int32_t *begins; // [n_runs][n_rows]
+    const float *a_scales; // [n_rows]
 };
 
 struct cpu_multiply_ops {
     int strip_blocks;                  // whose codes lie side by side, a unit of each
     int takes_bf16;                    // a, as the tile's
+    int (*product_blocks)(int n_rows); // that multiply() takes at once
+    void (*multiply)(const struct expand_product *m, const struct expansion *e,
+                     enum weight_format format);
+};
+
+/*
+ * Products of int8 codes of x with codes of 4 or 8 bits, in whole numbers (kernels/quantized.h,
+ * x_format). `a` is, for each unit of the weight's codes, unit_words() words of each row, side by
+ * side, as lay() makes them of a row's.
+ */
+struct cpu_integer_ops {
+    int (*unit_words)(int bits); // of x, beside a unit of codes of so many bits
+    /* words <- codes, of n_units units of `bits`; a multiple of sixteen codes is read, and as many
+     * words are written as they fill. */
+    void (*lay)(uint32_t *words, const int8_t *codes, int64_t n_units, int bits);
     int (*product_blocks)(int n_rows); // that multiply() takes at once
     void (*multiply)(const struct expand_product *m, const struct expansion *e,
                      enum weight_format format);
@@ -243,6 +263,8 @@ extern const struct cpu_expand_ops cpu_expand_scalar, cpu_expand_avx2, cpu_expan
     cpu_expand_avx512bf16;
 extern const struct cpu_multiply_ops cpu_multiply_avx2, cpu_multiply_avx512,
     cpu_multiply_avx512bf16, cpu_multiply_avx512bf16fma;
+extern const struct cpu_integer_ops cpu_integer_scalar, cpu_integer_avx2, cpu_integer_avx512,
+    cpu_integer_avx512vnni;
 extern const struct cpu_vector_ops cpu_vector_scalar, cpu_vector_avx2, cpu_vector_avx512,
     cpu_vector_avx512bf16;
 

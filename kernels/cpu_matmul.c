@@ -208,6 +208,8 @@ struct matmul_job {
     size_t expanded_bytes; // of what is expanded of a part at a time
     struct cpu_quantized_layout quantized; // of a quantised weight
     int multiplies;                        // with a quantised weight that is not expanded
+    int64_t row_words;                     // of a row of packed x
+    int64_t run_start[LANES_MAX + 1];      // of products of integers: each lane's first run
 };
 
 /* The blocks of the weight that are kept; where it expands, whole or a chunk at a time. */
@@ -290,7 +292,7 @@ static void pack_panel(const struct matmul_job *job, uint32_t *packed, int64_t p
     const int words = job->factor.words, step = job->steps.step;
     const int64_t row = panel_start(job, panel);
     const int n_rows = (int)(panel_start(job, panel + 1) - row);
-    uint32_t *base = packed + row * job->steps.n * words;
+    uint32_t *base = packed + row * job->row_words;
     int64_t chunk = 0;
     for (int i = 0; i < l->n_lanes; i++) {
         const int64_t n_k = l->lane_start[i + 1] - l->lane_start[i];
@@ -302,11 +304,47 @@ static void pack_panel(const struct matmul_job *job, uint32_t *packed, int64_t p
     }
 }
 
-/* One thread's part of the chunks of all panels. */
+/* Where a lane lies in a packed panel of codes: all words, all begins of runs, all scales. */
+static struct cpu_codes codes_of(const struct matmul_job *job, uint32_t *words, int n_rows,
+                                 int lane)
+{
+    const struct linear *l = job->l;
+    const int bits = weight_format_bits(l->format);
+    uint32_t *begins = words + job->steps.n * job->factor.words * n_rows;
+    uint32_t *scales = begins + job->run_start[l->n_lanes] * n_rows;
+    return (struct cpu_codes){
+        .bits = bits,
+        .offset = l->has_zeros ? 1 : 1 << (bits - 1),
+        .first_run = cpu_quantized_run(l, lane, 0, l->lane_start[lane + 1] - l->lane_start[lane]),
+        .run = l->group_size,
+        .n_runs = job->run_start[lane + 1] - job->run_start[lane],
+        .words = words + job->steps.start[lane] * job->factor.words * n_rows,
+        .begins = (int32_t *)begins + job->run_start[lane] * n_rows,
+        .scales = (float *)scales + lane * n_rows,
+    };
+}
+
+static void pack_codes(const struct matmul_job *job, uint32_t *packed, int64_t panel, int lane)
+{
+    const struct linear *l = job->l;
+    const int64_t row = panel_start(job, panel), column = l->lane_start[lane];
+    const int n_rows = (int)(panel_start(job, panel + 1) - row);
+    const struct cpu_codes codes = codes_of(job, packed + row * job->row_words, n_rows, lane);
+    cpu_factor_codes(job->state, &codes, job->x, row, column, n_rows,
+                     l->lane_start[lane + 1] - column);
+}
+
+/* One thread's part of the chunks of all panels, or of their lanes. */
 static void pack_x(const struct matmul_job *job, uint32_t *packed, int thread, int n_threads)
 {
     const struct linear *l = job->l;
     int64_t n = 0, first, end;
+    if (l->x_format == WEIGHT_INT8) {
+        cpu_share(l->n_lanes * job->n_panels, thread, n_threads, &first, &end);
+        for (int64_t i = first; i < end; i++)
+            pack_codes(job, packed, i / l->n_lanes, (int)(i % l->n_lanes));
+        return;
+    }
     for (int i = 0; i < l->n_lanes; i++)
         n += (l->lane_start[i + 1] - l->lane_start[i] + CHUNK - 1) / CHUNK;
     cpu_share(n * job->n_panels, thread, n_threads, &first, &end);
@@ -356,7 +394,7 @@ static void blocks_init(struct blocks *blocks, const struct matmul_job *job, cha
 
 /* One panel, and those of the kept blocks that it is multiplied with. */
 struct product {
-    const uint32_t *x; // packed
+    uint32_t *x; // packed
     int64_t panel;
     int n_rows;
     const struct blocks *blocks;
@@ -452,6 +490,18 @@ static void run_chunks(struct tile *t, const struct matmul_job *job, const struc
     }
 }
 
+/* or multiplied as it is. */
+static void run_codes(struct tile *t, const struct matmul_job *job, const struct product *p,
+                      int lane)
+{
+    struct cpu_codes codes;
+    const int is_integer = job->l->x_format == WEIGHT_INT8;
+    if (is_integer)
+        codes = codes_of(job, p->x, p->n_rows, lane);
+    cpu_quantized_multiply(job->state, job->l, &job->quantized, t, is_integer ? &codes : NULL,
+                           p->n_rows, p->block, p->n_blocks, lane, ahead_of(job, p));
+}
+
 /* sums [n_rows, n_blocks * 16] <- one lane. */
 static void compute_lane(const struct matmul_job *job, const struct product *p, int lane,
                          float *sums)
@@ -466,8 +516,7 @@ static void compute_lane(const struct matmul_job *job, const struct product *p, 
     if (job->l->format == WEIGHT_FLOAT)
         run_dense(&t, job, p, start);
     else if (job->multiplies)
-        cpu_quantized_multiply(job->state, job->l, &job->quantized, &t, p->n_rows, p->block,
-                               p->n_blocks, lane, ahead_of(job, p));
+        run_codes(&t, job, p, lane);
     else if (expands_whole(job))
         run_expanded(&t, job, p, lane, start);
     else
@@ -515,14 +564,13 @@ static struct finish finish_of(const struct matmul_job *job, int64_t panel, int6
 }
 
 /* One panel times n_blocks of each of the kept parts, from their `first` on. */
-static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x, int64_t panel,
+static void compute_tile(const struct matmul_job *job, uint32_t *packed_x, int64_t panel,
                          const struct blocks *kept, int64_t first, int n_blocks)
 {
     float sums[2][4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     struct finish f = finish_of(job, panel, (kept->first + first) * 16, n_blocks * 16);
     for (int i = 0; i < job->n_parts; i++) {
-        const struct product p = {.x = packed_x +
-                                       panel_start(job, panel) * job->steps.n * job->factor.words,
+        const struct product p = {.x = packed_x + panel_start(job, panel) * job->row_words,
                                   .panel = panel,
                                   .n_rows = (int)f.n_rows,
                                   .blocks = &kept[i],
@@ -539,7 +587,7 @@ static void compute_tile(const struct matmul_job *job, const uint32_t *packed_x,
 }
 
 /* The panels times blocks [first, end) of each part. */
-static void compute_blocks(const struct matmul_job *job, const uint32_t *packed_x, char *memory,
+static void compute_blocks(const struct matmul_job *job, uint32_t *packed_x, char *memory,
                            int64_t first, int64_t end)
 {
     struct blocks kept[2];
@@ -561,16 +609,15 @@ static void compute_blocks(const struct matmul_job *job, const uint32_t *packed_
 static void matmul_work(void *arg, int thread, int n_threads)
 {
     const struct matmul_job *job = arg;
-    const uint32_t *packed_x = job->packed_x;
+    uint32_t *packed_x = job->packed_x;
     if (packed_x) {
         pack_x(job, job->packed_x, thread, n_threads);
         if (n_threads > 1)
             cpu_team_barrier(job->state->team);
     } else {
-        size_t words = (size_t)(job->n_rows * job->steps.n) * (size_t)job->factor.words;
-        uint32_t *own = cpu_scratch_reserve(&job->state->thread[thread], words * 4);
-        pack_x(job, own, 0, 1);
-        packed_x = own;
+        packed_x = cpu_scratch_reserve(&job->state->thread[thread],
+                                       (size_t)(job->n_rows * job->row_words) * 4);
+        pack_x(job, packed_x, 0, 1);
     }
     char *memory = NULL;
     if (job->expanded_bytes > 0)
@@ -630,35 +677,67 @@ size_t cpu_expanded_bytes(const struct cpu_tile_ops *tile, int64_t out_dim, int6
                           (int64_t)TILE_BLOCKS_MAX * CHUNK_STEPS * LINE_BYTES * n_parts);
 }
 
+/* How a job of panels of so many rows takes x: rounded as the weight is, */
+static void take_floats(struct matmul_job *job, int panel_rows)
+{
+    const struct cpu_state *s = job->state;
+    const struct linear *l = job->l;
+    int takes_bf16 = s->tile->takes_bf16;
+    steps_init(&job->steps, l);
+    job->n_blocks_wide = (int)smaller(s->tile->wide_blocks(panel_rows), STRIP_BLOCKS);
+    if (l->format != WEIGHT_FLOAT) {
+        job->multiplies =
+            cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows, job->n_panels);
+        if (job->multiplies) {
+            job->n_blocks_wide = s->multiply->product_blocks(panel_rows);
+            takes_bf16 = s->multiply->takes_bf16;
+        } else if (expands_whole(job)) {
+            job->n_blocks_wide = s->tile->wide_blocks(s->tile->max_rows);
+        }
+    }
+    job->factor = cpu_factor_of(takes_bf16, l->dtype);
+    job->row_words = job->steps.n * job->factor.words;
+}
+
+/* or as codes: steps are units of the weight's, and behind the words of a row comes what it has of
+ * each run and lane. */
+static void take_integers(struct matmul_job *job, int panel_rows)
+{
+    const struct cpu_state *s = job->state;
+    const struct linear *l = job->l;
+    const struct cpu_quantized_layout *at = &job->quantized;
+    job->multiplies = 1;
+    job->steps.step = at->unit;
+    memcpy(job->steps.start, at->lane_unit, sizeof(job->steps.start));
+    job->steps.n = at->lane_unit[l->n_lanes];
+    job->n_blocks_wide = s->integer->product_blocks(panel_rows);
+    job->factor = (struct cpu_factor){
+        .step = at->unit, .words = s->integer->unit_words(weight_format_bits(l->format))};
+    for (int i = 0; i < l->n_lanes; i++)
+        job->run_start[i + 1] = job->run_start[i] + cpu_quantized_n_runs(l, i);
+    job->row_words = job->steps.n * job->factor.words + job->run_start[l->n_lanes] + l->n_lanes;
+}
+
 /* Of a job as job_of() has it, and its epilogue. */
 static void run_together(struct backend *b, struct matmul_job *job)
 {
     struct cpu_state *s = job->state;
     const struct linear *l = job->l;
     job->n_columns = l->out_dim / job->n_parts;
-    steps_init(&job->steps, l);
     job->n_rows = tensor_n_rows(job->x);
     job->n_panels = (job->n_rows + s->tile->max_rows - 1) / s->tile->max_rows;
     int panel_rows = (int)((job->n_rows + job->n_panels - 1) / job->n_panels);
-    job->n_blocks_wide = (int)smaller(s->tile->wide_blocks(panel_rows), STRIP_BLOCKS);
-    if (l->format != WEIGHT_FLOAT) {
-        job->multiplies =
-            cpu_quantized_multiplies(s, l, &job->quantized, job->n_rows, job->n_panels);
-        if (job->multiplies)
-            job->n_blocks_wide = s->multiply->product_blocks(panel_rows);
-        else if (expands_whole(job))
-            job->n_blocks_wide = s->tile->wide_blocks(s->tile->max_rows);
-    }
-    job->factor =
-        cpu_factor_of(job->multiplies ? s->multiply->takes_bf16 : s->tile->takes_bf16, l->dtype);
+    if (l->x_format == WEIGHT_INT8)
+        take_integers(job, panel_rows);
+    else
+        take_floats(job, panel_rows);
     job->n_blocks_kept = blocks_kept(job, s->n_threads);
     if (expands(job))
         job->expanded_bytes =
             (size_t)((expands_whole(job) ? job->steps.n : CHUNK_STEPS) * job->n_blocks_kept) *
             LINE_BYTES;
-    int64_t words = job->steps.n * job->factor.words;
-    if (job->n_rows * words > OWN_PACK_WORDS)
-        job->packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job->n_rows * words) * 4);
+    if (job->n_rows * job->row_words > OWN_PACK_WORDS)
+        job->packed_x = cpu_scratch_reserve(&s->shared, (size_t)(job->n_rows * job->row_words) * 4);
     cpu_parts_init(s, (n_blocks_of(job->n_columns) + strip_of(job) - 1) / strip_of(job));
     int64_t weight = l->out_dim * l->in_dim; // few rows take the time to read it
     int64_t cost = cpu_product_cost(s, job->n_rows * weight);

@@ -15,6 +15,7 @@
  * the registers, and decoding goes on beside the products.
  */
 #include "kernels/cpu_codes.h"
+#include "kernels/cpu_strip.h"
 
 /* x of a pair of k: one word of two bfloat16, or two floats. */
 #if defined(__AVX512BF16__)
@@ -28,15 +29,6 @@ typedef float x_word;
 #endif
 
 #define ROWS_BESIDE 4
-
-/* Blocks whose codes lie side by side: as many as a few rows take at once, which so read memory
- * from end to end. AVX2's rows take one or two, and wait for arithmetic. */
-#define STRIP (VF_N == 16 ? 4 : 1)
-
-ALWAYS_INLINE int n_strips_of(const int n_blocks)
-{
-    return (n_blocks + STRIP - 1) / STRIP;
-}
 
 /* The sums of a run or, of values, of a lane: of each row, the vectors of blocks side by side. */
 struct sums {
@@ -86,35 +78,6 @@ ALWAYS_INLINE void set_mode(struct sums *s, unsigned mode, const int n_rows, con
 ALWAYS_INLINE int waits_for_memory(const int n_rows, const enum decoding d)
 {
     return DOTS || (d == DECODE_INT8 && n_rows == 1);
-}
-
-/* Where block b's codes are, of the first one's. */
-ALWAYS_INLINE const uint8_t *codes_of(const struct expand_product *m, const uint8_t *codes,
-                                      const int b)
-{
-    return codes + b / STRIP * m->strip_bytes + b % STRIP * UNIT_BYTES;
-}
-
-/* What is read later than codes at `codes`, unit i of the lane's, after which `left` bytes of codes
- * are left in the strip, near its end of the strips after these; or what the caller asked for. */
-ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t left,
-                               int64_t i, const int n_rows, const int n_blocks,
-                               const enum decoding d)
-{
-    const int n_strips = n_strips_of(n_blocks);
-    const int n_lines = n_blocks < STRIP ? 2 : STRIP; // of each
-    const char *ahead = m->ahead + i * m->ahead_step;
-    if (!m->ahead) {
-        ahead = (const char *)codes + PREFETCH_BYTES;
-        if (left <= PREFETCH_BYTES)
-            ahead += m->tail_bytes + (n_strips - 1) * m->strip_bytes;
-    }
-#pragma GCC unroll 4
-    for (int k = 0; k < n_strips; k++, ahead += m->strip_bytes) {
-#pragma GCC unroll 4
-        for (int line = 0; line < n_lines; line++)
-            prefetch(ahead + line * LINE_BYTES, waits_for_memory(n_rows, d));
-    }
 }
 
 /* From any byte on. */
@@ -469,23 +432,13 @@ ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m,
     const uint8_t *codes = e->codes + i * e->unit_bytes;
     int64_t left = (n_k + 1) / 2; // pairs
     for (; left >= n_pairs; left -= n_pairs, codes += e->unit_bytes, i++) {
-        fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_rows, n_blocks, d);
+        fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks,
+                    waits_for_memory(n_rows, d));
         add_unit(s, m, a, codes, f, g, n_rows, n_blocks, d, has_zeros);
         a += n_pairs * PAIR_WORDS * n_rows;
     }
     if (left > 0)
         add_rest(s, m, a, codes, left, f, g, n_rows, n_blocks, d, has_zeros);
-}
-
-/* The expansion of block b, from the `group`-th of the lane on. */
-ALWAYS_INLINE struct expansion block_of(const struct expand_product *m, const struct expansion *e,
-                                        int64_t group, int b)
-{
-    struct expansion at = *e;
-    const int64_t strip = b / STRIP * m->strip_bytes, in_strip = b % STRIP;
-    at.scales = e->scales + group * 16 + in_strip * m->scale_block + strip / (int64_t)sizeof(float);
-    at.zeros = e->zeros ? e->zeros + group * 16 + in_strip * m->zero_block + strip : NULL;
-    return at;
 }
 
 ALWAYS_INLINE void store(const struct sums *s, const struct expand_product *m, const int n_rows,
@@ -566,14 +519,11 @@ ALWAYS_INLINE void multiply_blocks(const struct expand_product *m, const struct 
                                    float factor, const int n_rows, const int wide,
                                    const enum decoding d, const int has_zeros)
 {
-    struct expand_product part = *m;
-    struct expansion of = *e;
     for (int done = 0, n; done < m->n_blocks; done += n) {
+        struct expand_product part = *m;
+        struct expansion of = *e;
+        begin_with(&part, &of, done);
         n = m->n_blocks - done >= wide ? wide : 1;
-        of.codes = codes_of(m, e->codes, done);
-        of.scales = block_of(m, e, 0, done).scales;
-        of.zeros = block_of(m, e, 0, done).zeros;
-        part.c = m->c + done * 16;
         if (n == wide)
             multiply_as(&part, &of, factor, n_rows, wide, d, has_zeros);
         else

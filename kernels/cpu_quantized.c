@@ -101,7 +101,7 @@ static void pack_codes(const struct pack_job *job, uint8_t *dst, size_t unit_byt
     const struct linear *l = job->l;
     const uint8_t *codes = job->q->codes + row * l->in_dim + l->lane_start[lane];
     const int is_4_bit = weight_format_bits(l->format) == 4;
-    const int is_integer = l->format == WEIGHT_INT8 || l->format == WEIGHT_INT8_127;
+    const int is_integer = weight_format_is_integer(l->format);
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
     uint8_t *word = dst + (size_t)job->at.lane_unit[lane] * unit_bytes;
     const int unit = job->at.unit;
@@ -138,6 +138,9 @@ static void pack_work(void *arg, int thread, int n_threads)
     }
 }
 
+/* Of codes up to 255 times 127 the sums stay in 32 bits. */
+#define INTEGER_COLUMNS_MAX 65536
+
 void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                                const struct tensor *bias)
 {
@@ -149,6 +152,11 @@ void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct
     l->has_zeros = q->zeros != NULL;
     cpu_quantized_layout(&job.at, cpu_state(b), l);
     l->group_of = job.at.irregular ? list_groups(b, l, q, &job.at) : NULL;
+    if (l->x_format == WEIGHT_INT8 && (job.at.irregular || l->in_dim > INTEGER_COLUMNS_MAX))
+        die("--activation-quantization int8: a weight of %lld columns in groups of %lld has a "
+            "shard "
+            "or lane that cuts them apart, or more than %d columns",
+            (long long)l->in_dim, (long long)l->group_size, INTEGER_COLUMNS_MAX);
     l->packed_bytes = (size_t)((l->out_dim + 15) / 16) * job.at.n_bytes;
     l->packed = b->ops->alloc(b, l->packed_bytes);
     cpu_parallel(b, l->out_dim * l->in_dim, pack_work, &job);
@@ -168,6 +176,12 @@ int64_t cpu_quantized_run(const struct linear *l, int lane, int64_t first, int64
     int64_t left = (group_at(l, lane, first) + 1) * l->group_size -
                    (l->lane_start[lane] + first + l->group_phase);
     return left < n_k ? left : n_k;
+}
+
+int64_t cpu_quantized_n_runs(const struct linear *l, int lane)
+{
+    const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
+    return n_k == 0 ? 0 : group_at(l, lane, n_k - 1) - group_at(l, lane, 0) + 1;
 }
 
 /* The n_k columns of one block's lane from `first` on, which are of one group where the lane is
@@ -243,8 +257,9 @@ int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
 }
 
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
-                            const struct cpu_quantized_layout *at, const struct tile *t, int n_rows,
-                            int64_t block, int n_blocks, int lane, struct cpu_ahead ahead)
+                            const struct cpu_quantized_layout *at, const struct tile *t,
+                            const struct cpu_codes *codes, int n_rows, int64_t block, int n_blocks,
+                            int lane, struct cpu_ahead ahead)
 {
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
     const int64_t n = cpu_strip_blocks((l->out_dim + 15) / 16, block, at->strip);
@@ -269,8 +284,13 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                            (ahead.part * (int64_t)at->codes + at->lane_unit[lane] * UNIT_BYTES) *
                                ahead.lines,
         .ahead_step = ahead.lines * UNIT_BYTES,
+        .begins = codes ? codes->begins : NULL,
+        .a_scales = codes ? codes->scales : NULL,
     };
-    s->multiply->multiply(&m, &e, l->format);
+    if (codes)
+        s->integer->multiply(&m, &e, l->format);
+    else
+        s->multiply->multiply(&m, &e, l->format);
 }
 
 /* ---- rows ---- */

@@ -36,6 +36,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * VF_N)));
 typedef uint16_t vh __attribute__((vector_size(2 * VF_N)));
 /* The same in memory: any alignment, any type behind the pointer. */
 typedef float vf_memory __attribute__((vector_size(4 * VF_N), aligned(4), may_alias));
+typedef int32_t vi_memory __attribute__((vector_size(4 * VF_N), aligned(4), may_alias));
 typedef uint32_t vu_memory __attribute__((vector_size(4 * VF_N), aligned(4), may_alias));
 typedef uint16_t vh_memory __attribute__((vector_size(2 * VF_N), aligned(2), may_alias));
 
@@ -157,6 +158,9 @@ ALWAYS_INLINE vf vf_swap(vf x, const int step)
 }
 
 #endif
+
+/* Of codes, that a line is fetched ahead of its loads. */
+#define PREFETCH_BYTES 4096
 
 /* A line to come: to the second-level cache, which waits for more of them at once than the first,
  * where memory is what takes the time; where arithmetic does, it does not wait for that cache. */

@@ -1,5 +1,5 @@
 /*
- * Products of FP8 codes with FP8 codes: x is rounded to E4M3 (kernels/quantized.h, x_in_fp8) by one
+ * Products of FP8 codes with FP8 codes: x is rounded to E4M3 (kernels/quantized.h, x_format) by one
  * kernel, cuBLASLt multiplies it with the weight's codes, a lane at a time, into float32, and one
  * more kernel applies the scales, adds the lanes by the tree and does what follows.
  *

@@ -261,8 +261,8 @@ const float *cuda_expand(struct cuda_state *s, const struct linear *l, int64_t f
 void cuda_embed_quantized(struct backend *b, struct tensor *y, const struct linear *table,
                           const int32_t *ids, int32_t first_row);
 /* cuda_codes.cu: of a quantised bfloat16 linear, y <- x W^T and what follows it but an activation;
- * or, where it has several sums, those. cuda_fp8.cu: of one with x_in_fp8, y and all that follows,
- * with so many bytes of scratch memory for each row. */
+ * or, where it has several sums, those. cuda_fp8.cu: of one whose x_format is FP8, y and all that
+ * follows, with so many bytes of scratch memory for each row. */
 struct codes_product {
     const bf16 *x; // [n_rows, in_dim], rows x_stride apart
     void *y;       // [n_rows, out_dim], or sums [cuda_n_sums(), n_rows, out_dim] of float32

@@ -15,7 +15,7 @@
  * Which of a call's parts cuBLASLt does itself: the bias where nothing but a plain store follows,
  * the residual (as C) where nothing else does. Everything else is combine_kernel's; or, where codes
  * are multiplied, of one lane and without an activation, that kernel's; or cuda_fp8.cu's, which has
- * x_in_fp8 products whole and cuBLASLt by cuda_blas_multiply().
+ * products of FP8 with FP8 whole and cuBLASLt by cuda_blas_multiply().
  */
 #include "kernels/cuda_internal.h"
 
@@ -293,7 +293,7 @@ static size_t scratch_per_row(const struct cuda_state *s, const struct matmul_ca
 
     if (c->converted)
         n += (size_t)c->l->in_dim * dtype_size(c->l->dtype);
-    if (c->l->x_in_fp8)
+    if (c->l->x_format == WEIGHT_FP8)
         n += cuda_fp8_row_bytes(s, c->l);
     if (!c->direct && !c->into_y)
         n += (size_t)c->n_lanes * (size_t)c->l->out_dim * dtype_size(c->sum_type);
@@ -376,7 +376,7 @@ static void multiply_codes(struct cuda_state *s, const struct matmul_call *c,
     if (c->direct)
         by_codes.finish = finish_of(c, first);
     by_codes.finish.y_stride = p->ld_y;
-    if (c->l->x_in_fp8)
+    if (c->l->x_format == WEIGHT_FP8)
         cuda_fp8_multiply(s, c->l, &by_codes, free_scratch);
     else
         cuda_codes_multiply(s, c->l, &by_codes);
@@ -446,7 +446,7 @@ void cuda_matmul(struct backend *b, struct tensor *y, const struct tensor *x,
     c.converted = x->dtype != l->dtype;
     c.by_codes = l->format != WEIGHT_FLOAT && l->dtype == DTYPE_BF16;
     c.direct =
-        l->x_in_fp8 || (c.n_lanes == 1 && !act && (c.by_codes || (!scale && plain_type && as_c)));
+        l->x_format == WEIGHT_FP8 || (c.n_lanes == 1 && !act && (c.by_codes || (!scale && plain_type && as_c)));
     c.into_y = !c.direct && c.n_lanes == 1 && y->dtype == DTYPE_F32 && !add;
     c.sum_type = c.direct || c.into_y ? y->dtype : DTYPE_F32;
     size_t per_row = scratch_per_row(s, &c);

@@ -57,6 +57,11 @@ int weight_format_is_factored(enum weight_format f)
     return f != WEIGHT_FLOAT && f != WEIGHT_NF4 && f != WEIGHT_FP4;
 }
 
+int weight_format_is_integer(enum weight_format f)
+{
+    return f == WEIGHT_INT8 || f == WEIGHT_INT8_127 || f == WEIGHT_INT4;
+}
+
 const float *weight_format_table(enum weight_format f, int has_zeros)
 {
     switch (f) {

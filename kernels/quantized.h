@@ -18,10 +18,15 @@
  * and each run but the last is whole units of 8 columns (codes of 4 bits) or 4 (of 8). CUDA always
  * rounds.
  *
- * With x_in_fp8 (struct linear) x is rounded too, to E4M3: those columns of a row of x that one sum
- * takes, a lane's or all, have the scale s = largest |x| / 448, at least 2^-126, and the codes that
- * are nearest to x / s, ties to even, no larger than 448. The sum is (codes of x times codes of the
- * weight, in float32) * s * the weight's scale of the row.
+ * With x_format (struct linear) x is rounded too. Those columns of a row of x that one sum takes, a
+ * lane's or all, have one scale s:
+ *   FP8    s = largest |x| / 448, at least 2^-126, and the codes nearest to x / s, ties to even, no
+ *          larger than 448. The sum, of codes of x times codes of the weight in float32, is
+ *          multiplied with s and with the weight's scale of the row.
+ *   INT8   s = largest |x| / 127 and the whole numbers nearest to x / s, ties to even (s and all
+ *          codes 0 where it is below 2^-126; s NaN where an x is not finite). A run of columns of
+ *          one group is the whole number of codes of x times multiples of the weight, exact in 32
+ *          bits; lane = fma(scale, run, lane), run after run, and the sum is lane * s.
  *
  * Sources: bitsandbytes (functional.py get_4bit_type, quantize_4bit of its default back end;
  * LLM.int8()), OCP 8-bit floating point E4M3.
@@ -64,6 +69,7 @@ const char *weight_format_name(enum weight_format f); // "int8", "nf4", …
 int weight_format_bits(enum weight_format f);         // of one code: 4 or 8
 /* 1 where every multiple is exact in bfloat16: all but NF4 and FP4. */
 int weight_format_is_factored(enum weight_format f);
+int weight_format_is_integer(enum weight_format f); // INT8, INT8_127 or INT4
 /* The values [16] of the codes of a format of 4 bits, before zero point and scale. */
 const float *weight_format_table(enum weight_format f, int has_zeros);
 

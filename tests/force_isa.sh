@@ -23,7 +23,8 @@ fi
 case "$isa" in
 scalar) better=avx2 ;;
 avx2) better=avx512 ;;
-avx512) better=avx512bf16 ;;
+avx512) better=avx512vnni ;;
+avx512vnni) better=avx512bf16 ;;
 *) better= ;; # of these two each process tries which is the faster
 esac
 if [ -n "$better" ] && ! has "$better"; then

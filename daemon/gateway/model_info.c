@@ -8,7 +8,6 @@
 #include "kernels/log.h"
 
 #define ROLE_BYTES 64
-#define QUANTIZATION_BYTES 48
 
 static const char *architecture_name(enum text_architecture a)
 {

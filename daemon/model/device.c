@@ -60,8 +60,11 @@ void device_open(struct device *d, const struct device_options *o, const struct 
     int language = t->role == ROLE_LANGUAGE;
 
     *d = (struct device){.backend = t->role == ROLE_GATEWAY ? NULL : device_open_backend(o)};
-    if (d->backend && o->fp8_activations && !d->backend->has_fp8)
+    if (d->backend && o->x_format == WEIGHT_FP8 && !d->backend->has_fp8)
         die("--activation-quantization fp8: %s has no products in FP8, sm_89 or newer is needed",
+            d->backend->ops->describe(d->backend));
+    if (d->backend && o->x_format == WEIGHT_INT8 && !d->backend->has_int8)
+        die("--activation-quantization int8: %s has no products of integers",
             d->backend->ops->describe(d->backend));
     if (!layout_shares_tensors(&t->layout))
         return;

@@ -24,8 +24,8 @@ struct device_options {
     int index;              // CUDA: number among this host's devices
     int deterministic;      // CUDA: sums by lanes and tree, bitwise the same in every layout
     int enforce_eager;      // CUDA: no step is recorded and replayed
-    int fp8_activations;    // CUDA: products in FP8 are wanted
-    int one_shot;           // CUDA: short sums over CUDA IPC where that is possible
+    enum weight_format x_format; // what products are to round their input to, or WEIGHT_FLOAT
+    int one_shot;                // CUDA: short sums over CUDA IPC where that is possible
 };
 
 /* What the activations of a back end of `kind` are when products are of `dtype`. */

@@ -169,8 +169,11 @@ static void add_weights(struct plan_rank *r, const struct model_config *c,
         if (w.format != WEIGHT_FLOAT && !is_stacked_alike(list, &w))
             w.format = WEIGHT_FLOAT;
         r->weight_bytes += held_bytes(&w, list, cut, t, s);
-        uint64_t n = s->on_cuda ? plan_cuda_dense_bytes(&w, list, cut, t, s->dtype)
-                                : expanded_bytes(&w, list, cut, t, s);
+        uint64_t n = 0; // of integers: their products are of codes alone
+        if (s->on_cuda)
+            n = plan_cuda_dense_bytes(&w, list, cut, t, s->dtype);
+        else if (c->quantization.x_format != WEIGHT_INT8)
+            n = expanded_bytes(&w, list, cut, t, s);
         floats = n > floats ? n : floats;
     }
     r->scratch_bytes += floats;
@@ -324,7 +327,7 @@ void plan_print(FILE *f, const struct plan *p, const struct model_config *c, uin
     const double mib = 1 << 20, gib = 1 << 30;
     uint64_t total = 0, largest = 0;
     const struct layout *l = &p->settings.layout;
-    char quantized[48];
+    char quantized[QUANTIZATION_BYTES];
     fprintf(f,
             "model %s, %s, quantization %s: %d ranks = 1 gateway + %d vision + %d x %d language\n",
             c->name, dtype_name(p->settings.dtype),

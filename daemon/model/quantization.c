@@ -54,16 +54,20 @@ int quantization_parse(struct quantization *q, const char *name, int64_t group_s
 
 int quantization_parse_activations(struct quantization *q, const char *name, struct error *err)
 {
-    char held[48];
+    char held[QUANTIZATION_BYTES];
     int64_t group, row = 1 << 20; // of any weight
-    if (strcmp(name, "fp8") != 0)
+    const enum weight_format f = quantization_format(q, KIND_LANGUAGE_LINEAR, row, &group);
+    const int is_int8 = strcmp(name, "int8") == 0;
+    if (strcmp(name, "none") == 0)
         return 0;
-    if (quantization_format(q, KIND_LANGUAGE_LINEAR, row, &group) != WEIGHT_FP8 || group != row)
+    if (is_int8 ? !weight_format_is_integer(f) || q->has_order : f != WEIGHT_FP8 || group != row)
         return error_set(err, ERROR_INVALID_ARGUMENT,
-                         "--activation-quantization fp8: the weights must be FP8, with a scale a "
-                         "matrix or a row; these are: %s",
+                         "--activation-quantization %s: the weights must be %s; these are: %s",
+                         name,
+                         is_int8 ? "int8 or int4, without desc_act or an order of columns"
+                                 : "FP8, with a scale a matrix or a row",
                          quantization_describe(q, held, sizeof(held)));
-    q->fp8_activations = 1;
+    q->x_format = is_int8 ? WEIGHT_INT8 : WEIGHT_FP8;
     return 0;
 }
 
@@ -74,7 +78,7 @@ const char *quantization_describe(const struct quantization *q, char *buf, size_
         n += snprintf(buf + n, n_bytes - (size_t)n, ", %s", weight_format_name(q->format));
     if (q->group_size && (q->method == QUANTIZATION_INT4 || quantization_is_stored(q)))
         n += snprintf(buf + n, n_bytes - (size_t)n, " (groups of %lld)", (long long)q->group_size);
-    if (q->fp8_activations)
+    if (q->x_format != WEIGHT_FLOAT)
         snprintf(buf + n, n_bytes - (size_t)n, ", activations too");
     return buf;
 }

@@ -52,9 +52,10 @@ struct quantization {
     int has_order;             // GPTQ's desc_act: columns of a group lie anywhere in the row
     int zeros_less_one;        // GPTQ's first format keeps zero points less one
     int with_vision;           // the vision tower and projector are quantised too
-    /* --activation-quantization fp8: products with FP8 weights of one scale a row round their
-     * input to FP8 too (struct linear's x_in_fp8). */
-    int fp8_activations;
+    /* --activation-quantization: what products with weights in codes round their input to (struct
+     * linear's x_format): FP8 with FP8 weights of one scale a row, INT8 with integers whose groups
+     * are in order, or WEIGHT_FLOAT, nothing. */
+    enum weight_format x_format;
 };
 
 enum weight_kind {
@@ -69,13 +70,15 @@ enum weight_kind {
  * Error: a name or size that there is not; a name, where the checkpoint is quantised already. */
 int quantization_parse(struct quantization *q, const char *name, int64_t group_size,
                        struct error *err);
-/* --activation-quantization, none or fp8, into what quantization_parse() left there. Error: fp8,
- * where the weights are not FP8, or share scales in groups of columns. */
+/* --activation-quantization, none, fp8 or int8, into what quantization_parse() left there. Error:
+ * fp8, where the weights are not FP8, or share scales in groups of columns; int8, where they are
+ * not integers, or their groups are in no order. */
 int quantization_parse_activations(struct quantization *q, const char *name, struct error *err);
 /* 1 when the checkpoint's own files hold codes. */
 int quantization_is_stored(const struct quantization *q);
 /* "none", "int8", "int4 (groups of 128)", "gptq, int4 (groups of 128)", …: for logs, the plan and
  * GetModel. */
+#define QUANTIZATION_BYTES 64 // holds the longest
 const char *quantization_describe(const struct quantization *q, char *buf, size_t n_bytes);
 /* How a matrix of in_dim columns is held, WEIGHT_FLOAT for as it is, and columns a group. */
 enum weight_format quantization_format(const struct quantization *q, enum weight_kind kind,

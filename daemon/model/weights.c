@@ -147,7 +147,7 @@ int weights_open(struct weights *w, const char *dir, const struct model_config *
 {
     *w = (struct weights){.dummy = dummy,
                           .has_lm_head = !c->tie_word_embeddings,
-                          .fp8_activations = c->quantization.fp8_activations};
+                          .x_format = c->quantization.x_format};
     if (dummy && quantization_is_stored(&c->quantization))
         return error_set(err, ERROR_INVALID_ARGUMENT,
                          "--load-format dummy makes floats: it takes no quantised checkpoint "
@@ -440,15 +440,29 @@ static int held_alike(const struct weights *w, const struct linear_parts *p)
     return alike;
 }
 
+/* 0 of the embedding, but where it is the lm_head too: its rows are looked up. */
+static int is_multiplied(const struct weights *w, const struct weight_spec *s)
+{
+    return s->kind != KIND_EMBEDDING || !w->has_lm_head;
+}
+
+/* What products with the weight round their input to, as struct linear's x_format. */
+static enum weight_format x_format_of(const struct weights *w, const struct weight_spec *s)
+{
+    int fits = w->x_format == WEIGHT_INT8
+                   ? weight_format_is_integer(s->format) && !s->has_order
+                   /* Of the whole weight: a shard may have columns of one group, another of two. */
+                   : s->format == w->x_format && s->group_size >= weight_spec_columns(s);
+    return fits && is_multiplied(w, s) ? w->x_format : WEIGHT_FLOAT;
+}
+
 static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
                        const struct linear_parts *p, const struct tensor *bias)
 {
     const struct weight_spec *as = p->specs[0];
     struct quantized q = {0};
     int64_t row = 0;
-    /* Of the whole weight, for a shard may have columns of one group where another has of two. */
-    l->x_in_fp8 =
-        w->fp8_activations && as->format == WEIGHT_FP8 && as->group_size >= weight_spec_columns(as);
+    l->x_format = x_format_of(w, as);
     weight_codes_init(&q, w, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
     for (int i = 0; i < p->n; row += p->rows[i++].n)
         w->read_bytes +=
@@ -478,7 +492,7 @@ void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum
     else
         pack_codes(w, b, l, &p, bias ? &bias_tensor : NULL);
     w->n_bytes += l->packed_bytes + (bias ? (uint64_t)p.out * sizeof(float) : 0);
-    w->n_linears++;
-    w->n_x_in_fp8 += l->x_in_fp8;
+    w->n_products += is_multiplied(w, p.specs[0]);
+    w->n_x_rounded += l->x_format != WEIGHT_FLOAT;
     free(bias);
 }

@@ -26,12 +26,12 @@ struct weights {
     struct safetensors files;
     struct weight_source *sources; // [list.n]
     int dummy;
-    int has_lm_head;           // else the embedding serves (tied)
-    uint64_t n_bytes;          // bound so far, in the back end's memory
-    uint64_t read_bytes;       // taken from the files so far
-    int fp8_activations;       // as struct quantization's
-    int n_linears, n_x_in_fp8; // bound so far; of these, with x_in_fp8
-    void *staging;             // one weight on its way
+    int has_lm_head;             // else the embedding serves (tied)
+    uint64_t n_bytes;            // bound so far, in the back end's memory
+    uint64_t read_bytes;         // taken from the files so far
+    enum weight_format x_format; // as struct quantization's
+    int n_products, n_x_rounded; // bound so far; of these, with an x_format
+    void *staging;               // one weight on its way
     size_t staging_bytes;
 };
 

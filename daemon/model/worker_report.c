@@ -50,11 +50,11 @@ void worker_report_ready(const struct topology *t, struct control *c, const stru
 
 void worker_report_activations(const struct weights *w)
 {
-    if (w->fp8_activations)
-        log_info("model",
-                 "activations in fp8: %d of %d products; the other weights are floats or have "
-                 "scales of groups",
-                 w->n_x_in_fp8, w->n_linears);
+    if (w->x_format != WEIGHT_FLOAT)
+        log_info("model", "activations in %s: %d of %d products; the other weights are %s",
+                 weight_format_name(w->x_format), w->n_x_rounded, w->n_products,
+                 w->x_format == WEIGHT_FP8 ? "floats or have scales of groups"
+                                           : "no integers or have columns in no order");
 }
 
 void worker_report_trace(struct control *c)

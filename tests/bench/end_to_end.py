@@ -1,22 +1,24 @@
 """The whole daemon at a real model's shapes, random weights, beside the machine's limits and beside peers.
 
-    python tests/bench/end_to_end.py BUILD [--model 1b] [--quantization none] [--rounds 5] [--only decode ...]
-                                     [--transformers] [--llama-cpp FOLDER --gguf FOLDER]
-                                     [--rounds-csv FILE] [--csv FILE]
+    python tests/bench/end_to_end.py BUILD [--model 1b] [--quantization none] [--activation-quantization none]
+                                     [--rounds 5] [--only decode ...] [--transformers]
+                                     [--llama-cpp FOLDER --gguf FOLDER] [--rounds-csv FILE] [--csv FILE]
     python tests/bench/end_to_end.py --medians-of FILE --csv FILE
     python tests/bench/end_to_end.py --csv FILE --plot FILE
 
 BUILD holds daemon/internvld, client/internvl and tests/bench/op_bench. Measured are, at batch 1, a token of an answer
 (against the weights' bytes at the measured memory bandwidth), the first token of prompts of 512 and 1024 tokens, a
-picture of 1 and of 13 tiles (against their float operations at the measured peak of bfloat16's products, or float32's
-where those are faster), and 16 answers at once.
+picture of 1 and of 13 tiles (against their operations at the measured peak of bfloat16's products, or float32's where
+those are faster; with --activation-quantization int8 those with weights against that of int8's), and 16 answers at
+once. What the tables call int8-int8 and int4-int8 are int8 and int4 with that option.
 Every round of a measure takes the daemon and the peers in turn, and the limits before and after each, of which the
 higher counts: what disturbs a limit lowers it. Medians are printed. --rounds-csv keeps each round, so that several
 short runs in quiet minutes make one table (--medians-of).
 
 Peers, where they are asked for: Transformers (with PyTorch, in bfloat16, by this Python), and llama.cpp, whose folder
 of programs has llama-bench, llama-batched-bench (the streams) and llama-mtmd-cli (the pictures, the encoder's own time
-as the program logs it); end_to_end_gguf.py makes its files. Its pictures have bfloat16 weights whatever --quantization.
+as the program logs it); end_to_end_gguf.py makes its files. Its pictures have bfloat16 weights whatever --quantization;
+with Q8_0 and Q4_0, its int8 and int4, it always rounds activations to 8 bits.
 """
 import argparse
 import csv
@@ -43,8 +45,9 @@ BITS = {"none": 16, "int8": 8, "int4": 4.25, "bitsandbytes-nf4": 4.5}  # of a we
 class Work:
     """What one token, one prompt and one tile cost, from config.json."""
 
-    def __init__(self, config, quantization):
-        t, v = config["text_config"], config["vision_config"]
+    def __init__(self, config, quantization, products):
+        """`products`: which of the machine's rates those with weights have."""
+        t, v, self.products = config["text_config"], config["vision_config"], products
         dim, heads, kv = t["hidden_size"], t["num_attention_heads"], t["num_key_value_heads"]
         head = t.get("head_dim", dim // heads)
         self.layers, self.width = t["num_hidden_layers"], heads * head
@@ -57,13 +60,19 @@ class Work:
         logits_bits = 8 if quantization == "int4" else 16 if quantization.startswith("bits") else BITS[quantization]
         self.token_bytes = self.body * BITS[quantization] / 8 + self.logits * logits_bits / 8
 
-    def prompt_flops(self, n):
-        return 2 * n * self.body + 2 * self.logits + 2 * n * n * self.width * self.layers
+    def token_s(self, machine, n):
+        """Seconds that the limits of `machine` need: of each of n answers' tokens, of a prompt, of tiles."""
+        return max(self.token_bytes / machine["bytes"], 2 * n * (self.body + self.logits) / machine[self.products]) / n
 
-    def tiles_flops(self, n):
+    def prompt_s(self, machine, n):
+        attention = 2 * n * n * self.width * self.layers
+        return 2 * (n * self.body + self.logits) / machine[self.products] + attention / machine["bfloat16"]
+
+    def tiles_s(self, machine, n):
         n_tokens = (self.tile_rows - 1) // 4
-        return n * (2 * self.tile_rows * self.vision + 4 * self.tile_rows ** 2 * self.v_width * self.v_layers
-                    + 2 * n_tokens * self.projector)
+        attention = 4 * self.tile_rows ** 2 * self.v_width * self.v_layers
+        return n * (2 * (self.tile_rows * self.vision + n_tokens * self.projector) / machine[self.products]
+                    + attention / machine["bfloat16"])
 
 
 def make_model(folder, name):
@@ -86,11 +95,13 @@ def make_pictures(folder):
 
 
 def limits(build, folder):
+    """A second: bytes read, and operations on factors of each format."""
     table = folder / "limits.csv"
-    subprocess.run([build / "tests/bench/op_bench", "--op", "limits", "--format", "bfloat16", "--model", "1b", "--csv",
-                    table], check=True, stdout=subprocess.DEVNULL)
-    row = next(csv.DictReader(table.open(newline="")))
-    return {"bytes": float(row["limit_gb_per_s"]) * 1e9, "flops": float(row["limit_gflop_per_s"]) * 1e9}
+    subprocess.run([build / "tests/bench/op_bench", "--op", "limits", "--model", "1b", "--csv", table], check=True,
+                   stdout=subprocess.DEVNULL)
+    rows = read_rows(table)
+    found = {row["format"]: float(row["limit_gflop_per_s"]) * 1e9 for row in rows}
+    return {**found, "bytes": statistics.median(float(row["limit_gb_per_s"]) for row in rows) * 1e9}
 
 
 class Ours:
@@ -223,11 +234,10 @@ def limit_of(work, measure, machine):
     """Seconds that the machine's limit needs."""
     n = next((int(x) for x in measure.replace(",", " ").split() if x.isdigit()), 1)
     if measure.startswith("prefill"):
-        return work.prompt_flops(n) / machine["flops"]
+        return work.prompt_s(machine, n)
     if measure.startswith("vision"):
-        return work.tiles_flops(n) / machine["flops"]
-    weights = work.token_bytes / machine["bytes"]
-    return max(weights, 2 * n * (work.body + work.logits) / machine["flops"]) / n
+        return work.tiles_s(machine, n)
+    return work.token_s(machine, n)
 
 
 def parse():
@@ -235,6 +245,7 @@ def parse():
     p.add_argument("build", nargs="?", type=lambda x: pathlib.Path(x).resolve())
     p.add_argument("--model", default="1b", choices=["1b", "2b", "8b"])
     p.add_argument("--quantization", default="none", choices=list(BITS))
+    p.add_argument("--activation-quantization", default="none", choices=["none", "int8"])
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--only", nargs="+", default=[""], help="measures whose names begin so")
     p.add_argument("--threads", type=int, default=os.cpu_count())
@@ -259,13 +270,15 @@ def measure(a, folder):
         peers.append(Transformers(folder, a.threads))
     if a.llama_cpp:
         peers.append(LlamaCpp(a.llama_cpp, a.gguf, a.quantization, pictures, a.threads))
-    options = ["--load-format", "dummy", "--quantization", a.quantization, "--threads", a.threads,
-               "--max-num-batched-tokens", max(PROMPTS), "--max-vision-tiles", max(TILES), "--vision-cache-bytes", 0,
-               "--no-enable-prefix-caching"]
+    activations = a.activation_quantization
+    quantization = a.quantization if activations == "none" else f"{a.quantization}-{activations}"
+    options = ["--load-format", "dummy", "--quantization", a.quantization, "--activation-quantization", activations,
+               "--threads", a.threads, "--max-num-batched-tokens", max(PROMPTS), "--max-vision-tiles", max(TILES),
+               "--vision-cache-bytes", 0, "--no-enable-prefix-caching"]
     rows = []
     with daemon.Daemon(model=folder, dtype="bfloat16", extra=options) as d:
         engines = [Ours(a.build, d.address, pictures, trace), *peers]
-        work = Work(config, a.quantization)
+        work = Work(config, a.quantization, "bfloat16" if activations == "none" else activations)
         for name in [name for name in MEASURES for _ in range(a.rounds) if name.startswith(tuple(a.only))]:
             begun, lines, before = round(time.time()), [], limits(a.build, folder)
             for engine in engines:
@@ -273,10 +286,10 @@ def measure(a, folder):
                 after = limits(a.build, folder)
                 machine, before = {what: max(before[what], after[what]) for what in after}, after
                 share = limit_of(work, name, machine) / seconds
-                lines.append({"model": a.model, "quantization": a.quantization, "measure": name, "round": begun,
+                lines.append({"model": a.model, "quantization": quantization, "measure": name, "round": begun,
                               "engine": engine.name, "ms": round(seconds * 1e3, 3), "share_of_limit": round(share, 4),
                               "limit_gb_per_s": round(machine["bytes"] / 1e9, 1),
-                              "limit_gflop_per_s": round(machine["flops"] / 1e9, 1)})
+                              "limit_gflop_per_s": round(machine[work.products] / 1e9, 1)})
                 print(f"  {engine.name:12s} {name:22s} {seconds * 1e3:9.1f} ms, {share:.2f} of the limit", flush=True)
             if a.rounds_csv:
                 results_file.append(a.rounds_csv, lines)
@@ -314,6 +327,7 @@ def plot(table, path):
         axis.barh([y for y, _ in points], [x for _, x in points], height=0.25, color=colour, label=engine)
     names = {"none": "bfloat16"}
     axis.set_yticks(range(len(labels)), [f"{m}, {names.get(q, q)}: {what}" for m, q, what in labels], fontsize=8)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.05)
     axis.axvline(1, color="black", linewidth=0.8)

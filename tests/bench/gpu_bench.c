@@ -49,15 +49,16 @@ int gpu_bench_wants(const struct gpu_bench *bench, const struct gpu_format *f)
 {
     if (bench->only_format && strcmp(bench->only_format, f->name) != 0)
         return 0;
-    if (f->quantization.fp8_activations && !bench->b->has_fp8)
+    int in_fp8 = f->quantization.x_format == WEIGHT_FP8;
+    if (in_fp8 && !bench->b->has_fp8)
         printf("skipped: %s: %s has no products in FP8\n", f->name, bench->device);
-    return !f->quantization.fp8_activations || bench->b->has_fp8;
+    return !in_fp8 || bench->b->has_fp8;
 }
 
 void gpu_case_add(struct gpu_case *c, const struct linear *l, int64_t rows)
 {
     double flops = 2.0 * (double)rows * (double)l->out_dim * (double)l->in_dim;
-    *(l->x_in_fp8 ? &c->fp8_flops : &c->flops) += flops;
+    *(l->x_format == WEIGHT_FP8 ? &c->fp8_flops : &c->flops) += flops;
     c->bytes += (double)l->packed_bytes;
 }
 

@@ -14,7 +14,7 @@
 const struct gpu_format gpu_formats[] = {
     {"bfloat16", {.method = QUANTIZATION_NONE}},
     {"fp8", {.method = QUANTIZATION_FP8}},
-    {"fp8-fp8", {.method = QUANTIZATION_FP8, .fp8_activations = 1}},
+    {"fp8-fp8", {.method = QUANTIZATION_FP8, .x_format = WEIGHT_FP8}},
     {"int4", {.method = QUANTIZATION_INT4, .group_size = 128}},
 };
 const int n_gpu_formats = (int)(sizeof(gpu_formats) / sizeof(gpu_formats[0]));
@@ -67,7 +67,7 @@ void gpu_codes_hold(struct backend *b, struct linear *l, const struct gpu_format
         op_download(b, bias.data, l->bias, n_bytes);
     }
     op_linear_free(b, l);
-    l->x_in_fp8 = f->quantization.fp8_activations && format == WEIGHT_FP8;
+    l->x_format = format == WEIGHT_FP8 ? f->quantization.x_format : WEIGHT_FLOAT;
     op_linear_pack_quantized(b, l, &q, bias.data ? &bias : NULL);
     op_sync(b);
     free(bias.data);

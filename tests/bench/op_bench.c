@@ -2,8 +2,9 @@
  * How near every op comes to what this machine can do: op_bench [option...], which --help lists.
  *
  * Each round measures the machine's own limits (op_limits.h) and then the op; a line has the
- * medians and the op's share of its limit: of the time that its bytes take to be read, or its float
+ * medians and the op's share of its limit: of the time that its bytes take to be read, or its
  * operations to be done, whichever is longer. What stays in a cache can exceed the memory's limit.
+ * Products of int8-int8 and int4-int8 round x to int8 too; their operations are whole numbers'.
  * Figures, no verdicts: these machines are shared.
  */
 #include <sched.h>
@@ -89,7 +90,7 @@ void bench_measure(const struct bench *bench, const struct op_case *c)
         struct limits_rates r = limits_measure(&limits);
         times[n] = time_of(c, n_calls);
         bytes[n] = r.bytes_per_s;
-        flops[n] = c->is_bf16 ? r.bf16_per_s : r.f32_per_s;
+        flops[n] = r.ops_per_s[c->arithmetic];
         memory_s = c->bytes / bytes[n];
         arithmetic_s = c->flops / flops[n];
         shares[n] = (memory_s > arithmetic_s ? memory_s : arithmetic_s) / times[n];
@@ -98,10 +99,10 @@ void bench_measure(const struct bench *bench, const struct op_case *c)
     double read = bench_median(bytes, n) * 1e-9, peak = bench_median(flops, n) * 1e-9;
     const char *bound = memory_s > arithmetic_s ? "memory" : "arithmetic";
     double gb = c->bytes / t * 1e-9, gflop = c->flops / t * 1e-9;
-    printf("%-4s %-16s %-16s %-8s %6lld rows %11.1f us %7.1f GB/s of %5.1f %7.1f GFLOP/s of %6.1f "
+    printf("%-4s %-16s %-16s %-9s %6lld rows %11.1f us %7.1f GB/s of %5.1f %7.1f %s of %6.1f "
            "%4.0f %% of %s\n",
            bench->shapes->model, c->op, c->what, c->format, (long long)c->rows, t * 1e6, gb, read,
-           gflop, peak, share * 100, bound);
+           gflop, c->arithmetic == ARITHMETIC_INT8 ? "GOP/s" : "GFLOP/s", peak, share * 100, bound);
     fflush(stdout);
     if (bench->csv)
         fprintf(bench->csv, "%s,%s,%s,%s,%lld,%s,%d,%.2f,%.2f,%.2f,%.2f,%.2f,%s,%.3f\n",

@@ -31,8 +31,8 @@ struct op_case {
     const char *op, *what; // "matmul", "gate_up"
     const char *format;    // of the weight or of the pages; "float32" for what has neither
     int64_t rows;
-    double flops, bytes; // of one call: float operations; what has to cross the memory bus
-    int is_bf16;         // products are bfloat16's
+    double flops, bytes; // of one call: operations; what has to cross the memory bus
+    enum arithmetic arithmetic;
     void (*run)(void *arg);
     void *arg;
 };

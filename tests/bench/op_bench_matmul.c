@@ -26,12 +26,18 @@ struct format {
     enum dtype dtype;
     enum weight_format format;
     int64_t group; // columns that share a scale; 0: the row
+    enum weight_format x_format;
 };
 
 static const struct format formats[] = {
-    {"float32", DTYPE_F32, WEIGHT_FLOAT, 0}, {"bfloat16", DTYPE_BF16, WEIGHT_FLOAT, 0},
-    {"int8", DTYPE_BF16, WEIGHT_INT8, 0},    {"int4", DTYPE_BF16, WEIGHT_INT4, 128},
-    {"fp8", DTYPE_BF16, WEIGHT_FP8, 0},      {"nf4", DTYPE_BF16, WEIGHT_NF4, 64},
+    {"float32", DTYPE_F32, WEIGHT_FLOAT, 0, WEIGHT_FLOAT},
+    {"bfloat16", DTYPE_BF16, WEIGHT_FLOAT, 0, WEIGHT_FLOAT},
+    {"int8", DTYPE_BF16, WEIGHT_INT8, 0, WEIGHT_FLOAT},
+    {"int8-int8", DTYPE_BF16, WEIGHT_INT8, 0, WEIGHT_INT8},
+    {"int4", DTYPE_BF16, WEIGHT_INT4, 128, WEIGHT_FLOAT},
+    {"int4-int8", DTYPE_BF16, WEIGHT_INT4, 128, WEIGHT_INT8},
+    {"fp8", DTYPE_BF16, WEIGHT_FP8, 0, WEIGHT_FLOAT},
+    {"nf4", DTYPE_BF16, WEIGHT_NF4, 64, WEIGHT_FLOAT},
 };
 #define N_FORMATS ((int)(sizeof(formats) / sizeof(formats[0])))
 
@@ -71,6 +77,7 @@ static void pack(const struct bench *bench, struct matmul_case *c, const struct 
 {
     struct linear l = {.out_dim = w->out_dim, .in_dim = w->in_dim, .dtype = f->dtype};
     l.n_lanes = w->n_lanes;
+    l.x_format = f->x_format;
     for (int i = 0; i <= w->n_lanes; i++)
         l.lane_start[i] = w->in_dim * i / w->n_lanes;
     if (f->format == WEIGHT_FLOAT) {
@@ -92,6 +99,13 @@ static void pack(const struct bench *bench, struct matmul_case *c, const struct 
     }
 }
 
+static enum arithmetic arithmetic_of(const struct format *f)
+{
+    if (f->x_format == WEIGHT_INT8)
+        return ARITHMETIC_INT8;
+    return f->dtype == DTYPE_F32 ? ARITHMETIC_F32 : ARITHMETIC_BF16;
+}
+
 static void measure_rows(const struct bench *bench, struct matmul_case *c, const struct weight *w,
                          const struct format *f, int64_t rows)
 {
@@ -105,7 +119,7 @@ static void measure_rows(const struct bench *bench, struct matmul_case *c, const
         .flops = 2.0 * (double)rows * (double)w->out_dim * (double)w->in_dim,
         .bytes =
             (double)c->l[0].packed_bytes + 4.0 * (double)rows * (double)(w->out_dim + w->in_dim),
-        .is_bf16 = f->dtype == DTYPE_BF16,
+        .arithmetic = arithmetic_of(f),
         .run = run_matmul,
         .arg = c,
     };

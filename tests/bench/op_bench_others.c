@@ -127,7 +127,7 @@ static void measure_paged(const struct bench *bench, const struct load *load, en
         .op = "paged_attention",
         .what = what,
         .format = dtype_name(dtype),
-        .is_bf16 = dtype != DTYPE_F32,
+        .arithmetic = dtype == DTYPE_F32 ? ARITHMETIC_F32 : ARITHMETIC_BF16,
         .rows = rows,
         .flops = 4 * pairs * load->n_sequences * (double)(s->n_heads * s->head_dim),
         .bytes = 2.0 * load->n_sequences * load->context * (double)s->n_kv_heads * held +
@@ -181,7 +181,7 @@ static void measure_full(const struct bench *bench, int32_t n_tiles, enum dtype 
         .op = "attention",
         .what = what,
         .format = dtype_name(dtype),
-        .is_bf16 = dtype == DTYPE_BF16,
+        .arithmetic = dtype == DTYPE_F32 ? ARITHMETIC_F32 : ARITHMETIC_BF16,
         .rows = rows,
         .flops = 4.0 * (double)(rows * n * dim),
         .bytes = 16.0 * (double)(rows * dim),
@@ -411,12 +411,12 @@ static void run_nothing(void *arg)
 /* The limits alone, for who has something else to hold beside them; only where asked for. */
 static void measure_limits(const struct bench *bench)
 {
-    static const char *const formats[] = {"float32", "bfloat16"};
-    for (int i = 0; i < 2; i++) {
+    static const char *const formats[ARITHMETIC_COUNT] = {"float32", "bfloat16", "int8"};
+    for (int i = 0; i < ARITHMETIC_COUNT; i++) {
         if (!bench->only_op || !bench_wants(bench, "limits", formats[i]))
             continue;
         struct op_case op = {.op = "limits", .what = "", .format = formats[i], .run = run_nothing};
-        op.is_bf16 = i;
+        op.arithmetic = (enum arithmetic)i;
         bench_measure(bench, &op);
     }
 }

@@ -79,6 +79,60 @@ __attribute__((target("avx2,fma"))) static void peak_avx2(int64_t n_steps)
 }
 #endif
 
+/* Sums of four neighbouring products, vpdpbusd. */
+__attribute__((target("avx512f,avx512vnni"))) static void peak_avx512vnni(int64_t n_steps)
+{
+    __m512i sums[N_SUMS], a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(-1);
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        sums[i] = _mm512_set1_epi32(i);
+    for (int64_t k = 0; k < n_steps; k++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N_SUMS; i++)
+            sums[i] = _mm512_dpbusd_epi32(sums[i], a, b);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        KEEP(sums[i]);
+}
+
+/* Where there is none: of two, of 16 bits, and an add. */
+__attribute__((target("avx512f,avx512bw"))) static void peak_avx512madd(int64_t n_steps)
+{
+    __m512i sums[N_SUMS], a = _mm512_set1_epi16(1), b = _mm512_set1_epi16(-1);
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        sums[i] = _mm512_set1_epi32(i);
+    for (int64_t k = 0; k < n_steps; k++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N_SUMS; i++) {
+            sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(a, b));
+            KEEP(a); // or one product would serve all sums
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N_SUMS; i++)
+        KEEP(sums[i]);
+}
+
+__attribute__((target("avx2"))) static void peak_avx2madd(int64_t n_steps)
+{
+    __m256i sums[12], a = _mm256_set1_epi16(1), b = _mm256_set1_epi16(-1);
+#pragma GCC unroll 16
+    for (int i = 0; i < 12; i++)
+        sums[i] = _mm256_set1_epi32(i);
+    for (int64_t k = 0; k < n_steps; k++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 12; i++) {
+            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(a, b));
+            KEEP(a);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 12; i++)
+        KEEP(sums[i]);
+}
+
 /* A multiply and an add on four floats: what C without flags of its own is compiled to. */
 static void peak_scalar(int64_t n_steps)
 {
@@ -98,22 +152,35 @@ static void peak_scalar(int64_t n_steps)
 }
 
 struct peak {
-    const char *isa;
     void (*run)(int64_t n_steps);
-    double flops_a_step;
+    double ops_a_step;
 };
 
-static const struct peak f32_peaks[] = {
+static const struct peak scalar_peak = {peak_scalar, 12 * 4 * 2};
 #if defined(__x86_64__)
-    {"avx512bf16", peak_avx512, N_SUMS * 16 * 2}, {"avx512bf16fma", peak_avx512, N_SUMS * 16 * 2},
-    {"avx512", peak_avx512, N_SUMS * 16 * 2},     {"avx2", peak_avx2, 12 * 8 * 2},
+static const struct peak avx512_peak = {peak_avx512, N_SUMS * 16 * 2};
+static const struct peak avx512bf16_peak = {peak_avx512bf16, N_SUMS * 32 * 2};
+static const struct peak avx512vnni_peak = {peak_avx512vnni, N_SUMS * 64 * 2};
+static const struct peak avx512madd_peak = {peak_avx512madd, N_SUMS * 32 * 2};
+static const struct peak avx2_peak = {peak_avx2, 12 * 8 * 2};
+static const struct peak avx2madd_peak = {peak_avx2madd, 12 * 16 * 2};
 #endif
-    {"scalar", peak_scalar, 12 * 4 * 2},
-};
 
+/* Of an instruction set, by enum arithmetic; NULL: none is faster than float32's. */
+static const struct {
+    const char *isa;
+    const struct peak *of[ARITHMETIC_COUNT];
+} peaks[] = {
 #if defined(__x86_64__)
-static const struct peak bf16_peak = {"avx512bf16", peak_avx512bf16, N_SUMS * 32 * 2};
+    {"avx512bf16", {&avx512_peak, &avx512bf16_peak, &avx512vnni_peak}},
+    {"avx512bf16fma", {&avx512_peak, &avx512bf16_peak, &avx512vnni_peak}},
+    {"avx512vnni", {&avx512_peak, NULL, &avx512vnni_peak}},
+    {"avx512", {&avx512_peak, NULL, &avx512madd_peak}},
+    {"avx2", {&avx2_peak, NULL, &avx2madd_peak}},
 #endif
+    {"scalar", {&scalar_peak, NULL, NULL}},
+};
+#define N_PEAKS ((int)(sizeof(peaks) / sizeof(peaks[0])))
 
 static void peak_work(void *arg, int thread, int n_threads)
 {
@@ -131,7 +198,7 @@ static double peak_rate(struct backend *b, const struct peak *p)
 {
     uint64_t begun = clock_now_ns();
     run_on_team(b, peak_work, p);
-    return p->flops_a_step * PEAK_STEPS * b->n_threads * 1e9 / (double)(clock_now_ns() - begun);
+    return p->ops_a_step * PEAK_STEPS * b->n_threads * 1e9 / (double)(clock_now_ns() - begun);
 }
 
 /* ---- memory ---- */
@@ -182,17 +249,13 @@ struct limits_rates limits_measure(struct limits *l)
 {
     struct limits_rates r = {0};
     uint64_t begun = clock_now_ns();
-    for (size_t i = 0; i < sizeof(f32_peaks) / sizeof(f32_peaks[0]); i++) {
-        if (strcmp(f32_peaks[i].isa, l->isa) == 0)
-            r.f32_per_s = peak_rate(l->b, &f32_peaks[i]);
+    for (int i = 0; i < N_PEAKS; i++) {
+        for (int j = 0; j < ARITHMETIC_COUNT && strcmp(peaks[i].isa, l->isa) == 0; j++) {
+            const struct peak *p = peaks[i].of[j];
+            const double rate = p ? peak_rate(l->b, p) : 0, f32 = r.ops_per_s[ARITHMETIC_F32];
+            r.ops_per_s[j] = rate > f32 ? rate : f32;
+        }
     }
-    r.bf16_per_s = r.f32_per_s;
-#if defined(__x86_64__)
-    if (strncmp(l->isa, bf16_peak.isa, strlen(bf16_peak.isa)) == 0) {
-        double dots = peak_rate(l->b, &bf16_peak);
-        r.bf16_per_s = dots > r.bf16_per_s ? dots : r.bf16_per_s;
-    }
-#endif
     double one = read_rate(l, 1), several = read_rate(l, N_STREAMS);
     r.bytes_per_s = several > one ? several : one;
     r.duration_ns = clock_now_ns() - begun;

@@ -1,6 +1,6 @@
 /*
  * What this machine can do at most, measured beside the ops: how fast its memory is read, and how
- * many products its registers take.
+ * many products its registers take, of floats and of whole numbers.
  *
  * The loops are written here, not borrowed from the kernels they judge: a plain read of a buffer
  * far larger than the caches, and multiply-adds on registers alone, on the team of threads that the
@@ -11,6 +11,14 @@
 
 #include "kernels/backend.h"
 
+/* What is multiplied and added up. */
+enum arithmetic {
+    ARITHMETIC_F32,
+    ARITHMETIC_BF16, // in float32
+    ARITHMETIC_INT8, // in 32 bits
+    ARITHMETIC_COUNT,
+};
+
 struct limits {
     struct backend *b; // borrowed
     const char *isa;
@@ -20,9 +28,9 @@ struct limits {
 
 /* One round's figures. */
 struct limits_rates {
-    double bytes_per_s;   // read from memory
-    double f32_per_s;     // float operations, of float32 multiply-adds
-    double bf16_per_s;    // the same of bfloat16 products, where those are faster
+    double bytes_per_s; // read from memory
+    /* Operations, a multiply-add being two; of narrower factors never fewer than of float32. */
+    double ops_per_s[ARITHMETIC_COUNT];
     uint64_t duration_ns; // that measuring took
 };
 

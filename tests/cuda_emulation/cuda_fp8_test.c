@@ -1,5 +1,5 @@
 /*
- * FP8 weights with activations that are rounded to FP8 too (struct linear's x_in_fp8): the rounding
+ * FP8 weights with activations that are rounded to FP8 too (struct linear's x_format): the rounding
  * alone, exactly; products against the naive loop over numbers rounded here by another rule; the
  * bits of a row alone, among others, and in shards.
  */
@@ -83,7 +83,7 @@ static void through_unit_matrix(struct backend *b, struct case_matrix *y, const 
         q.codes[i * K + i] = 0x38;
         q.scales[i] = 1;
     }
-    l.x_in_fp8 = 1;
+    l.x_format = WEIGHT_FP8;
     op_linear_pack_quantized(b, &l, &q, NULL);
     op_matmul(b, &y->device, x, &l, NULL);
     op_linear_free(b, &l);
@@ -182,7 +182,7 @@ static void check_product(struct backend *b, const struct quantized_shape *s, in
 
     e.scale = variant & 2 ? case_upload(b, scale, s->n) : NULL;
     e.residual = variant & 4 ? &residual.device : NULL;
-    l.x_in_fp8 = 1;
+    l.x_format = WEIGHT_FP8;
     op_linear_pack_quantized(b, &l, &q, variant & 1 ? &bias : NULL);
     op_matmul(b, &y.device, &x.device, &l, &e);
     naive_matmul(want, &hx, &w, 0, variant & 1 ? bias.data : NULL, e.act,
@@ -223,7 +223,7 @@ static void test_rows_are_independent(void **state)
         struct case_matrix all = case_matrix_new(b, DTYPE_BF16, s.m, s.n, 0);
         struct case_matrix parts = case_matrix_new(b, DTYPE_BF16, s.m, s.n, 0);
         struct linear l = case_linear(s.n, s.k, s.n_lanes, DTYPE_BF16);
-        l.x_in_fp8 = 1;
+        l.x_format = WEIGHT_FP8;
         op_linear_pack_quantized(b, &l, &q, NULL);
         op_matmul(b, &all.device, &x.device, &l, NULL);
         for (int i = 0, first = 0, n; first < s.m; first += n, i++) {
@@ -251,7 +251,7 @@ static void check_shards(struct backend *b, int n_shards)
     struct case_matrix parts = case_matrix_new(b, DTYPE_F32, (int64_t)s.m * n_shards, s.n, 0);
     struct linear whole = case_linear(s.n, s.k, s.n_lanes, DTYPE_BF16);
 
-    whole.x_in_fp8 = 1;
+    whole.x_format = WEIGHT_FP8;
     for (int t = 0; t < n_shards; t++) {
         int first = t * LANES_MAX / n_shards;
         struct linear l = quantized_case_lanes(&whole, first, LANES_MAX / n_shards);

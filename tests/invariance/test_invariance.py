@@ -52,9 +52,8 @@ TEXT = [0, 1, 9, 10]
 LONG = [12, 13]  # 20 pages each
 SHORT = range(12)
 PAGE_BYTES = 2 * 4 * 4 * 32 * 16 * 2  # key and value, layers, heads, head size, tokens, bfloat16
-INT8 = ["--kv-cache-dtype", "int8"]
 INT8_PAGE_BYTES = 2 * 4 * 4 * 16 * (32 + 4)  # a byte a value, a scale for each token and head
-INT8_SHORT = [0, 1, 2, 3, 7, 8, 9]
+FEW = [0, 1, 2, 3, 7, 8, 9]
 
 
 def layouts():
@@ -227,42 +226,58 @@ class Invariance(Compared):
                 self.check_all(d, f"layout {layout}")
 
 
-class Int8Pages(Compared):
+class Repeated:
+    """A part of the above with OPTIONS, against bits of its own."""
+
     @classmethod
     def setUpClass(cls):
         cls.expected = {}
-        with Daemon() as d:
-            cls.attentions = d.client.forward(SUBJECTS[3][0], ["attentions"])[0]["attentions.0"]
-        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0, *INT8) as d:
-            for i in [*INT8_SHORT, *LONG]:
+        with Daemon("--no-enable-prefix-caching", "--vision-cache-bytes", 0, *cls.OPTIONS) as d:
+            for i in [*FEW, *LONG]:
                 cls.expected[i] = d.ask(i).bits()
 
     def test_caches_and_company(self):
-        with Daemon(*INT8) as d:
-            self.assertEqual(d.client.model().kv_cache_dtype, "int8")
-            attentions = d.client.forward(SUBJECTS[3][0], ["attentions"])[0]["attentions.0"]
-            self.assertLess(abs(attentions - self.attentions).max(), 0.05, "keys as a capture reads them")
-            self.assertGreater(abs(attentions - self.attentions).max(), 0)
+        with Daemon(*self.OPTIONS) as d:
             for where in ("cold", "warm"):
-                for i in INT8_SHORT:
+                for i in FEW:
                     answer = d.ask(i)
                     self.check(i, answer, where)
                     if where == "warm" and "prompt_logprobs" not in SUBJECTS[i][1]:
                         n = answer.done.usage.prompt_tokens
                         self.assertEqual(answer.done.usage.cached_tokens, (n - 1) // 16 * 16, f"subject {i}")
-            self.check_all(d, "beside each other", 4 * INT8_SHORT)
+            self.check_all(d, "beside each other", 4 * FEW)
             self.assertEqual(d.ask(2, n=4).bits()[0], self.expected[2][0], "the first of four")
 
     def test_chunks_and_preemption(self):
-        with Daemon(*INT8, "--max-num-batched-tokens", 16, "--max-num-seqs", 16, "--kv-cache-memory-bytes",
-                    32 * INT8_PAGE_BYTES, "--max-model-len", 512) as d:
+        with Daemon(*self.OPTIONS, "--max-num-batched-tokens", 16, "--max-num-seqs", 16, "--kv-cache-memory-bytes",
+                    32 * self.BYTES_OF_PAGE, "--max-model-len", 512) as d:
             self.assertEqual(d.client.model().load.kv_pages, 32)
             self.until_preempted(lambda: self.check_all(d, "short of pages", [*LONG, 0, 1, 9]))
 
     def test_layouts(self):
         for layout in [(2, 1, 1), (1, 2, 1)]:
-            with Daemon(*INT8, layout=layout) as d:
-                self.check_all(d, f"layout {layout}", INT8_SHORT)
+            with Daemon(*self.OPTIONS, layout=layout) as d:
+                self.check_all(d, f"layout {layout}", FEW)
+
+
+class Int8Pages(Repeated, Compared):
+    OPTIONS, BYTES_OF_PAGE = ("--kv-cache-dtype", "int8"), INT8_PAGE_BYTES
+
+    def test_attentions(self):
+        found = []
+        for options in ((), self.OPTIONS):
+            with Daemon(*options) as d:
+                self.assertEqual(d.client.model().kv_cache_dtype, "int8" if options else "bfloat16")
+                found.append(d.client.forward(SUBJECTS[3][0], ["attentions"])[0]["attentions.0"])
+        self.assertLess(abs(found[1] - found[0]).max(), 0.05, "keys as a capture reads them")
+        self.assertGreater(abs(found[1] - found[0]).max(), 0)
+
+
+class Int8Activations(Repeated, Compared):
+    """Products with codes of 4 bits in groups, and of 8 (vision, lm_head)."""
+
+    OPTIONS = ("--device", "cpu", "--quantization", "int4", "--activation-quantization", "int8")
+    BYTES_OF_PAGE = PAGE_BYTES
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ void op_case_check_gated(struct backend *b, const struct linear *l, int64_t m);
 /* test_*.c */
 int op_matmul_tests(void);
 int op_quantized_tests(void);
+int op_integer_tests(void);
 int op_attention_tests(void);
 int op_row_tests(void);
 

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "kernels/log.h"
+#include "tests/op/op_naive.h"
 
 const struct quantized_shape quantized_shapes[] = {
     {1, 1, 1, 1, 0, 0},      {1, 17, 33, 2, 0, 0},      {2, 15, 7, 4, 3, 1},
@@ -129,6 +130,12 @@ static float pairs_sum(const float *x, const float *w, int64_t k, int64_t end)
     return sum;
 }
 
+static float run_scale(const struct quantized *q, int64_t n, int64_t k)
+{
+    float scale = q->scales[n * q->n_groups + quantized_group(q, k)];
+    return q->format == WEIGHT_INT8_127 ? scale * INT8_127_FACTOR : scale;
+}
+
 static float lane_sum(const float *x, const struct quantized *q, int64_t n, const float *multiples,
                       int64_t k, int64_t end)
 {
@@ -136,12 +143,17 @@ static float lane_sum(const float *x, const struct quantized *q, int64_t n, cons
     for (int64_t next; k < end; k = next) {
         for (next = k + 1; next < end && quantized_group(q, next) == quantized_group(q, k);)
             next++;
-        float scale = q->scales[n * q->n_groups + quantized_group(q, k)];
-        if (q->format == WEIGHT_INT8_127)
-            scale *= INT8_127_FACTOR;
-        sum = fmaf(scale, pairs_sum(x, multiples, k, next), sum);
+        sum = fmaf(run_scale(q, n, k), pairs_sum(x, multiples, k, next), sum);
     }
     return sum;
+}
+
+static float tree_sum(float *lanes, int n_lanes)
+{
+    for (int apart = 1; apart < n_lanes; apart *= 2)
+        for (int i = 0; i < n_lanes; i += 2 * apart)
+            lanes[i] += lanes[i + apart];
+    return lanes[0];
 }
 
 void quantized_case_product(float *y, const struct tensor *x, const struct quantized *q,
@@ -163,12 +175,55 @@ void quantized_case_product(float *y, const struct tensor *x, const struct quant
                                ? lane_sum(row, q, n, multiples, k, end)
                                : pairs_sum(row, values, k, end);
             }
-            for (int apart = 1; apart < l->n_lanes; apart *= 2)
-                for (int i = 0; i < l->n_lanes; i += 2 * apart)
-                    lanes[i] += lanes[i + apart];
-            y[m * q->out_dim + n] = lanes[0];
+            y[m * q->out_dim + n] = tree_sum(lanes, l->n_lanes);
         }
     }
     free(multiples);
     free(values);
+}
+
+/* Of columns [k, end) of rounded x, before its scale. */
+static float integer_lane_sum(const int8_t *x, const struct quantized *q, int64_t n,
+                              const int32_t *multiples, int64_t k, int64_t end)
+{
+    float sum = 0;
+    for (int64_t next; k < end; k = next) {
+        int32_t run = 0;
+        next = (quantized_group(q, k) + 1) * q->group_size - q->group_phase;
+        next = next < end ? next : end;
+        for (int64_t i = k; i < next; i++)
+            run += x[i] * multiples[i];
+        sum = fmaf(run_scale(q, n, k), (float)run, sum);
+    }
+    return sum;
+}
+
+void quantized_case_integer_product(float *y, const struct tensor *x, const struct quantized *q,
+                                    const struct linear *l)
+{
+    const int64_t n_rows = x->shape[0], n_k = q->in_dim;
+    int8_t *codes = xcalloc((size_t)(n_rows * n_k), 1);
+    float *scales = xcalloc((size_t)(n_rows * l->n_lanes), sizeof(float)); // of x
+    int32_t *multiples = xcalloc((size_t)n_k, sizeof(*multiples));
+    for (int64_t m = 0; m < n_rows; m++)
+        for (int i = 0; i < l->n_lanes; i++)
+            scales[m * l->n_lanes + i] =
+                naive_codes(codes + m * n_k + l->lane_start[i],
+                            (const float *)x->data + m * x->row_stride + l->lane_start[i],
+                            (int)(l->lane_start[i + 1] - l->lane_start[i]));
+    for (int64_t n = 0; n < q->out_dim; n++) {
+        for (int64_t k = 0; k < n_k; k++)
+            multiples[k] = (int32_t)quantized_multiple(q, n, k);
+        for (int64_t m = 0; m < n_rows; m++) {
+            float lanes[LANES_MAX] = {0};
+            for (int i = 0; i < l->n_lanes; i++)
+                lanes[i] = integer_lane_sum(codes + m * n_k, q, n, multiples, l->lane_start[i],
+                                            l->lane_start[i + 1]) *
+                           scales[m * l->n_lanes + i];
+            y[m * q->out_dim + n] = tree_sum(lanes, l->n_lanes);
+        }
+    }
+    free(codes);
+    free(scales);
+    free(multiples);
 }

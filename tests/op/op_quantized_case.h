@@ -31,6 +31,9 @@ float *quantized_case_values(const struct quantized *q); // [out_dim, in_dim]; c
 /* y [m, out_dim] <- x W^T in a bfloat16 linear of l's lanes, as kernels/quantized.h defines it. */
 void quantized_case_product(float *y, const struct tensor *x, const struct quantized *q,
                             const struct linear *l);
+/* The same of integers whose groups are in order, with x rounded to int8. */
+void quantized_case_integer_product(float *y, const struct tensor *x, const struct quantized *q,
+                                    const struct linear *l);
 /* 1 where such a lane sums runs of multiples. */
 int quantized_case_is_factored(const struct quantized *q, const struct linear *l, int lane);
 

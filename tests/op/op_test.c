@@ -15,8 +15,9 @@
 #include "kernels/log.h"
 #include "tests/op/op_case.h"
 
-const char *const op_isas[] = {"avx512bf16", "avx512bf16fma", "avx512", "avx2", "scalar"};
-const int op_n_isas = 5;
+const char *const op_isas[] = {"avx512bf16", "avx512bf16fma", "avx512vnni",
+                               "avx512",     "avx2",          "scalar"};
+const int op_n_isas = (int)(sizeof(op_isas) / sizeof(op_isas[0]));
 
 int op_case_has(const char *isa)
 {
@@ -167,5 +168,8 @@ void op_case_same(const void *a, const void *b, size_t n_bytes, const char *what
 int main(void)
 {
     log_init();
-    return op_matmul_tests() + op_quantized_tests() + op_attention_tests() + op_row_tests() ? 1 : 0;
+    return op_matmul_tests() + op_quantized_tests() + op_integer_tests() + op_attention_tests() +
+                   op_row_tests()
+               ? 1
+               : 0;
 }

@@ -60,11 +60,11 @@ static void activations_follow_fp8(void **state)
     (void)state;
     struct quantization q = {.method = QUANTIZATION_COMPRESSED_TENSORS, .format = WEIGHT_FP8};
     struct error err;
-    char text[48];
+    char text[QUANTIZATION_BYTES];
     assert_int_equal(quantization_parse_activations(&q, "none", &err), 0);
-    assert_int_equal(q.fp8_activations, 0);
+    assert_int_equal(q.x_format, WEIGHT_FLOAT);
     assert_int_equal(quantization_parse_activations(&q, "fp8", &err), 0);
-    assert_int_equal(q.fp8_activations, 1);
+    assert_int_equal(q.x_format, WEIGHT_FP8);
     assert_string_equal(quantization_describe(&q, text, sizeof(text)),
                         "compressed-tensors, fp8, activations too");
     assert_int_equal(quantization_parse_activations(
@@ -83,7 +83,45 @@ static void activations_follow_fp8(void **state)
         q = others[i];
         assert_int_equal(quantization_parse_activations(&q, "fp8", &err), -1);
         assert_non_null(strstr(err.msg, quantization_describe(&q, text, sizeof(text))));
-        assert_int_equal(q.fp8_activations, 0);
+        assert_int_equal(q.x_format, WEIGHT_FLOAT);
+    }
+}
+
+/* And in int8 integers whose groups are in order. */
+static void activations_follow_integers(void **state)
+{
+    (void)state;
+    const struct quantization integers[] = {
+        {.method = QUANTIZATION_INT8},
+        {.method = QUANTIZATION_INT4, .group_size = 32},
+        {.method = QUANTIZATION_AWQ, .format = WEIGHT_INT4, .group_size = 128, .has_zeros = 1},
+        {.method = QUANTIZATION_GPTQ, .format = WEIGHT_INT8, .group_size = 64, .has_zeros = 1},
+        {.method = QUANTIZATION_BITSANDBYTES_8BIT, .format = WEIGHT_INT8_127},
+        {.method = QUANTIZATION_COMPRESSED_TENSORS, .format = WEIGHT_INT4, .group_size = 128},
+    };
+    const struct quantization others[] = {
+        {.method = QUANTIZATION_NONE},
+        {.method = QUANTIZATION_FP8},
+        {.method = QUANTIZATION_BITSANDBYTES_NF4},
+        {.method = QUANTIZATION_BITSANDBYTES_4BIT, .format = WEIGHT_NF4, .group_size = 64},
+        {.method = QUANTIZATION_GPTQ, .format = WEIGHT_INT4, .group_size = 32, .has_order = 1},
+    };
+    struct quantization q;
+    struct error err;
+    char text[QUANTIZATION_BYTES];
+    for (size_t i = 0; i < sizeof(integers) / sizeof(integers[0]); i++) {
+        q = integers[i];
+        assert_int_equal(quantization_parse_activations(&q, "int8", &err), 0);
+        assert_int_equal(q.x_format, WEIGHT_INT8);
+    }
+    assert_string_equal(quantization_describe(&q, text, sizeof(text)),
+                        "compressed-tensors, int4 (groups of 128), activations too");
+    for (size_t i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
+        q = others[i];
+        assert_int_equal(quantization_parse_activations(&q, "int8", &err), -1);
+        assert_non_null(strstr(err.msg, "int8 or int4, without desc_act"));
+        assert_non_null(strstr(err.msg, quantization_describe(&q, text, sizeof(text))));
+        assert_int_equal(q.x_format, WEIGHT_FLOAT);
     }
 }
 
@@ -202,10 +240,60 @@ static void plan_is_what_is_taken(void **state)
     remove_directory(dir);
 }
 
+/* --activation-quantization int8: of all products but the convolution's. Rows of an embedding that
+ * is no lm_head are looked up. */
+static void check_rounded(const char *dir, const struct model_config *config)
+{
+    static const float mean[3] = {0, 0, 0}, std[3] = {1, 1, 1};
+    struct error err;
+    struct weights w;
+    struct vision_model vision;
+    struct language_model language;
+    struct topology t;
+    struct model_config c = *config;
+    struct language_limits limits = {32, 4, 64, 16, 8, DTYPE_BF16};
+    struct backend *b = backend_cpu_open(2, NULL);
+    c.quantization = (struct quantization){
+        .method = QUANTIZATION_INT4, .group_size = 32, .x_format = WEIGHT_INT8};
+    assert_int_equal(topology_init(&t, 2, 3, &(struct layout){1, 1, 1}, &err), 0);
+    assert_int_equal(weights_open(&w, dir, &c, 0, &err), 0);
+    vision_init(&vision, &c, &w, b, DTYPE_BF16, 2, mean, std);
+    assert_int_equal(vision.patch.x_format, WEIGHT_FLOAT);
+    assert_int_equal(w.n_products - w.n_x_rounded, 1);
+    language_init(&language, &c, &w, b, DTYPE_BF16, &t, NULL, &limits);
+    assert_int_equal(w.n_products - w.n_x_rounded, 1);
+    assert_int_equal(language.lm_head.x_format, WEIGHT_INT8);
+    assert_int_equal(language.embedding_codes.x_format,
+                     c.tie_word_embeddings ? WEIGHT_INT8 : WEIGHT_FLOAT);
+    language_release(&language);
+    vision_release(&vision);
+    weights_release(&w);
+    backend_close(b);
+}
+
+static void products_that_round(void **state)
+{
+    (void)state;
+    struct checkpoint_options tied = {.leave_out = "language_model.lm_head.weight"};
+    char dir[4096];
+    struct model_config c;
+    tiny_config_parse(&c);
+    make_directory(dir, sizeof(dir));
+    write_checkpoint(dir, &c, &(struct checkpoint_options){0});
+    check_rounded(dir, &c);
+    c.tie_word_embeddings = 1;
+    write_checkpoint(dir, &c, &tied);
+    check_rounded(dir, &c);
+    remove_directory(dir);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(formats_by_kind), cmocka_unit_test(activations_follow_fp8),
-        cmocka_unit_test(bitsandbytes_values), cmocka_unit_test(plan_is_what_is_taken)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(formats_by_kind),
+                                       cmocka_unit_test(activations_follow_fp8),
+                                       cmocka_unit_test(activations_follow_integers),
+                                       cmocka_unit_test(bitsandbytes_values),
+                                       cmocka_unit_test(plan_is_what_is_taken),
+                                       cmocka_unit_test(products_that_round)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
