@@ -82,31 +82,46 @@ void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
     op_linear_pack_rows(b, l, 0, w, bias);
 }
 
+/* Rows [first, first + n) may be packed, with a bias or NULL. */
+static int is_part(const struct linear *l, int64_t first, int64_t n, const struct tensor *bias)
+{
+    if (first < 0 || first % LINEAR_PACK_ROWS != 0 || (first > 0 && !l->packed))
+        return 0;
+    if (n > l->out_dim - first || (n % LINEAR_PACK_ROWS != 0 && n != l->out_dim - first))
+        return 0;
+    return bias == NULL ||
+           (first == 0 && is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim);
+}
+
 void op_linear_pack_rows(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                          const struct tensor *bias)
 {
     CHECK(linear_is_sound(l));
     CHECK(is_float(w->dtype));
     CHECK(tensor_n_cols(w) == l->in_dim);
-    CHECK(first >= 0 && first % LINEAR_PACK_ROWS == 0 && (first == 0 || l->packed != NULL));
-    CHECK(tensor_n_rows(w) <= l->out_dim - first);
-    CHECK(tensor_n_rows(w) % LINEAR_PACK_ROWS == 0 || tensor_n_rows(w) == l->out_dim - first);
-    CHECK(bias == NULL ||
-          (first == 0 && is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim));
+    CHECK(is_part(l, first, tensor_n_rows(w), bias));
     b->ops->linear_pack(b, l, first, w, bias);
 }
 
 void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                               const struct tensor *bias)
 {
+    CHECK(q->out_dim == l->out_dim);
+    op_linear_pack_quantized_rows(b, l, 0, q, bias);
+}
+
+void op_linear_pack_quantized_rows(struct backend *b, struct linear *l, int64_t first,
+                                   const struct quantized *q, const struct tensor *bias)
+{
     CHECK(linear_is_sound(l));
-    CHECK(q->format != WEIGHT_FLOAT && q->out_dim == l->out_dim && q->in_dim == l->in_dim);
+    CHECK(q->format != WEIGHT_FLOAT && q->in_dim == l->in_dim);
+    CHECK(is_part(l, first, q->out_dim, bias));
+    CHECK(first == 0 || (q->format == l->format && q->n_groups == l->n_groups));
     CHECK(l->x_format == WEIGHT_FLOAT || l->dtype == DTYPE_BF16);
     CHECK(l->x_format != WEIGHT_FP8 || (b->has_fp8 && q->format == WEIGHT_FP8 && q->n_groups == 1));
     CHECK(l->x_format != WEIGHT_INT8 ||
           (b->has_int8 && weight_format_is_integer(q->format) && !q->group_of));
-    CHECK(bias == NULL || (is_float(bias->dtype) && tensor_n_elements(bias) == l->out_dim));
-    b->ops->linear_pack_quantized(b, l, q, bias);
+    b->ops->linear_pack_quantized(b, l, first, q, bias);
 }
 
 void op_linear_free(struct backend *b, struct linear *l)

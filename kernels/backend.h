@@ -186,9 +186,10 @@ struct backend_ops {
      * dims, dtype and lanes are set by the caller. `bias` [out_dim] host tensor or NULL. */
     void (*linear_pack)(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                         const struct tensor *bias);
-    /* The same of a quantised weight: `q` has l's dims, its scales are finite. */
-    void (*linear_pack_quantized)(struct backend *b, struct linear *l, const struct quantized *q,
-                                  const struct tensor *bias);
+    /* The same of a quantised weight: rows [first, first + q->out_dim) are q, whose scales are
+     * finite; all parts have the same format and groups. */
+    void (*linear_pack_quantized)(struct backend *b, struct linear *l, int64_t first,
+                                  const struct quantized *q, const struct tensor *bias);
     void (*linear_free)(struct backend *b, struct linear *l);
 
     /* y [n_tokens, out_dim] <- epilogue(x [n_tokens, in_dim]); y may not overlap x. Both may be of
@@ -331,9 +332,11 @@ void op_linear_pack(struct backend *b, struct linear *l, const struct tensor *w,
 #define LINEAR_PACK_ROWS 16
 void op_linear_pack_rows(struct backend *b, struct linear *l, int64_t first, const struct tensor *w,
                          const struct tensor *bias);
-/* The same of a quantised weight, whole. */
+/* The same of a quantised weight, whole and in parts. */
 void op_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
                               const struct tensor *bias);
+void op_linear_pack_quantized_rows(struct backend *b, struct linear *l, int64_t first,
+                                   const struct quantized *q, const struct tensor *bias);
 void op_linear_free(struct backend *b, struct linear *l);
 void op_embed(struct backend *b, struct tensor *y, const struct tensor *table, const int32_t *ids,
               int32_t first_row);

@@ -187,8 +187,8 @@ struct cpu_ahead {
 };
 
 /* cpu_quantized.c */
-void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
-                               const struct tensor *bias);
+void cpu_linear_pack_quantized(struct backend *b, struct linear *l, int64_t first,
+                               const struct quantized *q, const struct tensor *bias);
 /* How a packed quantised weight lies, bytes a block. */
 struct cpu_quantized_layout {
     size_t codes, scales, zeros, n_bytes; // n_bytes: of all three

@@ -90,11 +90,12 @@ static int32_t *list_groups(struct backend *b, const struct linear *l, const str
 
 struct pack_job {
     struct linear *l;
+    int64_t first_row; // of the weight, in q
     const struct quantized *q;
     struct cpu_quantized_layout at;
 };
 
-/* One lane's codes of output `row` to its words, a unit of which is at `dst`. */
+/* One lane's codes of q's output `row` to its words, a unit of which is at `dst`. */
 static void pack_codes(const struct pack_job *job, uint8_t *dst, size_t unit_bytes, int64_t row,
                        int lane)
 {
@@ -121,9 +122,9 @@ static void pack_work(void *arg, int thread, int n_threads)
     const struct linear *l = job->l;
     const struct quantized *q = job->q;
     int64_t first, end;
-    cpu_share((l->out_dim + 15) / 16, thread, n_threads, &first, &end);
-    for (int64_t row = first * 16; row < end * 16 && row < l->out_dim; row++) {
-        const struct place at = place_of(l, &job->at, row / 16);
+    cpu_share((q->out_dim + 15) / 16, thread, n_threads, &first, &end);
+    for (int64_t row = first * 16; row < end * 16 && row < q->out_dim; row++) {
+        const struct place at = place_of(l, &job->at, (job->first_row + row) / 16);
         uint8_t *packed = l->packed;
         const size_t j = (size_t)(row % 16);
         for (int64_t g = 0; g < l->n_groups; g++) {
@@ -141,26 +142,36 @@ static void pack_work(void *arg, int thread, int n_threads)
 /* Of codes up to 255 times 127 the sums stay in 32 bits. */
 #define INTEGER_COLUMNS_MAX 65536
 
-void cpu_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
-                               const struct tensor *bias)
+/* Memory for a weight as q has parts of it. */
+static void begin_weight(struct backend *b, struct linear *l, const struct quantized *q,
+                         const struct tensor *bias)
 {
-    struct pack_job job = {.l = l, .q = q};
+    struct cpu_quantized_layout at;
     l->format = q->format;
     l->n_groups = q->n_groups;
     l->group_size = q->group_of ? 0 : q->group_size;
     l->group_phase = q->group_phase;
     l->has_zeros = q->zeros != NULL;
-    cpu_quantized_layout(&job.at, cpu_state(b), l);
-    l->group_of = job.at.irregular ? list_groups(b, l, q, &job.at) : NULL;
-    if (l->x_format == WEIGHT_INT8 && (job.at.irregular || l->in_dim > INTEGER_COLUMNS_MAX))
+    cpu_quantized_layout(&at, cpu_state(b), l);
+    l->group_of = at.irregular ? list_groups(b, l, q, &at) : NULL;
+    if (l->x_format == WEIGHT_INT8 && (at.irregular || l->in_dim > INTEGER_COLUMNS_MAX))
         die("--activation-quantization int8: a weight of %lld columns in groups of %lld has a "
             "shard "
             "or lane that cuts them apart, or more than %d columns",
             (long long)l->in_dim, (long long)l->group_size, INTEGER_COLUMNS_MAX);
-    l->packed_bytes = (size_t)((l->out_dim + 15) / 16) * job.at.n_bytes;
+    l->packed_bytes = (size_t)((l->out_dim + 15) / 16) * at.n_bytes;
     l->packed = b->ops->alloc(b, l->packed_bytes);
-    cpu_parallel(b, l->out_dim * l->in_dim, pack_work, &job);
     cpu_linear_pack_bias(b, l, bias);
+}
+
+void cpu_linear_pack_quantized(struct backend *b, struct linear *l, int64_t first,
+                               const struct quantized *q, const struct tensor *bias)
+{
+    struct pack_job job = {.l = l, .first_row = first, .q = q};
+    if (first == 0)
+        begin_weight(b, l, q, bias);
+    cpu_quantized_layout(&job.at, cpu_state(b), l);
+    cpu_parallel(b, q->out_dim * l->in_dim, pack_work, &job);
 }
 
 /* ---- products ---- */

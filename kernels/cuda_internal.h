@@ -251,8 +251,8 @@ struct product {
 };
 void cuda_blas_multiply(struct cuda_state *s, const struct product *p);
 /* cuda_quantized.cu */
-void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
-                                const struct tensor *bias);
+void cuda_linear_pack_quantized(struct backend *b, struct linear *l, int64_t first,
+                                const struct quantized *q, const struct tensor *bias);
 size_t cuda_quantized_bytes(const struct cuda_state *s, const struct linear *l);
 /* So many rows of a quantised float32 weight can be dense at a time, all or a multiple of 64; and
  * rows [first, first + n) of it: [n, in_dim], until the next call. */

@@ -135,8 +135,9 @@ static void reserve_dense(struct cuda_state *s, const struct linear *l)
     s->dense_bytes = want;
 }
 
-void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struct quantized *q,
-                                const struct tensor *bias)
+/* Memory for a weight as q has parts of it, and what all rows share. */
+static void begin_weight(struct backend *b, struct linear *l, const struct quantized *q,
+                         const struct tensor *bias)
 {
     struct cuda_state *s = cuda_state_of(b);
 
@@ -147,29 +148,39 @@ void cuda_linear_pack_quantized(struct backend *b, struct linear *l, const struc
     l->has_zeros = q->zeros != NULL;
     l->group_of = NULL;
     l->packed = NULL;
-    const struct codes c = cuda_codes_of(s, l);
-    int64_t at_once = (int64_t)s->staging_bytes / c.row_bytes;
-    size_t n_scales = (size_t)(l->out_dim * l->n_groups);
-    if (at_once < 1)
-        BUG("a row of %lld codes is larger than the staging buffer", (long long)l->in_dim);
     if (l->dtype == DTYPE_F32)
         reserve_dense(s, l);
-    cuda_weight_alloc(b, l, c.n_bytes, bias);
-    for (int64_t row = 0; row < l->out_dim; row += at_once) {
-        int64_t n = l->out_dim - row < at_once ? l->out_dim - row : at_once;
-        size_t n_bytes = (size_t)(n * c.row_bytes);
-        char *part = cuda_staging_take(s, n_bytes);
-        struct packing p = {(uint8_t *)part, &c, q, row, n};
-        op_parallel(b, pack_rows, &p);
-        cuda_staging_upload(b, (char *)l->packed + row * c.row_bytes, part, n_bytes);
-    }
-    b->ops->upload(b, (char *)l->packed + c.scales_at, q->scales, n_scales * sizeof(float));
-    if (q->zeros)
-        b->ops->upload(b, (char *)l->packed + c.zeros_at, q->zeros, n_scales);
+    cuda_weight_alloc(b, l, cuda_codes_of(s, l).n_bytes, bias);
     if (q->group_of) {
         l->group_of = (int32_t *)b->ops->alloc(b, (size_t)l->in_dim * sizeof(int32_t));
         b->ops->upload(b, l->group_of, q->group_of, (size_t)l->in_dim * sizeof(int32_t));
     }
+}
+
+void cuda_linear_pack_quantized(struct backend *b, struct linear *l, int64_t first,
+                                const struct quantized *q, const struct tensor *bias)
+{
+    struct cuda_state *s = cuda_state_of(b);
+
+    if (first == 0)
+        begin_weight(b, l, q, bias);
+    const struct codes c = cuda_codes_of(s, l);
+    int64_t at_once = (int64_t)s->staging_bytes / c.row_bytes;
+    size_t n_scales = (size_t)(q->out_dim * l->n_groups), before = (size_t)(first * l->n_groups);
+    if (at_once < 1)
+        BUG("a row of %lld codes is larger than the staging buffer", (long long)l->in_dim);
+    for (int64_t row = 0; row < q->out_dim; row += at_once) {
+        int64_t n = q->out_dim - row < at_once ? q->out_dim - row : at_once;
+        size_t n_bytes = (size_t)(n * c.row_bytes);
+        char *part = cuda_staging_take(s, n_bytes);
+        struct packing p = {(uint8_t *)part, &c, q, row, n};
+        op_parallel(b, pack_rows, &p);
+        cuda_staging_upload(b, (char *)l->packed + (first + row) * c.row_bytes, part, n_bytes);
+    }
+    b->ops->upload(b, (char *)l->packed + c.scales_at + before * sizeof(float), q->scales,
+                   n_scales * sizeof(float));
+    if (q->zeros)
+        b->ops->upload(b, (char *)l->packed + c.zeros_at + before, q->zeros, n_scales);
 }
 
 /* ---- values ---- */

@@ -26,7 +26,7 @@
  *   INT8   s = largest |x| / 127 and the whole numbers nearest to x / s, ties to even (s and all
  *          codes 0 where it is below 2^-126; s NaN where an x is not finite). A run of columns of
  *          one group is the whole number of codes of x times multiples of the weight, exact in 32
- *          bits; lane = fma(scale, run, lane), run after run, and the sum is lane * s.
+ *          bits; lane = fma(scale, run, lane), from 0, run after run; the sum is lane * s.
  *
  * Sources: bitsandbytes (functional.py get_4bit_type, quantize_4bit of its default back end;
  * LLM.int8()), OCP 8-bit floating point E4M3.

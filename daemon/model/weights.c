@@ -391,19 +391,37 @@ static float *read_bias(struct weights *w, struct backend *b, const struct linea
     return bias;
 }
 
-/* Rows [first, first + n) of the stacked parts into host [n, in]. */
-static void read_stacked(struct weights *w, struct backend *b, const struct linear_parts *p,
-                         int64_t first, int64_t n, char *host, enum dtype dtype)
+/* The rows of part i, which is in the stack from `begin` on, that are among rows `of` of the stack;
+ * none: n is 0 or less. */
+static struct range rows_of_part(const struct linear_parts *p, int i, int64_t begin,
+                                 struct range of)
 {
-    int64_t begin = 0; // of the part
+    int64_t from = of.start > begin ? of.start : begin;
+    int64_t end = of.start + of.n, part_end = begin + p->rows[i].n;
+    return (struct range){p->rows[i].start + from - begin,
+                          (end < part_end ? end : part_end) - from};
+}
+
+/* Rows of the stacked parts into host [n, in]. */
+static void read_stacked(struct weights *w, struct backend *b, const struct linear_parts *p,
+                         struct range of, char *host, enum dtype dtype)
+{
+    int64_t begin = 0, done = 0;
     for (int i = 0; i < p->n; begin += p->rows[i++].n) {
-        int64_t from = first > begin ? first : begin, end = begin + p->rows[i].n;
-        end = end < first + n ? end : first + n;
-        if (from < end)
-            read_slice(w, b, p->specs[i],
-                       (struct range){p->rows[i].start + from - begin, end - from}, p->columns[i],
-                       host + (size_t)((from - first) * p->in) * dtype_size(dtype), dtype);
+        struct range rows = rows_of_part(p, i, begin, of);
+        if (rows.n <= 0)
+            continue;
+        read_slice(w, b, p->specs[i], rows, p->columns[i],
+                   host + (size_t)(done * p->in) * dtype_size(dtype), dtype);
+        done += rows.n;
     }
+}
+
+/* Of a weight, that pass through the staging memory together, from row `first` on. */
+static struct range rows_from(const struct linear_parts *p, int64_t first)
+{
+    int64_t n = rows_at_once(p->in);
+    return (struct range){first, n < p->out - first ? n : p->out - first};
 }
 
 static void pack_floats(struct weights *w, struct backend *b, struct linear *l,
@@ -413,12 +431,11 @@ static void pack_floats(struct weights *w, struct backend *b, struct linear *l,
     for (int i = 1; i < p->n; i++)
         if (stored_dtype(w, p->specs[i]) != dtype)
             dtype = DTYPE_F32;
-    for (int64_t first = 0; first < p->out; first += rows_at_once(p->in)) {
-        int64_t n = rows_at_once(p->in) < p->out - first ? rows_at_once(p->in) : p->out - first;
-        char *host = staging(w, (size_t)(n * p->in) * dtype_size(dtype));
-        read_stacked(w, b, p, first, n, host, dtype);
-        struct tensor rows = tensor_2d(host, dtype, n, p->in);
-        op_linear_pack_rows(b, l, first, &rows, first ? NULL : bias);
+    for (struct range of = rows_from(p, 0); of.n > 0; of = rows_from(p, of.start + of.n)) {
+        char *host = staging(w, (size_t)(of.n * p->in) * dtype_size(dtype));
+        read_stacked(w, b, p, of, host, dtype);
+        struct tensor rows = tensor_2d(host, dtype, of.n, p->in);
+        op_linear_pack_rows(b, l, of.start, &rows, of.start ? NULL : bias);
         safetensors_forget(&w->files);
     }
 }
@@ -456,20 +473,36 @@ static enum weight_format x_format_of(const struct weights *w, const struct weig
     return fits && is_multiplied(w, s) ? w->x_format : WEIGHT_FLOAT;
 }
 
+/* The same of codes, into q. */
+static void read_codes(struct weights *w, struct backend *b, const struct linear_parts *p,
+                       struct range of, struct quantized *q, enum dtype dtype)
+{
+    int64_t begin = 0, done = 0;
+    for (int i = 0; i < p->n; begin += p->rows[i++].n) {
+        struct range rows = rows_of_part(p, i, begin, of);
+        if (rows.n <= 0)
+            continue;
+        w->read_bytes +=
+            weight_codes_read(q, done, w, p->specs[i], p->specs[0], rows, p->columns[i], dtype, b);
+        done += rows.n;
+    }
+}
+
 static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
                        const struct linear_parts *p, const struct tensor *bias)
 {
     const struct weight_spec *as = p->specs[0];
-    struct quantized q = {0};
-    int64_t row = 0;
     l->x_format = x_format_of(w, as);
-    weight_codes_init(&q, w, as, p->out, p->columns[0], staging(w, (size_t)(p->out * p->in)));
-    for (int i = 0; i < p->n; row += p->rows[i++].n)
-        w->read_bytes +=
-            weight_codes_read(&q, row, w, p->specs[i], as, p->rows[i], p->columns[i], l->dtype, b);
-    op_linear_pack_quantized(b, l, &q, bias);
+    for (struct range of = rows_from(p, 0); of.n > 0; of = rows_from(p, of.start + of.n)) {
+        struct quantized q = {0};
+        weight_codes_init(&q, w, as, of.n, p->columns[0], staging(w, (size_t)(of.n * p->in)));
+        read_codes(w, b, p, of, &q, l->dtype);
+        op_linear_pack_quantized_rows(b, l, of.start, &q, of.start ? NULL : bias);
+        weight_codes_release(&q);
+        if (!weights_codes(w, as)) // a checkpoint's may lie column by column
+            safetensors_forget(&w->files);
+    }
     safetensors_forget(&w->files);
-    weight_codes_release(&q);
 }
 
 void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum dtype dtype,

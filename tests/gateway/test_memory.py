@@ -29,6 +29,7 @@ KV_BYTES, N_CONTEXT, N_TILES = 4 << 20, 2048, 2  # two sequences of N_CONTEXT to
 INT8_TOKEN_BYTES = 2 * 2 * (64 + 4)  # key and value, layers, codes and a scale of a shard's one kv head
 N_LOGIT_ROWS = 128  # twice what the vocabulary projection takes at once
 PLAN_SHARE = 0.02
+PLAN_SHARE_CODES = 0.04  # half of the weights, and what is multiplied with them is planned as if in bfloat16
 
 
 def make_checkpoint(folder, text, vision=None):
@@ -66,7 +67,7 @@ class Memory(unittest.TestCase):
         self.assertGreater(answer.done.usage.prompt_tokens, N_TILES * 256)
         client.close()
 
-    def check_plan(self, *extra, **layout):
+    def check_plan(self, *extra, share=PLAN_SHARE, **layout):
         with tempfile.TemporaryDirectory(prefix="internvld-plan-") as folder:
             make_checkpoint(pathlib.Path(folder), TEXT_1B, VISION_1B)
             with daemon.Daemon(model=folder, dtype="bfloat16", **layout, extra=(
@@ -85,13 +86,17 @@ class Memory(unittest.TestCase):
             self.assertLessEqual(peak[rank], n_bytes, f"rank {rank}")
             self.assertAlmostEqual(held[rank] / (1 << 20), planned["KV"] / (1 << 20), delta=0.05, msg=f"rank {rank}")
             if role != "gateway":  # its caches are as full as requests make them
-                self.assertGreaterEqual(peak[rank], n_bytes * (1 - PLAN_SHARE), f"rank {rank}")
+                self.assertGreaterEqual(peak[rank], n_bytes * (1 - share), f"rank {rank}")
 
     def test_the_plan(self):
         self.check_plan(tensor=2)
 
     def test_the_plan_of_int8_pages(self):
         self.check_plan("--kv-cache-dtype", "int8", "--kv-cache-memory-bytes", 2 * N_CONTEXT * INT8_TOKEN_BYTES, tensor=2)
+
+    def test_the_plan_of_int8_weights(self):
+        self.check_plan("--quantization", "int8", "--activation-quantization", "int8", tensor=2,
+                        share=PLAN_SHARE_CODES)
 
     def test_labels_of_a_long_prompt(self):
         with tempfile.TemporaryDirectory(prefix="internvld-vocabulary-") as folder:
