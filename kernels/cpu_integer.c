@@ -11,18 +11,16 @@
  */
 #include "kernels/cpu_strip.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || VF_N == 4
 #define BY_BYTES 1 // x stays bytes where the weight's codes have 8 bits
-#elif VF_N >= 8
-#define BY_BYTES 0
 #else
-#define BY_BYTES 1
+#define BY_BYTES 0
 #endif
 
 #define ROWS_BESIDE 4 // so few rows stay in registers beside a weight
 
 /* Words of x beside a unit of codes. */
-static int unit_words(int bits)
+ALWAYS_INLINE int unit_words(int bits)
 {
     return bits == 4 || !BY_BYTES ? 2 : 1;
 }
@@ -105,13 +103,19 @@ ALWAYS_INLINE vi add_unit(vi sum, const vu w[2], const vu x[2], const int bits)
 #endif
 }
 
-/* One broadcast for all blocks, not an operand's for each. */
+/* One load for all that uses it, not an operand's for each. */
+ALWAYS_INLINE void loaded(vu *x)
+{
+#if VF_N == 16
+    __asm__("" : "+v"(*x));
+#endif
+    (void)x;
+}
+
 ALWAYS_INLINE vu load_x(uint32_t word)
 {
     vu x = (vu){0} + word;
-#if VF_N == 16
-    __asm__("" : "+v"(x));
-#endif
+    loaded(&x);
     return x;
 }
 
@@ -124,12 +128,13 @@ ALWAYS_INLINE void add_codes(struct integer_sums *s, const struct expand_product
                              const uint32_t *a, const uint8_t *codes, const int n_rows,
                              const int n_blocks, const int bits)
 {
-    const int n_vectors = n_blocks * BLOCK_VECTORS, n_words = bits == 4 || !BY_BYTES ? 2 : 1;
+    const int n_vectors = n_blocks * BLOCK_VECTORS, n_words = unit_words(bits);
     vu w[PRODUCT_BLOCKS_MAX * BLOCK_VECTORS][2], x[TILE_ROWS_MAX][2];
 #pragma GCC unroll 8
     for (int i = 0; i < n_vectors; i++) {
         const uint8_t *from = codes_of(m, codes, i / BLOCK_VECTORS);
         vu u = *(const vu_memory *)(from + i % BLOCK_VECTORS * VF_N * 4);
+        loaded(&u);
         weights_of(w[i], u, bits);
     }
 #pragma GCC unroll 16
@@ -168,6 +173,11 @@ ALWAYS_INLINE void begin_run(struct integer_sums *s, const struct expand_product
         for (int i = 0; i < n_vectors; i++)
             s->of[r][i] = begin;
     }
+#pragma GCC unroll 4
+    for (int b = 0; b < n_blocks; b++) { // the next strips' scales come in time
+        const struct expansion at = block_of(m, e, group, b);
+        __builtin_prefetch((const char *)at.scales + n_strips_of(n_blocks) * m->strip_bytes);
+    }
     for (int i = 0; e->zeros && i < n_vectors; i++) {
         const struct expansion at = block_of(m, e, group, i / BLOCK_VECTORS);
         const vi zeros = zeros_of(at.zeros + i % BLOCK_VECTORS * VF_N, bits);
@@ -199,7 +209,9 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
                                float factor, const int n_rows, const int n_blocks, const int bits)
 {
     const int unit = 32 / bits; // k
-    const int n_words = bits == 4 || !BY_BYTES ? 2 : 1;
+    /* One row of codes of 4 bits is so quick that more fetches than these get in the way of loads;
+     * the processor's own follow the stream. */
+    const int n_lines = bits == 4 && n_rows == 1 ? 1 : lines_ahead(n_blocks);
     const uint32_t *a = m->a;
     struct integer_sums s;
     int64_t run = m->first_run, group = 0, i = 0;
@@ -208,10 +220,10 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         begin_run(&s, m, e, group, n_rows, n_blocks, bits);
         for (const int64_t end = i + (run + unit - 1) / unit; i < end; i++) {
             const uint8_t *codes = e->codes + i * e->unit_bytes;
-            fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks,
+            fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks, n_lines,
                         VF_N == 16 || n_rows == 1);
             add_codes(&s, m, a, codes, n_rows, n_blocks, bits);
-            a += n_words * n_rows;
+            a += unit_words(bits) * n_rows;
         }
         if (group == 0 && run == left)
             end_run(&s, m, e, group, factor, n_rows, n_blocks, 0, 1);

@@ -432,7 +432,7 @@ ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m,
     const uint8_t *codes = e->codes + i * e->unit_bytes;
     int64_t left = (n_k + 1) / 2; // pairs
     for (; left >= n_pairs; left -= n_pairs, codes += e->unit_bytes, i++) {
-        fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks,
+        fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks, lines_ahead(n_blocks),
                     waits_for_memory(n_rows, d));
         add_unit(s, m, a, codes, f, g, n_rows, n_blocks, d, has_zeros);
         a += n_pairs * PAIR_WORDS * n_rows;

@@ -47,14 +47,21 @@ ALWAYS_INLINE void begin_with(struct expand_product *m, struct expansion *e, int
     m->c += b * 16;
 }
 
-/* What is read later than codes at `codes`, unit i of the lane's, after which `left` bytes of codes
- * are left in the strip, near its end of the strips after these; or what the caller asked for: to
- * the second-level cache where arithmetic takes less time than memory does, else to the first. */
+/* Of each strip that a unit is read of, what is fetched ahead. */
+ALWAYS_INLINE int lines_ahead(const int n_blocks)
+{
+    return n_blocks < STRIP ? 2 : STRIP;
+}
+
+/* n_lines of each strip of what is read later than codes at `codes`, unit i of the lane's, after
+ * which `left` bytes of codes are left in the strip, near its end of the strips after these; or
+ * what the caller asked for: to the second-level cache where arithmetic takes less time than memory
+ * does, else to the first. */
 ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t left,
-                               int64_t i, const int n_blocks, const int waits_for_memory)
+                               int64_t i, const int n_blocks, const int n_lines,
+                               const int waits_for_memory)
 {
     const int n_strips = n_strips_of(n_blocks);
-    const int n_lines = n_blocks < STRIP ? 2 : STRIP; // of each
     const char *ahead = m->ahead + i * m->ahead_step;
     if (!m->ahead) {
         ahead = (const char *)codes + PREFETCH_BYTES;

@@ -186,6 +186,22 @@ static void bitsandbytes_values(void **state)
     safetensors_release(&files);
 }
 
+/* Of a checkpoint with an lm_head and of one whose embedding serves as it. */
+static void of_both(void (*check)(const char *dir, const struct model_config *config))
+{
+    struct checkpoint_options tied = {.leave_out = "language_model.lm_head.weight"};
+    char dir[4096];
+    struct model_config c;
+    tiny_config_parse(&c);
+    make_directory(dir, sizeof(dir));
+    write_checkpoint(dir, &c, &(struct checkpoint_options){0});
+    check(dir, &c);
+    c.tie_word_embeddings = 1;
+    write_checkpoint(dir, &c, &tied);
+    check(dir, &c);
+    remove_directory(dir);
+}
+
 /* The language model and vision tower take what the plan says, up to blocks of sixteen rows. */
 static void check_plan(const char *dir, const struct model_config *config)
 {
@@ -227,17 +243,7 @@ static void check_plan(const char *dir, const struct model_config *config)
 static void plan_is_what_is_taken(void **state)
 {
     (void)state;
-    struct checkpoint_options tied = {.leave_out = "language_model.lm_head.weight"};
-    char dir[4096];
-    struct model_config c;
-    tiny_config_parse(&c);
-    make_directory(dir, sizeof(dir));
-    write_checkpoint(dir, &c, &(struct checkpoint_options){0});
-    check_plan(dir, &c);
-    c.tie_word_embeddings = 1;
-    write_checkpoint(dir, &c, &tied);
-    check_plan(dir, &c);
-    remove_directory(dir);
+    of_both(check_plan);
 }
 
 /* --activation-quantization int8: of all products but the convolution's. Rows of an embedding that
@@ -274,17 +280,7 @@ static void check_rounded(const char *dir, const struct model_config *config)
 static void products_that_round(void **state)
 {
     (void)state;
-    struct checkpoint_options tied = {.leave_out = "language_model.lm_head.weight"};
-    char dir[4096];
-    struct model_config c;
-    tiny_config_parse(&c);
-    make_directory(dir, sizeof(dir));
-    write_checkpoint(dir, &c, &(struct checkpoint_options){0});
-    check_rounded(dir, &c);
-    c.tie_word_embeddings = 1;
-    write_checkpoint(dir, &c, &tied);
-    check_rounded(dir, &c);
-    remove_directory(dir);
+    of_both(check_rounded);
 }
 
 int main(void)
