@@ -209,9 +209,11 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
                                float factor, const int n_rows, const int n_blocks, const int bits)
 {
     const int unit = 32 / bits; // k
-    /* One row of codes of 4 bits is so quick that more fetches than these get in the way of loads;
-     * the processor's own follow the stream. */
-    const int n_lines = bits == 4 && n_rows == 1 ? 1 : lines_ahead(n_blocks);
+    /* One row of codes of 4 bits is so quick that fetching every line gets in the way of loads; the
+     * processor's own fetches follow the stream. */
+    const struct fetching f = {.n_lines = bits == 4 && n_rows == 1 ? 1 : lines_of(n_blocks),
+                               .n_bytes = PREFETCH_BYTES,
+                               .waits_for_memory = VF_N == 16 || n_rows == 1};
     const uint32_t *a = m->a;
     struct integer_sums s;
     int64_t run = m->first_run, group = 0, i = 0;
@@ -220,8 +222,7 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         begin_run(&s, m, e, group, n_rows, n_blocks, bits);
         for (const int64_t end = i + (run + unit - 1) / unit; i < end; i++) {
             const uint8_t *codes = e->codes + i * e->unit_bytes;
-            fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks, n_lines,
-                        VF_N == 16 || n_rows == 1);
+            fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks, f);
             add_codes(&s, m, a, codes, n_rows, n_blocks, bits);
             a += unit_words(bits) * n_rows;
         }

@@ -74,10 +74,14 @@ ALWAYS_INLINE void set_mode(struct sums *s, unsigned mode, const int n_rows, con
 
 /* ---- whole units ---- */
 
-/* 1 where arithmetic takes less time than memory does. */
-ALWAYS_INLINE int waits_for_memory(const int n_rows, const enum decoding d)
+/* Six KiB ahead of a strip that a few rows read alone: less, and loads wait; more brings nothing.
+ */
+ALWAYS_INLINE struct fetching fetching_of(const int n_rows, const int n_blocks,
+                                          const enum decoding d)
 {
-    return DOTS || (d == DECODE_INT8 && n_rows == 1);
+    return (struct fetching){.n_lines = lines_of(n_blocks),
+                             .n_bytes = STRIP > 1 ? 6144 : PREFETCH_BYTES,
+                             .waits_for_memory = DOTS || (d == DECODE_INT8 && n_rows == 1)};
 }
 
 /* From any byte on. */
@@ -432,8 +436,8 @@ ALWAYS_INLINE void add_codes(struct sums *s, const struct expand_product *m,
     const uint8_t *codes = e->codes + i * e->unit_bytes;
     int64_t left = (n_k + 1) / 2; // pairs
     for (; left >= n_pairs; left -= n_pairs, codes += e->unit_bytes, i++) {
-        fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks, lines_ahead(n_blocks),
-                    waits_for_memory(n_rows, d));
+        fetch_ahead(m, codes, m->codes_left - i * e->unit_bytes, i, n_blocks,
+                    fetching_of(n_rows, n_blocks, d));
         add_unit(s, m, a, codes, f, g, n_rows, n_blocks, d, has_zeros);
         a += n_pairs * PAIR_WORDS * n_rows;
     }

@@ -47,32 +47,36 @@ ALWAYS_INLINE void begin_with(struct expand_product *m, struct expansion *e, int
     m->c += b * 16;
 }
 
-/* Of each strip that a unit is read of, what is fetched ahead. */
-ALWAYS_INLINE int lines_ahead(const int n_blocks)
+/* What a product fetches at each unit: so many lines of each strip, so far ahead of the loads; to
+ * the second-level cache where arithmetic takes less time than memory does, else to the first. */
+struct fetching {
+    int n_lines;
+    int64_t n_bytes;
+    int waits_for_memory;
+};
+
+ALWAYS_INLINE int lines_of(const int n_blocks)
 {
     return n_blocks < STRIP ? 2 : STRIP;
 }
 
-/* n_lines of each strip of what is read later than codes at `codes`, unit i of the lane's, after
- * which `left` bytes of codes are left in the strip, near its end of the strips after these; or
- * what the caller asked for: to the second-level cache where arithmetic takes less time than memory
- * does, else to the first. */
+/* What is read later than codes at `codes`, unit i of the lane's, after which `left` bytes of codes
+ * are left in the strip, near its end of the strips after these; or what the caller asked for. */
 ALWAYS_INLINE void fetch_ahead(const struct expand_product *m, const uint8_t *codes, int64_t left,
-                               int64_t i, const int n_blocks, const int n_lines,
-                               const int waits_for_memory)
+                               int64_t i, const int n_blocks, const struct fetching f)
 {
     const int n_strips = n_strips_of(n_blocks);
     const char *ahead = m->ahead + i * m->ahead_step;
     if (!m->ahead) {
-        ahead = (const char *)codes + PREFETCH_BYTES;
-        if (left <= PREFETCH_BYTES)
+        ahead = (const char *)codes + f.n_bytes;
+        if (left <= f.n_bytes)
             ahead += m->tail_bytes + (n_strips - 1) * m->strip_bytes;
     }
 #pragma GCC unroll 4
     for (int k = 0; k < n_strips; k++, ahead += m->strip_bytes) {
 #pragma GCC unroll 4
-        for (int line = 0; line < n_lines; line++)
-            prefetch(ahead + line * LINE_BYTES, waits_for_memory);
+        for (int line = 0; line < f.n_lines; line++)
+            prefetch(ahead + line * LINE_BYTES, f.waits_for_memory);
     }
 }
 
