@@ -305,8 +305,8 @@ static void pack_panel(const struct matmul_job *job, uint32_t *packed, int64_t p
 }
 
 /* Where a lane lies in a packed panel of codes: all words, all begins of runs, all scales. */
-static struct cpu_codes codes_of(const struct matmul_job *job, uint32_t *words, int n_rows,
-                                 int lane)
+static struct cpu_codes lane_codes(const struct matmul_job *job, uint32_t *words, int n_rows,
+                                   int lane)
 {
     const struct linear *l = job->l;
     const int bits = weight_format_bits(l->format);
@@ -329,7 +329,7 @@ static void pack_codes(const struct matmul_job *job, uint32_t *packed, int64_t p
     const struct linear *l = job->l;
     const int64_t row = panel_start(job, panel), column = l->lane_start[lane];
     const int n_rows = (int)(panel_start(job, panel + 1) - row);
-    const struct cpu_codes codes = codes_of(job, packed + row * job->row_words, n_rows, lane);
+    const struct cpu_codes codes = lane_codes(job, packed + row * job->row_words, n_rows, lane);
     cpu_factor_codes(job->state, &codes, job->x, row, column, n_rows,
                      l->lane_start[lane + 1] - column);
 }
@@ -497,7 +497,7 @@ static void run_codes(struct tile *t, const struct matmul_job *job, const struct
     struct cpu_codes codes;
     const int is_integer = job->l->x_format == WEIGHT_INT8;
     if (is_integer)
-        codes = codes_of(job, p->x, p->n_rows, lane);
+        codes = lane_codes(job, p->x, p->n_rows, lane);
     cpu_quantized_multiply(job->state, job->l, &job->quantized, t, is_integer ? &codes : NULL,
                            p->n_rows, p->block, p->n_blocks, lane, ahead_of(job, p));
 }

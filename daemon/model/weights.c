@@ -499,10 +499,10 @@ static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
         read_codes(w, b, p, of, &q, l->dtype);
         op_linear_pack_quantized_rows(b, l, of.start, &q, of.start ? NULL : bias);
         weight_codes_release(&q);
-        if (!weights_codes(w, as)) // a checkpoint's may lie column by column
+        /* A checkpoint's codes may lie column by column: each part reads all of their pages. */
+        if (!weights_codes(w, as) || of.start + of.n == p->out)
             safetensors_forget(&w->files);
     }
-    safetensors_forget(&w->files);
 }
 
 void weights_linear(struct weights *w, struct backend *b, struct linear *l, enum dtype dtype,
