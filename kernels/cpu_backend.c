@@ -59,7 +59,7 @@ int backend_cpu_has(const char *isa)
         return avx512 && __builtin_cpu_supports("avx512vnni");
     if (strcmp(isa, "avx512bf16") == 0 || strcmp(isa, "avx512bf16fma") == 0)
         return avx512 && __builtin_cpu_supports("avx512vnni") &&
-               __builtin_cpu_supports("avx512bf16");
+               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
 #endif
     return strcmp(isa, "scalar") == 0;
 }

@@ -94,6 +94,9 @@ struct decoder {
     struct lookup table; // of 4 bits
 #if VF_N == 16
     vu words; // [32] bfloat16: INT4's multiples by the low five bits of a word, FP8's denormals
+#if defined(__AVX512VBMI__)
+    vu magnitude[2][2]; // magnitude_bytes
+#endif
 #elif VF_N == 8
     uint8_t bytes[4][16]; // byte i of each float of the table
 #endif
@@ -161,6 +164,22 @@ ALWAYS_INLINE void split_bytes(uint8_t bytes[4][16], const float table[16])
 }
 #endif
 
+#if defined(__AVX512VBMI__)
+#define EIGHT(first, step)                                                                         \
+    first, first + step, first + 2 * step, first + 3 * step, first + 4 * step, first + 5 * step,   \
+        first + 6 * step, first + 7 * step
+#define FOUR_EIGHTS(first, step)                                                                   \
+    EIGHT(first, step), EIGHT(first + 8 * step, step), EIGHT(first + 16 * step, step),             \
+        EIGHT(first + 24 * step, step)
+/* The lower and the upper bytes of bfloat16: of 128, and of 1 … 127, by their powers of two. */
+static const uint8_t magnitude_bytes[2][128] = {
+    {0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0, EIGHT(0, 16), EIGHT(0x80, 8), EIGHT(0xc0, 8),
+     FOUR_EIGHTS(0, 4), FOUR_EIGHTS(0x80, 2), FOUR_EIGHTS(0xc0, 2)},
+    {0x43, 0x3f, [2 ... 7] = 0x40, [8 ... 31] = 0x41, [32 ... 127] = 0x42}};
+#undef FOUR_EIGHTS
+#undef EIGHT
+#endif
+
 ALWAYS_INLINE struct decoder decoder_of(const struct expansion *e, const enum decoding d,
                                         const int has_zeros)
 {
@@ -171,6 +190,10 @@ ALWAYS_INLINE struct decoder decoder_of(const struct expansion *e, const enum de
 #if VF_N == 16
     if (d == DECODE_INT4 || d == DECODE_FP8)
         f.words = words_of(d, has_zeros);
+#if defined(__AVX512VBMI__)
+    if (d == DECODE_INT8 && !has_zeros)
+        memcpy(f.magnitude, magnitude_bytes, sizeof(f.magnitude));
+#endif
 #elif VF_N == 8
     if (d == DECODE_TABLE)
         split_bytes(f.bytes, e->table);
@@ -255,6 +278,32 @@ ALWAYS_INLINE vu fp8_pair(vu u, const int p, const struct decoder *f)
     __mmask32 is_denormal = _mm512_testn_epi16_mask((__m512i)high, _mm512_set1_epi16(0x7800));
     x = _mm512_mask_permutexvar_epi16(x, is_denormal, (__m512i)(high >> 8), (__m512i)f->words);
     return (vu)x | (high & 0x80008000u);
+}
+#endif
+
+#if defined(__AVX512VBMI__)
+/* The bytes of 64 multiples' magnitudes are looked up at once, 0 and 128 as one, which is why the
+ * upper one of a 0 is masked; then those of pair p are put side by side. */
+ALWAYS_INLINE vu int8_pair(vu u, const int p, const struct decoder *f)
+{
+    static const uint8_t odd[16] = {1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15};
+    static const uint8_t even[16] = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
+    const __m512i sign = _mm512_set1_epi8(-128);
+    const __m512i x = _mm512_xor_si512((__m512i)u, sign), magnitude = _mm512_abs_epi8(x);
+    __m512i low = _mm512_permutex2var_epi8((__m512i)f->magnitude[0][0], magnitude,
+                                           (__m512i)f->magnitude[0][1]);
+    __m512i high =
+        _mm512_maskz_permutex2var_epi8(_mm512_test_epi8_mask(x, x), (__m512i)f->magnitude[1][0],
+                                       magnitude, (__m512i)f->magnitude[1][1]);
+    high = _mm512_ternarylogic_epi32(high, x, sign, 0xf8); // high | (x & sign)
+    if (p == 0) {
+        const __m128i order = _mm_loadu_si128((const void *)even);
+        return (vu)_mm512_mask_shuffle_epi8(low, 0xaaaaaaaaaaaaaaaau, high,
+                                            _mm512_broadcast_i32x4(order));
+    }
+    const __m128i order = _mm_loadu_si128((const void *)odd);
+    return (vu)_mm512_mask_shuffle_epi8(high, 0x5555555555555555u, low,
+                                        _mm512_broadcast_i32x4(order));
 }
 #endif
 
