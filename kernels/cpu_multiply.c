@@ -259,16 +259,15 @@ ALWAYS_INLINE void add_vectors(struct sums *s, const int i, const int n, const x
     add_half(s, i, n, a, even, n_rows);
 }
 
-/* Integers: pair p of all blocks, so that what the pair has in common stays in registers; with many
+/* INT8: pair p of all blocks, so that what the pair has in common stays in registers; with many
  * rows, whose sums take those, the odd and the even k apart. */
-ALWAYS_INLINE void add_integers(struct sums *s, const struct expand_product *m, const x_word *a,
-                                const uint8_t *first, const int p, const struct grid *g,
-                                const int n_rows, const int n_blocks, const enum decoding d,
-                                const int has_zeros)
+ALWAYS_INLINE void add_int8(struct sums *s, const struct expand_product *m, const x_word *a,
+                            const uint8_t *first, const int p, const struct grid *g,
+                            const int n_rows, const int n_blocks, const int has_zeros)
 {
-    const int at = bits_of(d) * p;
+    const int at = 8 * p;
     const int n = n_rows == 1 ? 1 : BLOCK_VECTORS; // vectors that share a broadcast of x
-    vu mask = (vu){0} + (((1u << bits_of(d)) - 1) << at), power = (vu){0} + bits_of_power(at);
+    vu mask = (vu){0} + (0xffu << at), power = (vu){0} + bits_of_power(at);
     vf bias = g[0].bias[at / 4][0];
     /* Of codes and x, what is needed again is loaded again, not spilled. */
     if (n_rows <= ROWS_BESIDE)
@@ -298,6 +297,44 @@ ALWAYS_INLINE void add_integers(struct sums *s, const struct expand_product *m, 
         __asm__ volatile("" : "+r"(codes));
         if (n_rows > 1)
             __asm__ volatile("" : "+r"(a));
+    }
+}
+
+/* INT4: pair after pair of all blocks. The codes of even and of odd k are kept as words whose upper
+ * halves are all ones, of which one AND leaves a code and its power. */
+ALWAYS_INLINE void add_int4(struct sums *s, const struct expand_product *m, const x_word *a,
+                            const uint8_t *first, const struct grid *g, const int n_rows,
+                            const int n_blocks, const int has_zeros)
+{
+    const int n = n_rows == 1 ? 1 : BLOCK_VECTORS; // vectors that share a broadcast of x
+    vu words[PRODUCT_BLOCKS_MAX][2][BLOCK_VECTORS];
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++, a += 2 * n_rows) {
+        vu mask = (vu){0} + (0xfu << 4 * p | bits_of_power(4 * p));
+        vf bias = g[0].bias[p][0];
+        if (n_rows < 6) // whose sums leave registers for both
+            __asm__ volatile("" : "+x"(mask), "+x"(bias));
+#pragma GCC unroll 2
+        for (int is_odd = 1; is_odd >= 0; is_odd--) {
+#pragma GCC unroll 8
+            for (int i = 0; i < n_blocks * BLOCK_VECTORS; i += n) {
+                const int b = i / BLOCK_VECTORS;
+                vf w[BLOCK_VECTORS];
+#pragma GCC unroll 2
+                for (int v = i % BLOCK_VECTORS, j = 0; j < n; v++, j++) {
+                    vu *word = &words[b][is_odd][v];
+                    if (p == 0) // loads shift for nothing
+                        *word = load_codes(codes_of(m, first, b) + v * VF_N * 4 + 2 * is_odd) |
+                                0xffff0000u;
+                    w[j] = (vf)(*word & mask) - (has_zeros ? g[b].bias[p][v] : bias);
+                }
+                add_half(s, i, n, a + is_odd * n_rows, w, n_rows);
+            }
+            if (n_rows >= 6)
+                __asm__ volatile("" : "+r"(a));
+        }
+        /* Words go to memory: sums take the registers. */
+        __asm__ volatile("" : "+m"(words), "+r"(a));
     }
 }
 
@@ -377,10 +414,14 @@ ALWAYS_INLINE void add_unit(struct sums *s, const struct expand_product *m, cons
                             const int n_rows, const int n_blocks, const enum decoding d,
                             const int has_zeros)
 {
-    if (d == DECODE_INT4 || d == DECODE_INT8) {
-#pragma GCC unroll 4
-        for (int p = 0; p < pairs_of_unit(d); p++, a += 2 * n_rows)
-            add_integers(s, m, a, codes, p, g, n_rows, n_blocks, d, has_zeros);
+    if (d == DECODE_INT4) {
+        add_int4(s, m, a, codes, g, n_rows, n_blocks, has_zeros);
+        return;
+    }
+    if (d == DECODE_INT8) {
+#pragma GCC unroll 2
+        for (int p = 0; p < 2; p++, a += 2 * n_rows)
+            add_int8(s, m, a, codes, p, g, n_rows, n_blocks, has_zeros);
         return;
     }
 #pragma GCC unroll 2
