@@ -11,6 +11,7 @@ BUILD holds daemon/internvld, client/internvl and tests/bench/op_bench. Measured
 picture of 1 and of 13 tiles (against their operations at the measured peak of bfloat16's products, or float32's where
 those are faster; with --activation-quantization int8 those with weights against that of int8's), and 16 answers at
 once. What the tables call int8-int8 and int4-int8 are int8 and int4 with that option.
+INTERNVLD_ISA chooses the instruction set of the daemon and of the measured peaks.
 Every round of a measure takes the daemon and the peers in turn, and the limits before and after each, of which the
 higher counts: what disturbs a limit lowers it. Medians are printed. --rounds-csv keeps each round, so that several
 short runs in quiet minutes make one table (--medians-of).

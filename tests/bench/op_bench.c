@@ -33,7 +33,7 @@ static const char usage[] =
     "    --op NAME       one op of kernels/backend.h; \"limits\": the machine's alone [all]\n"
     "    --format NAME   one format of weights or pages [all]\n"
     "    --rows N        products of so many rows [several]\n"
-    "    --isa NAME      as INTERNVLD_ISA takes it [the best]\n"
+    "    --isa NAME      of the kernels and the limits [INTERNVLD_ISA, or the best]\n"
     "    --threads N     [the processors]\n"
     "    --rounds N      [7]\n"
     "    --layers N      paged_attention reads the pages of N layers in turn, as a model does:\n"
@@ -148,7 +148,7 @@ static long number(const char *text, long most)
 int main(int argc, char **argv)
 {
     log_init();
-    const char *model = NULL, *isa = backend_cpu_best();
+    const char *model = NULL, *isa = getenv("INTERNVLD_ISA");
     long n_threads = sysconf(_SC_NPROCESSORS_ONLN);
     struct bench bench = {.n_rounds = 7, .n_layers = 1};
     for (int i = 1; i < argc; i += 2) {
@@ -180,6 +180,8 @@ int main(int argc, char **argv)
         else if (strcmp(name, "--csv") != 0)
             die("unknown option %s (--help)", name);
     }
+    if (!isa || strcmp(isa, "auto") == 0)
+        isa = backend_cpu_best();
     bench.b = backend_cpu_open((int)n_threads, isa);
     pin_threads(bench.b);
     limits_open(&bench.limits, bench.b, isa);
