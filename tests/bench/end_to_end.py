@@ -111,8 +111,9 @@ class Ours:
     def __init__(self, build, address, pictures, trace):
         self.command = [build / "client/internvl", "bench", "--address", address, "--json"]
         self.pictures, self.trace = pictures, trace
-        one, many = (self.bench("--input-len", n)["prompt_tokens"] for n in (10, 110))
-        self.per_word, self.base = (many - one) / 100, one - (many - one) / 10
+        few, many = (self.bench("--input-len", n)["prompt_tokens"] for n in (110, 160))
+        self.per_word = (many - few) / 50  # from the 101st on: the words are numbers, a token a digit
+        self.base = few - 110 * self.per_word
 
     def bench(self, *options, requests=1):
         words = [*self.command, "--warm-up", 0, "--num-requests", requests, "--concurrency", requests, *options]
@@ -123,8 +124,8 @@ class Ours:
         return self.bench("--input-len", 5, "--output-len", ANSWER)["itl_ms"]["p50"] / 1e3
 
     def prefill_s(self, n):
-        """Of a prompt of about n tokens, scaled to n."""
-        done = self.bench("--input-len", round((n - self.base) / self.per_word), "--output-len", 1)
+        """Of a prompt of almost n tokens, scaled to n."""
+        done = self.bench("--input-len", int((n - self.base) / self.per_word), "--output-len", 1)
         return done["ttft_ms"]["p50"] / 1e3 * n / done["prompt_tokens"]
 
     def tiles_s(self, n):
