@@ -143,8 +143,8 @@ int64_t cpu_factor_rows_bf16(const struct cpu_factor *f, uint32_t *dst, int64_t 
 struct cpu_codes {
     int bits, offset; // offset: of the weight's stored codes, 1 where zero points have it
     int64_t first_run, run, n_runs;
+    int32_t *begins; // begins and scales are not loaded as a pair, which waits for both stores
     uint32_t *words;
-    int32_t *begins;
     float *scales;
 };
 /* c's arrays <- n columns from `column` on of n_rows rows of x. */
@@ -222,7 +222,7 @@ int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t,
                             const struct cpu_codes *codes, int n_rows, int64_t block, int n_blocks,
-                            int lane, struct cpu_ahead ahead);
+                            int lane, const struct cpu_ahead *ahead);
 
 /* cpu_paged.c */
 void cpu_paged_attention(struct backend *b, struct tensor *out, const struct tensor *q,

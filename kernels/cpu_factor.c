@@ -52,73 +52,38 @@ int64_t cpu_factor_rows_bf16(const struct cpu_factor *f, uint32_t *dst, int64_t 
 
 #define CODES_TOGETHER 256 // columns, on the stack: whole units
 
-/* n <= CODES_TOGETHER columns of a row as floats, with zeros to whole sixteens, *n being so many
- * then: where they are, or in `buffer`. */
-static const float *floats_of(float *buffer, const struct tensor *x, int64_t row, int64_t column,
-                              int64_t *n)
-{
-    const void *from = cpu_element(x, row, column);
-    const int64_t whole = cpu_round16(*n);
-    if (x->dtype == DTYPE_F32 && *n == whole)
-        return from;
-    tensor_widen(buffer, from, x->dtype, *n);
-    memset(buffer + *n, 0, (size_t)(whole - *n) * sizeof(*buffer));
-    *n = whole;
-    return buffer;
-}
-
-/* NaN where one of the row's is not finite. */
-static float scale_of_row(const struct cpu_vector_ops *vector, const struct tensor *x, int64_t row,
-                          int64_t column, int64_t n)
-{
-    float buffer[CODES_TOGETHER], largest = 0.0f;
-    for (int64_t k = 0; k < n; k += CODES_TOGETHER) {
-        int64_t m = smaller(n - k, CODES_TOGETHER);
-        const float *floats = floats_of(buffer, x, row, column + k, &m);
-        float scale = vector->code_scale(floats, m);
-        if (!(scale <= largest) && largest == largest)
-            largest = scale;
-    }
-    return largest;
-}
-
 static int64_t run_of(const struct cpu_codes *c, int64_t k)
 {
     return k < c->first_run ? 0 : 1 + (k - c->first_run) / c->run;
 }
 
 /* Of columns [k, k + n) of a row. */
-static void take_off(const struct cpu_codes *c, int32_t *begins, int n_rows, const int8_t *codes,
-                     int64_t k, int64_t n)
+static void take_off(const struct cpu_integer_ops *integer, const struct cpu_codes *c,
+                     int32_t *begins, int n_rows, const int8_t *codes, int64_t k, int64_t n)
 {
-    for (const int64_t end = k + n; k < end;) {
-        const int64_t run = run_of(c, k), run_end = smaller(end, c->first_run + run * c->run);
-        int32_t total = 0;
-        for (; k < run_end; k++)
-            total += *codes++;
-        begins[run * n_rows] -= total * c->offset;
+    for (int64_t end = k + n, run_end; k < end; codes += run_end - k, k = run_end) {
+        const int64_t run = run_of(c, k);
+        run_end = smaller(end, c->first_run + run * c->run);
+        begins[run * n_rows] -= integer->total(codes, run_end - k) * c->offset;
     }
 }
 
 void cpu_factor_codes(const struct cpu_state *s, const struct cpu_codes *c, const struct tensor *x,
                       int64_t row, int64_t column, int n_rows, int64_t n)
 {
-    float buffer[CODES_TOGETHER];
     int8_t codes[CODES_TOGETHER];
     uint32_t words[TILE_ROWS_MAX][CODES_TOGETHER / 2];
     const int unit = 32 / c->bits, unit_words = s->integer->unit_words(c->bits);
     memset(c->begins, 0, (size_t)(c->n_runs * n_rows) * sizeof(*c->begins));
     for (int r = 0; r < n_rows; r++)
-        c->scales[r] = scale_of_row(s->vector, x, row + r, column, n);
+        c->scales[r] = s->vector->code_scale(cpu_element(x, row + r, column), x->dtype, n);
     for (int64_t k = 0; k < n; k += CODES_TOGETHER) {
         const int64_t n_k = smaller(n - k, CODES_TOGETHER), n_units = (n_k + unit - 1) / unit;
         for (int r = 0; r < n_rows; r++) {
-            int64_t m = n_k;
-            const float *floats = floats_of(buffer, x, row + r, column + k, &m);
-            for (int64_t i = 0; i < m; i += 16)
-                s->vector->code16(codes + i, floats + i, c->scales[r]);
+            s->vector->codes(codes, cpu_element(x, row + r, column + k), x->dtype, n_k,
+                             c->scales[r]);
             s->integer->lay(words[r], codes, n_units, c->bits);
-            take_off(c, c->begins + r, n_rows, codes, k, n_k);
+            take_off(s->integer, c, c->begins + r, n_rows, codes, k, n_k);
         }
         s->vector->transpose(c->words + k / unit * unit_words * n_rows, n_rows, words[0],
                              CODES_TOGETHER / 2, n_rows, n_units * unit_words);

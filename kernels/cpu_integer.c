@@ -58,6 +58,14 @@ static void lay(uint32_t *words, const int8_t *codes, int64_t n_units, int bits)
     }
 }
 
+static int32_t total(const int8_t *codes, int64_t n)
+{
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        sum += codes[i];
+    return sum;
+}
+
 /* ---- whole numbers ---- */
 
 /* Codes of a unit u of one vector's columns, a byte each (or 16 bits). */
@@ -310,6 +318,7 @@ static void multiply(const struct expand_product *m, const struct expansion *e,
 const struct cpu_integer_ops CPU_INTEGER_OPS = {
     .unit_words = unit_words,
     .lay = lay,
+    .total = total,
     .product_blocks = product_blocks,
     .multiply = multiply,
 };

@@ -169,6 +169,7 @@ struct cpu_integer_ops {
     /* words <- codes, of n_units units of `bits`; a multiple of sixteen codes is read, and as many
      * words are written as they fill. */
     void (*lay)(uint32_t *words, const int8_t *codes, int64_t n_units, int bits);
+    int32_t (*total)(const int8_t *codes, int64_t n); // their sum
     int (*product_blocks)(int n_rows); // that multiply() takes at once
     void (*multiply)(const struct expand_product *m, const struct expansion *e,
                      enum weight_format format);
@@ -251,10 +252,10 @@ struct cpu_vector_ops {
     void (*exp)(float *y, const float *x, int64_t n);
     void (*exp2_falling)(float *y, const float *x, int64_t n); // 2^x, each x at most 0 or a NaN
     void (*multiply_by)(float *x, const float *by, int64_t n); // x[i] *= by[i]
-    /* The scale of a vector of int8 codes, and sixteen of its codes: struct kv_pages. n is a
-     * multiple of 16. */
-    float (*code_scale)(const float *x, int64_t n);
-    void (*code16)(int8_t dst[16], const float *x, float scale);
+    /* The scale of a vector of int8 codes, n values of float32 or bfloat16, and codes of n >= 1 of
+     * them, with zeros to whole sixteens: struct kv_pages. */
+    float (*code_scale)(const void *x, enum dtype dtype, int64_t n);
+    void (*codes)(int8_t *dst, const void *x, enum dtype dtype, int64_t n, float scale);
 };
 
 extern const struct cpu_tile_ops cpu_tile_scalar, cpu_tile_avx2, cpu_tile_avx512,

@@ -400,6 +400,7 @@ struct product {
     const struct blocks *blocks;
     int64_t block; // the first
     int n_blocks;
+    struct cpu_ahead ahead;
 };
 
 /* Further than the processor's own prefetch reaches across pages of memory. */
@@ -434,7 +435,7 @@ static void run_dense(struct tile *t, const struct matmul_job *job, const struct
     const struct linear *l = job->l;
     const size_t element = dtype_size(l->dtype);
     const struct place at = place_of(l, &job->steps, p->block);
-    const struct cpu_ahead ahead = ahead_of(job, p);
+    const struct cpu_ahead ahead = p->ahead;
     const int64_t next = (p->block / STRIP_BLOCKS + 1) * STRIP_BLOCKS * job->steps.n;
     t->b = (const char *)l->packed + at.bytes + (size_t)start * at.step_bytes;
     t->b_step = (int64_t)(at.step_bytes / element);
@@ -490,16 +491,20 @@ static void run_chunks(struct tile *t, const struct matmul_job *job, const struc
     }
 }
 
-/* or multiplied as it is. */
+/* or multiplied as it is, */
 static void run_codes(struct tile *t, const struct matmul_job *job, const struct product *p,
-                      int lane)
+                      int lane, const struct cpu_codes *codes)
 {
-    struct cpu_codes codes;
-    const int is_integer = job->l->x_format == WEIGHT_INT8;
-    if (is_integer)
-        codes = lane_codes(job, p->x, p->n_rows, lane);
-    cpu_quantized_multiply(job->state, job->l, &job->quantized, t, is_integer ? &codes : NULL,
-                           p->n_rows, p->block, p->n_blocks, lane, ahead_of(job, p));
+    cpu_quantized_multiply(job->state, job->l, &job->quantized, t, codes, p->n_rows, p->block,
+                           p->n_blocks, lane, &p->ahead);
+}
+
+/* with x in codes. */
+static void run_integers(struct tile *t, const struct matmul_job *job, const struct product *p,
+                         int lane)
+{
+    const struct cpu_codes codes = lane_codes(job, p->x, p->n_rows, lane);
+    run_codes(t, job, p, lane, &codes);
 }
 
 /* sums [n_rows, n_blocks * 16] <- one lane. */
@@ -515,8 +520,10 @@ static void compute_lane(const struct matmul_job *job, const struct product *p, 
                      .n_k = job->steps.start[lane + 1] - start};
     if (job->l->format == WEIGHT_FLOAT)
         run_dense(&t, job, p, start);
+    else if (job->l->x_format == WEIGHT_INT8)
+        run_integers(&t, job, p, lane);
     else if (job->multiplies)
-        run_codes(&t, job, p, lane);
+        run_codes(&t, job, p, lane, NULL);
     else if (expands_whole(job))
         run_expanded(&t, job, p, lane, start);
     else
@@ -570,12 +577,13 @@ static void compute_tile(const struct matmul_job *job, uint32_t *packed_x, int64
     float sums[2][4][TILE_FLOATS_MAX] __attribute__((aligned(64)));
     struct finish f = finish_of(job, panel, (kept->first + first) * 16, n_blocks * 16);
     for (int i = 0; i < job->n_parts; i++) {
-        const struct product p = {.x = packed_x + panel_start(job, panel) * job->row_words,
-                                  .panel = panel,
-                                  .n_rows = (int)f.n_rows,
-                                  .blocks = &kept[i],
-                                  .block = kept[i].first + first,
-                                  .n_blocks = n_blocks};
+        struct product p = {.x = packed_x + panel_start(job, panel) * job->row_words,
+                            .panel = panel,
+                            .n_rows = (int)f.n_rows,
+                            .blocks = &kept[i],
+                            .block = kept[i].first + first,
+                            .n_blocks = n_blocks};
+        p.ahead = ahead_of(job, &p);
         compute_lanes(job, &p, sums[i]);
     }
     f.x = sums[0][0];

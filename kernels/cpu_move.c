@@ -148,15 +148,16 @@ static void write_slot_i8(const struct cpu_vector_ops *vector, const struct kv_p
                           const float *v)
 {
     const int64_t dim = kv->head_dim, size = kv->page_size;
-    const float scale[2] = {vector->code_scale(k, dim), vector->code_scale(v, dim)};
+    const float scale[2] = {vector->code_scale(k, DTYPE_F32, dim),
+                            vector->code_scale(v, DTYPE_F32, dim)};
     memcpy(keys + dim * size + slot * 4, &scale[0], sizeof(float));
     memcpy(values + dim * size + slot * 4, &scale[1], sizeof(float));
     keys += slot / 16 * 32 + slot % 16;
     values += slot / 2 * 2 * dim + slot % 2 * 16;
     for (int64_t d = 0; d < dim; d += 16, values += 32) {
         int8_t codes[16];
-        vector->code16(values, v + d, scale[1]);
-        vector->code16(codes, k + d, scale[0]);
+        vector->codes(values, v + d, DTYPE_F32, 16, scale[1]);
+        vector->codes(codes, k + d, DTYPE_F32, 16, scale[0]);
         for (int i = 0; i < 16; i += 2, keys += 2 * size) {
             keys[0] = codes[i];
             keys[16] = codes[i + 1];

@@ -270,7 +270,7 @@ int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
 void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
                             const struct cpu_quantized_layout *at, const struct tile *t,
                             const struct cpu_codes *codes, int n_rows, int64_t block, int n_blocks,
-                            int lane, struct cpu_ahead ahead)
+                            int lane, const struct cpu_ahead *ahead)
 {
     const int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
     const int64_t n = cpu_strip_blocks((l->out_dim + 15) / 16, block, at->strip);
@@ -288,13 +288,13 @@ void cpu_quantized_multiply(const struct cpu_state *s, const struct linear *l,
         .strip_bytes = n * (int64_t)at->n_bytes,
         .tail_bytes = n * (int64_t)(at->scales + at->zeros),
         .codes_left = n * ((int64_t)at->codes - at->lane_unit[lane] * UNIT_BYTES),
-        .ahead = ahead.own
+        .ahead = ahead->own
                      ? NULL
                      : (const char *)l->packed +
                            (block - block % at->strip + n) * (int64_t)at->n_bytes +
-                           (ahead.part * (int64_t)at->codes + at->lane_unit[lane] * UNIT_BYTES) *
-                               ahead.lines,
-        .ahead_step = ahead.lines * UNIT_BYTES,
+                           (ahead->part * (int64_t)at->codes + at->lane_unit[lane] * UNIT_BYTES) *
+                               ahead->lines,
+        .ahead_step = ahead->lines * UNIT_BYTES,
         .begins = codes ? codes->begins : NULL,
         .a_scales = codes ? codes->scales : NULL,
     };

@@ -69,6 +69,11 @@ ALWAYS_INLINE vf vf_min(vf a, vf b) // a < b ? a : b
     return _mm512_min_ps(a, b);
 }
 
+ALWAYS_INLINE vi vi_max(vi a, vi b)
+{
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
+
 ALWAYS_INLINE vf vf_swap(vf x, const int step) // element i is x[i ^ step]
 {
     switch (step) {
@@ -108,6 +113,11 @@ ALWAYS_INLINE vf vf_max(vf a, vf b)
 ALWAYS_INLINE vf vf_min(vf a, vf b)
 {
     return _mm256_min_ps(a, b);
+}
+
+ALWAYS_INLINE vi vi_max(vi a, vi b)
+{
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
 }
 
 ALWAYS_INLINE vf vf_swap(vf x, const int step)
@@ -150,6 +160,12 @@ ALWAYS_INLINE vf vf_min(vf a, vf b)
 {
     vi m = a < b;
     return (vf)((m & (vi)a) | (~m & (vi)b));
+}
+
+ALWAYS_INLINE vi vi_max(vi a, vi b)
+{
+    vi m = a > b;
+    return (m & a) | (~m & b);
 }
 
 ALWAYS_INLINE vf vf_swap(vf x, const int step)

@@ -417,39 +417,71 @@ static void multiply_by(float *x, const float *by, int64_t n)
         store_at(x, i, n, load_at(x, i, n) * load_at(by, i, n));
 }
 
-/* Magnitudes are compared as integers: in the order of floats, infinity and NaNs above all. */
-static float code_scale(const float *x, int64_t n)
+/* x in [i, i + VF_N) of a row of n of float32 or bfloat16; elements past n read as 0. */
+ALWAYS_INLINE vf load_either_at(const void *x, enum dtype dtype, int64_t i, int64_t n)
 {
-    vi largest = {0};
-    for (int64_t i = 0; i < n; i += VF_N) {
-        vi magnitude = (vi)vf_load(x + i) & 0x7fffffff;
-        vi more = magnitude > largest;
-        largest = (more & magnitude) | (~more & largest);
+    if (dtype == DTYPE_F32)
+        return load_at(x, i, n);
+    vh halves = {0};
+    if (n - i >= VF_N)
+        halves = *(const vh_memory *)((const uint16_t *)x + i);
+    else
+        memcpy(&halves, (const uint16_t *)x + i, (size_t)(n - i) * sizeof(uint16_t));
+    return (vf)(__builtin_convertvector(halves, vu) << 16);
+}
+
+/* Magnitudes are compared as integers: in the order of floats, infinity and NaNs above all. Four
+ * vectors of them, of which none waits for the one before. */
+ALWAYS_INLINE float code_scale_of(const void *x, const enum dtype dtype, int64_t n)
+{
+    vi largest[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * VF_N <= n; i += 4 * VF_N) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const vf v = load_either_at(x, dtype, i + j * VF_N, n);
+            largest[j] = vi_max(largest[j], (vi)v & 0x7fffffff);
+        }
     }
-    float most = 0.0f;
-    for (int i = 0; i < VF_N; i++) {
-        float m = ((vf)largest)[i];
-        if (!(m <= FLT_MAX))
-            return NAN;
-        most = m > most ? m : most;
-    }
-    float scale = most / 127.0f;
+    for (; i < n; i += VF_N)
+        largest[0] = vi_max(largest[0], (vi)load_either_at(x, dtype, i, n) & 0x7fffffff);
+    vi m = vi_max(vi_max(largest[0], largest[1]), vi_max(largest[2], largest[3]));
+#pragma GCC unroll 4
+    for (int step = VF_N / 2; step >= 1; step /= 2)
+        m = vi_max(m, (vi)vf_swap((vf)m, step));
+    const float most = ((vf)m)[0], scale = most / 127.0f;
+    if (!(most <= FLT_MAX))
+        return NAN;
     return scale < FLT_MIN ? 0.0f : scale;
 }
 
+static float code_scale(const void *x, enum dtype dtype, int64_t n)
+{
+    return dtype == DTYPE_F32 ? code_scale_of(x, DTYPE_F32, n) : code_scale_of(x, DTYPE_BF16, n);
+}
+
 /* A whole number below 2^22 added to 1.5 * 2^23 is the sum's lower bits. */
-static void code16(int8_t dst[16], const float *x, float scale)
+ALWAYS_INLINE void codes_of(int8_t *dst, const void *x, const enum dtype dtype, int64_t n,
+                            float scale)
 {
     typedef int8_t vb __attribute__((vector_size(VF_N)));
     typedef int8_t vb_memory __attribute__((vector_size(VF_N), aligned(1), may_alias));
-    if (!(scale > 0.0f)) {
-        memset(dst, 0, 16);
-        return;
+    for (int64_t i = 0; i < n; i += VF_N) {
+        vi sums = (vi)(load_either_at(x, dtype, i, n) / scale + 12582912.0f) - 0x4b400000;
+        *(vb_memory *)(dst + i) = __builtin_convertvector(sums, vb);
     }
-    for (int i = 0; i < 16; i += VF_N) {
-        vi codes = (vi)(vf_load(x + i) / scale + 12582912.0f) - 0x4b400000;
-        *(vb_memory *)(dst + i) = __builtin_convertvector(codes, vb);
-    }
+}
+
+static void codes(int8_t *dst, const void *x, enum dtype dtype, int64_t n, float scale)
+{
+    const int64_t last = (n - 1) / 16 * 16;
+    memset(dst + last, 0, 16);
+    if (!(scale > 0.0f))
+        memset(dst, 0, (size_t)last);
+    else if (dtype == DTYPE_F32)
+        codes_of(dst, x, DTYPE_F32, n, scale);
+    else
+        codes_of(dst, x, DTYPE_BF16, n, scale);
 }
 
 const struct cpu_vector_ops CPU_VECTOR_OPS = {
@@ -473,5 +505,5 @@ const struct cpu_vector_ops CPU_VECTOR_OPS = {
     .exp2_falling = exp2_falling,
     .multiply_by = multiply_by,
     .code_scale = code_scale,
-    .code16 = code16,
+    .codes = codes,
 };
