@@ -64,6 +64,14 @@ static int linear_is_sound(const struct linear *l)
     return l->dtype == DTYPE_F32 || l->dtype == DTYPE_BF16;
 }
 
+int linear_takes_int8(const struct linear *l, const struct quantized *q)
+{
+    int takes = weight_format_is_integer(q->format) && q->in_dim <= INT8_COLUMNS_MAX;
+    for (int i = 0; i < l->n_lanes && takes; i++)
+        takes = quantized_is_regular(q, l->lane_start[i], l->lane_start[i + 1]);
+    return takes;
+}
+
 static int is_float(enum dtype t)
 {
     return t == DTYPE_F32 || t == DTYPE_BF16 || t == DTYPE_F16;
@@ -119,8 +127,7 @@ void op_linear_pack_quantized_rows(struct backend *b, struct linear *l, int64_t 
     CHECK(first == 0 || (q->format == l->format && q->n_groups == l->n_groups));
     CHECK(l->x_format == WEIGHT_FLOAT || l->dtype == DTYPE_BF16);
     CHECK(l->x_format != WEIGHT_FP8 || (b->has_fp8 && q->format == WEIGHT_FP8 && q->n_groups == 1));
-    CHECK(l->x_format != WEIGHT_INT8 ||
-          (b->has_int8 && weight_format_is_integer(q->format) && !q->group_of));
+    CHECK(l->x_format != WEIGHT_INT8 || (b->has_int8 && linear_takes_int8(l, q)));
     b->ops->linear_pack_quantized(b, l, first, q, bias);
 }
 

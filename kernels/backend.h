@@ -65,10 +65,12 @@ struct linear {
     int32_t *group_of; // opaque to all but the back end, or NULL
     /* What products round x to (kernels/quantized.h), or WEIGHT_FLOAT: nothing. Set by the caller,
      * as its dims are, of a bfloat16 linear: WEIGHT_FP8 of FP8 weights with one scale a row, where
-     * the back end has_fp8; WEIGHT_INT8 of integers whose groups are in order, where it has_int8.
-     */
+     * the back end has_fp8; WEIGHT_INT8 where it has_int8 and linear_takes_int8(). */
     enum weight_format x_format;
 };
+
+/* 1 where x_format may be WEIGHT_INT8 of a weight like q, in l's lanes (kernels/quantized.h). */
+int linear_takes_int8(const struct linear *l, const struct quantized *q);
 
 /* What happens to a matmul's result before it is stored: y = residual + scale * act(x W^T + bias).
  */

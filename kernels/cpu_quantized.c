@@ -23,13 +23,12 @@ static int64_t round_up(int64_t n, int64_t unit)
 }
 
 /* Depends on where the lane lies in the whole weight, not on the shard that has it. */
-static int lane_is_regular(const struct linear *l, int lane, int unit)
+static int lane_is_regular(const struct linear *l, int lane)
 {
-    if (l->group_size == 0) // in no order
-        return 0;
-    int64_t n_k = l->lane_start[lane + 1] - l->lane_start[lane];
-    return cpu_quantized_run(l, lane, 0, n_k) == n_k ||
-           (l->group_size % unit == 0 && (l->lane_start[lane] + l->group_phase) % unit == 0);
+    const struct quantized q = {
+        .format = l->format, .group_size = l->group_size, .group_phase = l->group_phase};
+    return l->group_size > 0 && // or in no order
+           quantized_is_regular(&q, l->lane_start[lane], l->lane_start[lane + 1]);
 }
 
 void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct cpu_state *s,
@@ -43,7 +42,7 @@ void cpu_quantized_layout(struct cpu_quantized_layout *at, const struct cpu_stat
     for (int i = 0; i < l->n_lanes; i++) {
         int64_t n_k = l->lane_start[i + 1] - l->lane_start[i];
         at->lane_unit[i + 1] = at->lane_unit[i] + (n_k + at->unit - 1) / at->unit;
-        at->irregular |= (unsigned)!lane_is_regular(l, i, at->unit) << i;
+        at->irregular |= (unsigned)!lane_is_regular(l, i) << i;
     }
     at->codes = (size_t)at->lane_unit[l->n_lanes] * UNIT_BYTES;
     at->scales = (size_t)l->n_groups * 16 * sizeof(float);
@@ -139,9 +138,6 @@ static void pack_work(void *arg, int thread, int n_threads)
     }
 }
 
-/* Of codes up to 255 times 127 the sums stay in 32 bits. */
-#define INTEGER_COLUMNS_MAX 65536
-
 /* Memory for a weight as q has parts of it. */
 static void begin_weight(struct backend *b, struct linear *l, const struct quantized *q,
                          const struct tensor *bias)
@@ -154,11 +150,6 @@ static void begin_weight(struct backend *b, struct linear *l, const struct quant
     l->has_zeros = q->zeros != NULL;
     cpu_quantized_layout(&at, cpu_state(b), l);
     l->group_of = at.irregular ? list_groups(b, l, q, &at) : NULL;
-    if (l->x_format == WEIGHT_INT8 && (at.irregular || l->in_dim > INTEGER_COLUMNS_MAX))
-        die("--activation-quantization int8: a weight of %lld columns in groups of %lld has a "
-            "shard "
-            "or lane that cuts them apart, or more than %d columns",
-            (long long)l->in_dim, (long long)l->group_size, INTEGER_COLUMNS_MAX);
     l->packed_bytes = (size_t)((l->out_dim + 15) / 16) * at.n_bytes;
     l->packed = b->ops->alloc(b, l->packed_bytes);
     cpu_linear_pack_bias(b, l, bias);

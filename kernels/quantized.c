@@ -92,6 +92,15 @@ int64_t quantized_group(const struct quantized *q, int64_t k)
     return q->group_of ? q->group_of[k] : (k + q->group_phase) / q->group_size;
 }
 
+int quantized_is_regular(const struct quantized *q, int64_t first, int64_t end)
+{
+    const int unit = 32 / weight_format_bits(q->format);
+    if (q->group_of)
+        return 0;
+    return end == first || quantized_group(q, first) == quantized_group(q, end - 1) ||
+           (q->group_size % unit == 0 && (first + q->group_phase) % unit == 0);
+}
+
 float quantized_multiple(const struct quantized *q, int64_t n, int64_t k)
 {
     uint8_t code = q->codes[n * q->in_dim + k];

@@ -26,7 +26,8 @@
  *   INT8   s = largest |x| / 127 and the whole numbers nearest to x / s, ties to even (s and all
  *          codes 0 where it is below 2^-126; s NaN where an x is not finite). A run of columns of
  *          one group is the whole number of codes of x times multiples of the weight, exact in 32
- *          bits; lane = fma(scale, run, lane), from 0, run after run; the sum is lane * s.
+ *          bits; lane = fma(scale, run, lane), from 0, run after run; the sum is lane * s. Only of
+ *          regular lanes of at most INT8_COLUMNS_MAX columns, which keeps sums of 255 * 127 exact.
  *
  * Sources: bitsandbytes (functional.py get_4bit_type, quantize_4bit of its default back end;
  * LLM.int8()), OCP 8-bit floating point E4M3.
@@ -46,6 +47,8 @@ enum weight_format {
     WEIGHT_FP4,      // bitsandbytes' FP4 table[code] * scale
     WEIGHT_FORMAT_COUNT,
 };
+
+#define INT8_COLUMNS_MAX 65536
 
 /* bitsandbytes' blocksize, over the flattened weight. */
 #define BITSANDBYTES_GROUP 64
@@ -74,6 +77,9 @@ int weight_format_is_integer(enum weight_format f); // INT8, INT8_127 or INT4
 const float *weight_format_table(enum weight_format f, int has_zeros);
 
 int64_t quantized_group(const struct quantized *q, int64_t k);
+/* 1 where columns [first, end) are of one group, or of groups in order that begin at whole units of
+ * 8 columns (codes of 4 bits) or 4 (of 8) from `first` on. */
+int quantized_is_regular(const struct quantized *q, int64_t first, int64_t end);
 /* W[n, k] before its scale. */
 float quantized_multiple(const struct quantized *q, int64_t n, int64_t k);
 /* W[n, k], rounded once or, with INT8_127, twice. */

@@ -488,6 +488,14 @@ static void read_codes(struct weights *w, struct backend *b, const struct linear
     }
 }
 
+static _Noreturn void die_of_int8(const struct linear *l, const struct weight_spec *s)
+{
+    die("--activation-quantization int8: tensor %s: groups and lanes of integers begin at "
+        "multiples of %d columns, of %d at most; here are groups of %lld, %lld columns in %d lanes",
+        s->name, 32 / weight_format_bits(s->format), INT8_COLUMNS_MAX, (long long)s->group_size,
+        (long long)l->in_dim, l->n_lanes);
+}
+
 static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
                        const struct linear_parts *p, const struct tensor *bias)
 {
@@ -496,6 +504,8 @@ static void pack_codes(struct weights *w, struct backend *b, struct linear *l,
     for (struct range of = rows_from(p, 0); of.n > 0; of = rows_from(p, of.start + of.n)) {
         struct quantized q = {0};
         weight_codes_init(&q, w, as, of.n, p->columns[0], staging(w, (size_t)(of.n * p->in)));
+        if (of.start == 0 && l->x_format == WEIGHT_INT8 && !linear_takes_int8(l, &q))
+            die_of_int8(l, as);
         read_codes(w, b, p, of, &q, l->dtype);
         op_linear_pack_quantized_rows(b, l, of.start, &q, of.start ? NULL : bias);
         weight_codes_release(&q);

@@ -521,6 +521,31 @@ static void test_shards(void **state)
     for_all(31, check_shards);
 }
 
+/* ---- what it takes ---- */
+
+static int takes(enum weight_format f, int64_t columns, int64_t group_size, int64_t lane)
+{
+    struct linear l = {.in_dim = columns, .n_lanes = 2, .lane_start = {0, lane, columns}};
+    struct quantized q = {.format = f, .in_dim = columns, .group_size = group_size};
+    return linear_takes_int8(&l, &q);
+}
+
+/* Groups and lanes of whole units, or a lane of one group. */
+static void test_takes(void **state)
+{
+    (void)state;
+    assert_true(takes(WEIGHT_INT4, 96, 32, 24));
+    assert_false(takes(WEIGHT_INT4, 96, 32, 28));
+    assert_true(takes(WEIGHT_INT8, 96, 32, 28));
+    assert_false(takes(WEIGHT_INT8, 96, 32, 30));
+    assert_false(takes(WEIGHT_INT4, 96, 12, 24));
+    assert_true(takes(WEIGHT_INT8, 96, 12, 24));
+    assert_true(takes(WEIGHT_INT4, 97, 97, 31));
+    assert_false(takes(WEIGHT_FP8, 96, 96, 48));
+    assert_true(takes(WEIGHT_INT8, INT8_COLUMNS_MAX, INT8_COLUMNS_MAX, 32));
+    assert_false(takes(WEIGHT_INT8, INT8_COLUMNS_MAX + 1, INT8_COLUMNS_MAX + 1, 32));
+}
+
 int op_integer_tests(void)
 {
     const struct CMUnitTest tests[] = {
@@ -529,7 +554,7 @@ int op_integer_tests(void)
         cmocka_unit_test(test_epilogues), cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_special),   cmocka_unit_test(test_extremes),
         cmocka_unit_test(test_denormals), cmocka_unit_test(test_precision),
-        cmocka_unit_test(test_shards),
+        cmocka_unit_test(test_shards),    cmocka_unit_test(test_takes),
     };
     return cmocka_run_group_tests_name("int8 with integers", tests, NULL, NULL);
 }

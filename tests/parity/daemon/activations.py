@@ -11,6 +11,7 @@ times the root mean square: noise of 0.9 % (4 / 127 / sqrt(12)), a third of that
 int8_layers.py holds the numbers themselves to Transformers.
 """
 
+import json
 import os
 import pathlib
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 
 import daemon
+import made_files
 import quantized_files as files
 from support import SANITIZED, Client, at_once, chat, example, position_bits
 
@@ -110,6 +112,15 @@ def check_fp8(folder):
                            env={"INTERNVLD_EMULATION_SM": "80"})
 
 
+def make_cut(folder):
+    """The demo model without weights; its down_proj has eight lanes that begin at multiples of four columns."""
+    config = json.loads((daemon.DEMO_MODEL / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 4
+    folder.mkdir()
+    made_files.write_model(folder, daemon.DEMO_MODEL, config)
+    return folder
+
+
 def check_int8(folder):
     int8, cpu = ("--quantization", "int8"), ("--device", "cpu")
     awq, _ = files.make(folder / "awq", files.chosen(files.awq, but=[K_PROJ]), half=True, config=dict(
@@ -126,6 +137,9 @@ def check_int8(folder):
     yield from refused("floats", ["int8 or int4", "none"], *BFLOAT16, *cpu)
     yield from refused("nf4", ["int8 or int4", "nf4"], *BFLOAT16, *cpu, "--quantization", "bitsandbytes-nf4")
     yield from refused("columns in no order", ["desc_act", "gptq"], *BFLOAT16, *cpu, model=gptq)
+    yield from refused("lanes that cut groups", ["layers.0.mlp.down_proj.weight", "multiples of 8 columns", "groups of 32"],
+                       *BFLOAT16, *cpu, "--quantization", "int4", "--quantization-group-size", "32",
+                       "--load-format", "dummy", model=make_cut(folder / "cut"))
 
 
 def main():
