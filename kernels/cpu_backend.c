@@ -57,6 +57,7 @@ int backend_cpu_has(const char *isa)
         return avx512;
     if (strcmp(isa, "avx512vnni") == 0)
         return avx512 && __builtin_cpu_supports("avx512vnni");
+    /* Of the processors that have vdpbf16ps only Cooper Lake lacks VBMI. */
     if (strcmp(isa, "avx512bf16") == 0 || strcmp(isa, "avx512bf16fma") == 0)
         return avx512 && __builtin_cpu_supports("avx512vnni") &&
                __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");

@@ -286,8 +286,8 @@ ALWAYS_INLINE vu fp8_pair(vu u, const int p, const struct decoder *f)
  * upper one of a 0 is masked; then those of pair p are put side by side. */
 ALWAYS_INLINE vu int8_pair(vu u, const int p, const struct decoder *f)
 {
-    static const uint8_t odd[16] = {1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15};
-    static const uint8_t even[16] = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
+    static const uint8_t twice[2][16] = {{0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14},
+                                         {1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15}};
     const __m512i sign = _mm512_set1_epi8(-128);
     const __m512i x = _mm512_xor_si512((__m512i)u, sign), magnitude = _mm512_abs_epi8(x);
     __m512i low = _mm512_permutex2var_epi8((__m512i)f->magnitude[0][0], magnitude,
@@ -296,14 +296,9 @@ ALWAYS_INLINE vu int8_pair(vu u, const int p, const struct decoder *f)
         _mm512_maskz_permutex2var_epi8(_mm512_test_epi8_mask(x, x), (__m512i)f->magnitude[1][0],
                                        magnitude, (__m512i)f->magnitude[1][1]);
     high = _mm512_ternarylogic_epi32(high, x, sign, 0xf8); // high | (x & sign)
-    if (p == 0) {
-        const __m128i order = _mm_loadu_si128((const void *)even);
-        return (vu)_mm512_mask_shuffle_epi8(low, 0xaaaaaaaaaaaaaaaau, high,
-                                            _mm512_broadcast_i32x4(order));
-    }
-    const __m128i order = _mm_loadu_si128((const void *)odd);
-    return (vu)_mm512_mask_shuffle_epi8(high, 0x5555555555555555u, low,
-                                        _mm512_broadcast_i32x4(order));
+    const __m512i order = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)twice[p]));
+    return (vu)(p == 0 ? _mm512_mask_shuffle_epi8(low, 0xaaaaaaaaaaaaaaaau, high, order)
+                       : _mm512_mask_shuffle_epi8(high, 0x5555555555555555u, low, order));
 }
 #endif
 
