@@ -25,6 +25,7 @@ struct step {
     int64_t n;                       // tokens
     int is_first, is_last;
     int32_t n_from_features, n_needed; // rows
+    int drops_rows;                    // that are not needed, in the model's last layer
     uint32_t any_capture;              // of all sequences together
     struct graph *graph;               // of the layers, for so many rows and keys; NULL: op by op
     struct tensor x, normed, sum;
@@ -308,6 +309,8 @@ static void begin(struct step *s)
     fill_inputs(s, n_padded);
     op_upload(m->backend, m->scratch.inputs, m->host_inputs, n_bytes);
     set_tensors(s);
+    s->drops_rows = s->is_last && s->n_needed < s->n && !s->graph &&
+                    !(s->any_capture & (CAPTURE_HIDDEN_STATES | CAPTURE_LAST_HIDDEN_STATE));
     kv_cache_copy_pages(&m->kv, b->copy_src, b->copy_dst, b->n_copies);
 }
 
@@ -348,6 +351,21 @@ static void norm_heads(struct step *s, struct tensor *x, const float *weight)
     }
 }
 
+/* From here on the step has the needed rows alone, and what is attended to for them lies where
+ * queries, keys and values were. */
+static void keep_needed(struct step *s, struct tensor *mixed)
+{
+    struct backend *b = s->m->backend;
+    const struct tensor all = s->x, all_mixed = *mixed;
+    s->n = s->n_needed;
+    set_tensors(s);
+    *mixed = tensor_2d(s->m->scratch.qkv, mixed->dtype, s->n, mixed->shape[1]);
+    op_gather_rows(b, mixed, &all_mixed, s->inputs.needed);
+    op_gather_rows(b, &s->sum, &all, s->inputs.needed);
+    op_copy(b, &s->x, &s->sum);
+}
+
+/* The layer's sum, of which rows nobody needs are left out where it is the model's last. */
 static void attention(struct step *s, const struct language_layer *l, struct kv_pages *kv, int i)
 {
     struct language_model *m = s->m;
@@ -358,6 +376,7 @@ static void attention(struct step *s, const struct language_layer *l, struct kv_
     struct tensor q = tensor_columns(&qkv, 0, q_dim), k = tensor_columns(&qkv, q_dim, kv_dim);
     struct tensor v = tensor_columns(&qkv, q_dim + kv_dim, kv_dim);
     struct tensor mixed = tensor_2d(m->scratch.attention, b->activation_dtype, s->n, q_dim);
+    int drops_rows = s->drops_rows && i == m->config->n_layers - 1;
 
     op_matmul(b, &qkv, &s->normed, &l->qkv, NULL);
     if (l->q_norm) {
@@ -369,8 +388,14 @@ static void attention(struct step *s, const struct language_layer *l, struct kv_
     capture_cache(s, &k, i, "key");
     capture_cache(s, &v, i, "value");
     capture_attentions(s, &q, kv, i, l->window);
+    if (drops_rows && s->n_needed == 0) {
+        s->n = 0;
+        return;
+    }
     op_paged_attention(b, &mixed, &q, kv, &s->layout, m->kv_of_head, (int32_t)part->heads.n,
                        (float)(1.0 / sqrt((double)d)), l->window);
+    if (drops_rows)
+        keep_needed(s, &mixed);
     op_matmul(b, &s->sum, &mixed, &l->output, NULL);
 }
 
@@ -433,6 +458,8 @@ static void run_layers(struct step *s)
         int i = (int)(m->layer_range.start + j);
         capture_hidden(s, &s->x, i);
         attention(s, l, &m->kv.layers[j], i);
+        if (s->n == 0) // of a part of a prompt that others follow, only keys and values are wanted
+            return;
         reduce_and_add(s, l->output_bias, l->post_norm);
         if (l->experts.n_experts) {
             mixture(s, l);
@@ -612,8 +639,10 @@ static void finish(struct step *s)
     struct backend *b = m->backend;
     const struct batch *batch = s->batch;
     int64_t part = m->cut.vocab.n, dim = m->config->hidden_size;
-    op_rms_norm(b, &s->normed, &s->x, m->final_norm, m->config->rms_norm_eps);
-    capture_hidden(s, &s->normed, m->config->n_layers);
+    if (s->n > 0) {
+        op_rms_norm(b, &s->normed, &s->x, m->final_norm, m->config->rms_norm_eps);
+        capture_hidden(s, &s->normed, m->config->n_layers);
+    }
     if (m->shard == 0)
         memset(m->is_drawn, 0, (size_t)m->limits.max_sequences);
     for (int32_t first = 0; first < s->n_needed; first += LANGUAGE_LOGIT_ROWS) {
@@ -621,7 +650,10 @@ static void finish(struct step *s)
         n = n < LANGUAGE_LOGIT_ROWS ? n : LANGUAGE_LOGIT_ROWS;
         struct tensor chosen = tensor_2d(m->scratch.sum, b->activation_dtype, n, dim);
         struct tensor logits = tensor_2d(m->scratch.logits, DTYPE_F32, n, part);
-        op_gather_rows(b, &chosen, &s->normed, s->inputs.needed + first);
+        if (s->n == s->n_needed)
+            chosen = tensor_rows(&s->normed, first, n);
+        else
+            op_gather_rows(b, &chosen, &s->normed, s->inputs.needed + first);
         op_matmul(b, &logits, &chosen, &m->lm_head, NULL);
         if (m->n_shards > 1)
             all_gather(m, m->scratch.gathered, logits.data, n * part);

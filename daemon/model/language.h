@@ -4,6 +4,7 @@
  *     first stage   ids -> embedding rows, image rows replaced by features
  *     each layer    x += o_proj(attention(rope(norm(x) qkv)));  x += down(act(gate) * up)(norm(x))
  *     last stage    norm -> lm_head on the rows that need it -> target log-probabilities, samples
+ *                   (nor does its last layer compute more of other rows than keys and values)
  *
  * Prefill and decode are this one path. Owns its weights, scratch and KV bytes; a step is a
  * function of (batch, weights, KV pages). The residual stream is float32 and whole on every shard,

@@ -52,7 +52,9 @@ class Work:
         dim, heads, kv = t["hidden_size"], t["num_attention_heads"], t["num_key_value_heads"]
         head = t.get("head_dim", dim // heads)
         self.layers, self.width = t["num_hidden_layers"], heads * head
-        self.body = self.layers * (dim * (heads + 2 * kv) * head + heads * head * dim + 3 * dim * t["intermediate_size"])
+        rest = 2 * dim * heads * head + 3 * dim * t["intermediate_size"]  # of a layer but keys and values
+        self.body = self.layers * (2 * dim * kv * head + rest)
+        self.prompt_body = self.body - rest  # the last layer's answers are wanted of one token
         self.logits = dim * t["vocab_size"]
         v_dim, self.v_layers = v["hidden_size"], v["num_hidden_layers"]
         self.tile_rows, self.v_width = (v["image_size"][0] // v["patch_size"][0]) ** 2 + 1, v_dim
@@ -66,8 +68,8 @@ class Work:
         return max(self.token_bytes / machine["bytes"], 2 * n * (self.body + self.logits) / machine[self.products]) / n
 
     def prompt_s(self, machine, n):
-        attention = 2 * n * n * self.width * self.layers
-        return 2 * (n * self.body + self.logits) / machine[self.products] + attention / machine["bfloat16"]
+        attention = 2 * n * n * self.width * (self.layers - 1)
+        return 2 * (n * self.prompt_body + self.logits) / machine[self.products] + attention / machine["bfloat16"]
 
     def tiles_s(self, machine, n):
         n_tokens = (self.tile_rows - 1) // 4
