@@ -13,7 +13,8 @@ those are faster; with --activation-quantization int8 those with weights against
 once. What the tables call int8-int8 and int4-int8 are int8 and int4 with that option.
 INTERNVLD_ISA chooses the instruction set of the daemon and of the measured peaks.
 Every round of a measure takes the daemon and the peers in turn, and the limits before and after each, of which the
-higher counts: what disturbs a limit lowers it. Medians are printed. --rounds-csv keeps each round, so that several
+higher counts: what disturbs a limit lowers it. A round whose limits lie more than a tenth apart is taken again, up to
+three times, for a machine's memory may be half as fast from one second to the next. Medians are printed. --rounds-csv keeps each round, so that several
 short runs in quiet minutes make one table (--medians-of).
 
 Peers, where they are asked for: Transformers (with PyTorch, in bfloat16, by this Python), and llama.cpp, whose folder
@@ -40,6 +41,7 @@ import made_files  # noqa: E402
 import results_file  # noqa: E402
 
 PROMPTS, TILES, ANSWER, STREAMS = (512, 1024), (1, 13), 32, 16
+MOVED_MAX, TRIES = 0.1, 4  # of a limit within a round, which is else taken again
 BITS = {"none": 16, "int8": 8, "int4": 4.25, "bitsandbytes-nf4": 4.5}  # of a weight, with its share of a scale
 
 
@@ -284,21 +286,32 @@ def measure(a, folder):
         engines = [Ours(a.build, d.address, pictures, trace), *peers]
         work = Work(config, a.quantization, "bfloat16" if activations == "none" else activations)
         for name in [name for name in MEASURES for _ in range(a.rounds) if name.startswith(tuple(a.only))]:
-            begun, lines, before = round(time.time()), [], limits(a.build, folder)
-            for engine in engines:
-                seconds = MEASURES[name](engine)
-                after = limits(a.build, folder)
-                machine, before = {what: max(before[what], after[what]) for what in after}, after
-                share = limit_of(work, name, machine) / seconds
-                lines.append({"model": a.model, "quantization": quantization, "measure": name, "round": begun,
-                              "engine": engine.name, "ms": round(seconds * 1e3, 3), "share_of_limit": round(share, 4),
-                              "limit_gb_per_s": round(machine["bytes"] / 1e9, 1),
-                              "limit_gflop_per_s": round(machine[work.products] / 1e9, 1)})
-                print(f"  {engine.name:12s} {name:22s} {seconds * 1e3:9.1f} ms, {share:.2f} of the limit", flush=True)
+            for _ in range(TRIES):
+                lines, moved = one_round(name, engines, work, lambda: limits(a.build, folder))
+                if moved < MOVED_MAX:
+                    break
+                print(f"  {name}: the limit moved by {moved:.2f}", flush=True)
+            lines = [{"model": a.model, "quantization": quantization, **line} for line in lines]
             if a.rounds_csv:
                 results_file.append(a.rounds_csv, lines)
             rows += lines
     return rows
+
+
+def one_round(name, engines, work, look):
+    """A line for every engine, and by what part the measure's limit moved meanwhile."""
+    begun, lines, looks = round(time.time()), [], [look()]
+    for engine in engines:
+        seconds = MEASURES[name](engine)
+        looks.append(look())
+        machine = {what: max(looks[-2][what], rate) for what, rate in looks[-1].items()}
+        share = limit_of(work, name, machine) / seconds
+        lines.append({"measure": name, "round": begun, "engine": engine.name, "ms": round(seconds * 1e3, 3),
+                      "share_of_limit": round(share, 4), "limit_gb_per_s": round(machine["bytes"] / 1e9, 1),
+                      "limit_gflop_per_s": round(machine[work.products] / 1e9, 1)})
+        print(f"  {engine.name:12s} {name:22s} {seconds * 1e3:9.1f} ms, {share:.2f} of the limit", flush=True)
+    needed = [limit_of(work, name, machine) for machine in looks]
+    return lines, max(needed) / min(needed) - 1
 
 
 def medians(rounds):
