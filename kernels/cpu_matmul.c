@@ -414,18 +414,20 @@ struct product {
 /* The tiles that pass over a strip first fetch the next one, each an equal part from end to end, so
  * that memory and arithmetic are both busy all the time; a tile that is alone, what it will read.
  */
-static struct cpu_ahead ahead_of(const struct matmul_job *job, const struct product *p)
+static void set_ahead(struct cpu_ahead *a, const struct matmul_job *job, const struct product *p)
 {
     const int n_panels = (int)smaller(job->n_panels, PANELS_TOGETHER), strip = strip_of(job);
-    if (p->panel >= n_panels)
-        return (struct cpu_ahead){0};
+    a->own = n_panels == 1 && job->n_blocks_wide >= strip;
+    a->part = 0;
+    a->lines = 0;
+    if (a->own || p->panel >= n_panels)
+        return;
     const int n = cpu_strip_blocks(n_blocks_of(job->l->out_dim), p->block, strip);
     const int n_parts = (n + p->n_blocks - 1) / p->n_blocks * n_panels;
     const int lines = (n + n_parts - 1) / n_parts;
-    const int part = (int)(p->block % strip) / p->n_blocks * n_panels + (int)p->panel;
-    if (n_parts == 1)
-        return (struct cpu_ahead){.own = 1};
-    return (struct cpu_ahead){.part = part, .lines = part * lines < n ? lines : 0};
+    a->own = n_parts == 1;
+    a->part = (int)(p->block % strip) / p->n_blocks * n_panels + (int)p->panel;
+    a->lines = a->part * lines < n ? lines : 0;
 }
 
 /* t->c <- a lane of a weight in floats, whose steps begin at `start`. */
@@ -435,17 +437,17 @@ static void run_dense(struct tile *t, const struct matmul_job *job, const struct
     const struct linear *l = job->l;
     const size_t element = dtype_size(l->dtype);
     const struct place at = place_of(l, &job->steps, p->block);
-    const struct cpu_ahead ahead = p->ahead;
+    const struct cpu_ahead *ahead = &p->ahead;
     const int64_t next = (p->block / STRIP_BLOCKS + 1) * STRIP_BLOCKS * job->steps.n;
     t->b = (const char *)l->packed + at.bytes + (size_t)start * at.step_bytes;
     t->b_step = (int64_t)(at.step_bytes / element);
     t->b_block = (int64_t)(LINE_BYTES / element);
     t->ahead = (const char *)t->b + PREFETCH_BYTES;
     t->ahead_step = (int)at.step_bytes;
-    if (!ahead.own) {
+    if (!ahead->own) {
         t->ahead = (const char *)l->packed +
-                   (next + (ahead.part * job->steps.n + start) * ahead.lines) * LINE_BYTES;
-        t->ahead_step = ahead.lines * LINE_BYTES;
+                   (next + (ahead->part * job->steps.n + start) * ahead->lines) * LINE_BYTES;
+        t->ahead_step = ahead->lines * LINE_BYTES;
     }
     job->tile->run(t, p->n_rows, p->n_blocks, job->factor.source);
 }
@@ -583,7 +585,7 @@ static void compute_tile(const struct matmul_job *job, uint32_t *packed_x, int64
                             .blocks = &kept[i],
                             .block = kept[i].first + first,
                             .n_blocks = n_blocks};
-        p.ahead = ahead_of(job, &p);
+        set_ahead(&p.ahead, job, &p); // field by field: a copy would wait for stores
         compute_lanes(job, &p, sums[i]);
     }
     f.x = sums[0][0];
