@@ -3,9 +3,10 @@
  *
  * A head's keys and values are packed once for its query rows, a group of which at a time is the
  * columns of K q^T: scores lie key by key, so that the softmax of sixteen queries is one vector
- * operation and e^(score - m) comes out as the tile takes the left factor of p V. All keys are one
- * step of the softmax. A few keys at a time are raised to e and multiplied with their values, both
- * in the first-level cache.
+ * operation and e^(score - m) comes out, in the scores' place, as the tile takes the left factor of
+ * p V. All keys are one step of the softmax, and one product, so that its sums are begun and stored
+ * once. A tile of one block (AVX2's) reads both factors too often for the second-level cache: there
+ * as many keys as the first holds are raised to e and multiplied at a time.
  *
  * Every score is one accumulator over head_dim in order, every output one over the keys in order,
  * every sum of e^(score - m) the tree of sixteen. In bfloat16 keys, values, queries and each
@@ -27,6 +28,7 @@ struct full_job {
     int64_t n_tiles, n_tokens; // tokens of one tile
     int64_t head_dim;
     int32_t n_heads;
+    int64_t chunk;    // keys that are raised to e, then multiplied with their values; even
     int32_t n_splits; // parts of a head's query rows, each packing the head's keys for itself
     float scale;
     float *probs;
@@ -44,8 +46,7 @@ struct full_head {
     uint32_t *values;  // [value_steps][dim16]
     uint32_t *queries; // [GROUP / 16][dim_words][16]
     uint32_t *rows;    // [16][dim_words] on their way
-    float *scores;     // [n_tokens][GROUP]
-    uint32_t *p;       // [CHUNK][GROUP]
+    float *scores;     // [n_tokens + 1][GROUP], and e^(score - m) in their place
     float *m;          // [GROUP]
     float *l;          // [16][GROUP], the total in the first row
     float *sums;       // [GROUP][dim16]
@@ -61,14 +62,13 @@ static void head_reserve(const struct full_job *job, struct full_head *h, int th
     const int64_t n_keys = job->n_tokens + TILE_ROWS_MAX;
     const int64_t n_words = (n_keys + GROUP + 16) * job->dim_words +
                             (job->value_steps + GROUP) * job->dim16 +
-                            (job->n_tokens + CHUNK + 1 + 16) * GROUP;
-    char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)(n_words + 9 * 16) * 4);
+                            (job->n_tokens + 2 + 16) * GROUP;
+    char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)(n_words + 8 * 16) * 4);
     h->keys = cpu_carve(&at, n_keys * job->dim_words);
     h->values = cpu_carve(&at, job->value_steps * job->dim16);
     h->queries = cpu_carve(&at, GROUP * job->dim_words);
     h->rows = cpu_carve(&at, 16 * job->dim_words);
-    h->scores = cpu_carve(&at, job->n_tokens * GROUP);
-    h->p = cpu_carve(&at, CHUNK * GROUP);
+    h->scores = cpu_carve(&at, (job->n_tokens + 1) * GROUP);
     h->m = cpu_carve(&at, GROUP);
     h->l = cpu_carve(&at, 16 * GROUP);
     h->sums = cpu_carve(&at, GROUP * job->dim16);
@@ -220,7 +220,7 @@ static void add_values(const struct full_job *job, struct full_head *h, int64_t 
     const int64_t words = job->form == COLUMNS_BF16_PAIRS ? 2 : 1;
     for (int64_t r = 0; r < n_rows; r += panel) {
         struct tile product = {
-            .a = h->p + r,
+            .a = h->scores + key * GROUP + r,
             .a_step = GROUP,
             .a_row = 1,
             .b = h->values + key / words * job->dim16,
@@ -240,11 +240,11 @@ static void write_probs(const struct full_job *job, const struct full_head *h,
                         struct softmax_columns softmax, int64_t n_rows, float *probs)
 {
     float unused[GROUP] = {0}; // one key's sums are the first row
-    softmax.scores = h->scores;
     softmax.n_keys = 1;
     softmax.sums = unused;
     softmax.form = COLUMNS_F32;
-    for (int64_t i = 0; i < job->n_tokens; i++, softmax.scores += GROUP) {
+    for (int64_t i = 0; i < job->n_tokens; i++) {
+        softmax.scores = softmax.p = h->scores + i * GROUP;
         job->state->vector->columns_exp(&softmax);
         for (int64_t r = 0; r < n_rows; r++)
             probs[r * job->n_tokens + i] = ((const float *)softmax.p)[r] / h->l[r];
@@ -261,7 +261,6 @@ static void head_rows(const struct full_job *job, struct full_head *h, const str
         .scale = job->scale,
         .m = h->m,
         .sums = h->l,
-        .p = h->p,
         .form = job->form,
     };
     score_keys(job, h, rows);
@@ -269,11 +268,11 @@ static void head_rows(const struct full_job *job, struct full_head *h, const str
     prefetch_rows(job, job->out, row, rows->column, rows->n, row + rows->n);
     prefetch_rows(job, job->q, row + rows->n, rows->column, GROUP, rows->first + job->n_tokens);
     memset(h->l, 0, 16 * GROUP * sizeof(float));
-    for (int64_t key = 0; key < job->n_tokens; key += CHUNK) {
-        softmax.scores = h->scores + key * GROUP;
-        softmax.n_keys = smaller(job->n_tokens - key, CHUNK);
+    for (int64_t key = 0; key < job->n_tokens; key += job->chunk) {
+        softmax.scores = softmax.p = h->scores + key * GROUP;
+        softmax.n_keys = smaller(job->n_tokens - key, job->chunk);
         vector->columns_exp(&softmax);
-        add_values(job, h, key, CHUNK, rows->n);
+        add_values(job, h, key, job->chunk, rows->n);
     }
     vector->columns_total(h->l, GROUP, softmax.n);
     for (int64_t r = 0; r < rows->n; r++) {
@@ -283,8 +282,10 @@ static void head_rows(const struct full_job *job, struct full_head *h, const str
         if (job->out->dtype == DTYPE_BF16)
             vector->to_bf16(out, sums, job->head_dim);
     }
-    if (probs)
+    if (probs) {
+        score_keys(job, h, rows); // p is where they were
         write_probs(job, h, softmax, rows->n, probs + rows->row * job->n_tokens);
+    }
 }
 
 static void head_place(const struct full_job *job, int64_t head, int64_t *first, int64_t *column)
@@ -334,6 +335,9 @@ void cpu_attention(struct backend *b, struct tensor *out, const struct tensor *q
     job.dim_words = is_f32 ? job.head_dim : (job.head_dim + 1) / 2 * 2 / job.step;
     job.value_steps = is_f32 ? job.n_tokens : (job.n_tokens + 1) / 2 * 2 / job.step;
     job.dim16 = cpu_round16(job.head_dim);
+    job.chunk = job.state->tile->wide_blocks(job.state->tile->max_rows) > 1
+                    ? (job.n_tokens + 1) / 2 * 2
+                    : CHUNK;
     int64_t n_heads_total = n_tiles * n_heads;
     job.n_splits = (int32_t)((job.state->n_threads + n_heads_total - 1) / n_heads_total);
     cpu_parts_init(job.state, n_heads_total * job.n_splits);

@@ -32,6 +32,7 @@
 #define RUNS_MAX (STEP_MAX / 16)
 #define GROUP 96 // rows that lie key by key: whole tiles, and whole vectors of their softmax
 #define KEYS 8   // of a product with them: even parts of the sixteen that lie in one page
+#define FETCH_ROWS 4
 #define ITEMS_A_THREAD 8
 #define ITEM_TILES_MAX 32
 
@@ -78,7 +79,8 @@ struct paged_step {
  * keys at the end and no more at the beginning. More than TILE_ROWS_MAX lie key by key. */
 struct paged_tile {
     int32_t sequence, kv_head, n_rows;
-    int is_first; // of its item
+    int is_first;  // of its item
+    int n_fetched; // rows
     int32_t token[GROUP], head[GROUP];
     int64_t lo[GROUP], hi[GROUP]; // key positions it sees: [lo, hi)
     int64_t page, slot;           // of the first key after the steps so far
@@ -87,9 +89,9 @@ struct paged_tile {
     struct cpu_factor_place queries, p;
     uint32_t *q_rows;    // [rows][dim16]
     uint32_t *q_columns; // [dim16][TILE_ROWS_MAX], or [GROUP / 16][pairs of dim16][16]
-    float *scores;       // [TILE_ROWS_MAX][STEP_MAX], or [STEP_MAX][GROUP]
+    float *scores;       // [TILE_ROWS_MAX][STEP_MAX], or [STEP_MAX][GROUP], then p there
     uint32_t *p_rows;    // [TILE_ROWS_MAX][STEP_MAX]
-    uint32_t *p_columns; // [STEP_MAX][TILE_ROWS_MAX], or [STEP_MAX / 2][GROUP]
+    uint32_t *p_columns; // [STEP_MAX][TILE_ROWS_MAX]
     float *l;            // [16][GROUP] of a step
     float *sums;         // [rows][dim16]
     float *scales;       // [STEP_MAX] of the step's keys or values
@@ -103,13 +105,13 @@ static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int 
     const int64_t n_l = job->has_groups ? 16 * rows : 0;
     const int64_t n_values = job->has_groups || dim != job->dim ? STEP_MAX * dim : 0;
     const int64_t n_words =
-        3 * rows * dim + (2 * rows + TILE_ROWS_MAX + 1) * STEP_MAX + n_l + 2 * dim + n_values;
+        3 * rows * dim + (rows + 2 * TILE_ROWS_MAX + 1) * STEP_MAX + n_l + 2 * dim + n_values;
     char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)n_words * 4);
     t->q_rows = cpu_carve(&at, rows * dim);
     t->q_columns = cpu_carve(&at, dim * rows);
     t->scores = cpu_carve(&at, rows * STEP_MAX);
     t->p_rows = cpu_carve(&at, TILE_ROWS_MAX * STEP_MAX);
-    t->p_columns = cpu_carve(&at, STEP_MAX * rows);
+    t->p_columns = cpu_carve(&at, STEP_MAX * TILE_ROWS_MAX);
     t->l = cpu_carve(&at, n_l);
     t->sums = cpu_carve(&at, rows * dim);
     t->scales = cpu_carve(&at, STEP_MAX);
@@ -372,16 +374,32 @@ static void place_p(const struct paged_job *job, struct paged_tile *t, const str
     t->p.a -= at * t->p.a_step;
 }
 
-/* Scores of the keys [column, column + KEYS) that a row does not see <- -infinity. */
-static void mask_keys(struct paged_tile *t, int64_t column, const int64_t *lo, const int64_t *hi)
+/* Scores of the keys [column, column + KEYS) that a row does not see <- -infinity; the rows before
+ * `first` see none of them. */
+static void mask_keys(struct paged_tile *t, int64_t column, int first, const int64_t *lo,
+                      const int64_t *hi)
 {
     const int n_rows = t->n_rows;
     for (int64_t i = column; i < column + KEYS; i++) {
         float *scores = t->scores + i * GROUP;
-        for (int r = 0; r < n_rows && hi[r] <= i; r++)
+        while (first < n_rows && hi[first] <= i)
+            first++;
+        for (int r = 0; r < first; r++)
             scores[r] = -__builtin_inff();
         for (int r = n_rows - 1; r >= 0 && lo[r] > i; r--)
             scores[r] = -__builtin_inff();
+    }
+}
+
+/* Some lines that the tile will write, and some of queries that the next one may read. */
+static void fetch_rows(const struct paged_job *job, struct paged_tile *t)
+{
+    const int n_tokens = t->token[t->n_rows - 1] - t->token[0] + 1;
+    for (int i = 0; i < FETCH_ROWS && t->n_fetched < t->n_rows; i++, t->n_fetched++) {
+        const int64_t token = t->token[t->n_fetched], at = t->head[t->n_fetched] * job->dim;
+        prefetch((const char *)(cpu_row(job->out, token) + at), job->dim * 4);
+        if (token + n_tokens < job->layout->n_tokens)
+            prefetch((const char *)(cpu_row(job->q, token + n_tokens) + at), job->dim * 4);
     }
 }
 
@@ -396,22 +414,30 @@ static void score_group(const struct paged_job *job, struct paged_tile *t,
     struct tile product = {
         .a_step = job->kv->page_size,
         .a_row = 1,
-        .b = t->q_columns,
         .b_step = 2 * 16,
         .b_block = job->dim * 16,
         .c_row = GROUP,
         .n_k = job->dim / 2,
     };
+    int first = 0; // of the rows that see a key from `column` on
     for (int i = 0; i < s->n_runs; i++) {
         const struct paged_run *run = &s->runs[i];
         for (int64_t j = 0; j < run->n; j += KEYS) {
             const int64_t column = run->column + j;
+            while (first < t->n_rows && hi[first] <= column)
+                first++;
+            if (first == t->n_rows)
+                return;
+            const int block = first / 16;
             product.a = (const uint32_t *)(const void *)run->k + j;
-            product.c = t->scores + column * GROUP;
-            job->state->tile->run(&product, KEYS, n_blocks, job->factor.source);
+            product.b = t->q_columns + block * product.b_block / 2;
+            product.c = t->scores + column * GROUP + block * 16;
+            job->state->tile->run(&product, KEYS, n_blocks - block, job->factor.source);
             if (column < lo[t->n_rows - 1] || column + KEYS > hi[0])
-                mask_keys(t, column, lo, hi);
-            job->state->vector->columns_largest(largest, product.c, GROUP, KEYS, 16 * n_blocks);
+                mask_keys(t, column, first, lo, hi);
+            job->state->vector->columns_largest(largest + block * 16, product.c, GROUP, KEYS,
+                                                16 * (n_blocks - block));
+            fetch_rows(job, t);
         }
     }
 }
@@ -423,6 +449,7 @@ static void softmax_group(const struct paged_job *job, struct paged_tile *t,
 {
     float m[GROUP], fall[GROUP];
     const int64_t n16 = cpu_round16(t->n_rows);
+    const int64_t n_keys = (hi[t->n_rows - 1] + 1) / 2 * 2 - s->from; // whole pairs that any sees
     for (int r = 0; r < n16; r++)
         m[r] = fall[r] = 0.0f;
     for (int r = 0; r < t->n_rows; r++) {
@@ -440,20 +467,20 @@ static void softmax_group(const struct paged_job *job, struct paged_tile *t,
     memset(t->l, 0, 16 * GROUP * sizeof(float));
     struct softmax_columns softmax = {
         .scores = t->scores + s->from * GROUP,
-        .n_keys = s->to - s->from,
+        .n_keys = n_keys,
         .n = n16,
         .row = GROUP,
         .scale = job->scale,
         .m = m,
         .sums = t->l,
-        .p = t->p_columns + s->from / 2 * GROUP,
+        .p = t->scores + s->from / 2 * GROUP,
         .form = COLUMNS_BF16_PAIRS,
     };
     vector->columns_exp(&softmax);
     vector->columns_total(t->l, GROUP, n16);
     for (int r = 0; r < t->n_rows; r++)
         t->softmax[r].l = t->softmax[r].l * correction[r] + t->l[r];
-    t->p = (struct cpu_factor_place){.a = t->p_columns, .a_step = GROUP, .a_row = 1};
+    t->p = (struct cpu_factor_place){.a = (const uint32_t *)t->scores, .a_step = GROUP, .a_row = 1};
 }
 
 /* Each row takes in the keys that it sees of the step. Others may hold anything (a page is reused
@@ -530,6 +557,7 @@ static void tile_run(const struct paged_job *job, struct paged_tile *t)
     struct paged_step steps[2];
     const int fetches = tiles_fetch(job, t->n_rows);
     t->next = NULL;
+    t->n_fetched = 0;
     cut_step(job, t, &steps[0], from, to);
     for (int i = 0, has_next = 1; has_next; i = !i) {
         const int64_t end = steps[i].first + steps[i].to;
