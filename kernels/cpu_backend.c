@@ -176,6 +176,14 @@ void cpu_parts_init(struct cpu_state *s, int64_t n)
     }
 }
 
+void cpu_parts_init_in_order(struct cpu_state *s, int64_t n)
+{
+    for (int i = 0; i < s->n_threads; i++) {
+        atomic_store_explicit(&s->parts[i].next, 0, memory_order_relaxed);
+        s->parts[i].end = i == 0 ? n : 0;
+    }
+}
+
 int cpu_parts_take(struct cpu_state *s, int thread, int64_t most, int64_t *first, int64_t *end)
 {
     for (int i = 0; i < s->n_threads; i++) {

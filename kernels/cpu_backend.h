@@ -103,6 +103,8 @@ static inline int cpu_strip_blocks(int64_t n_blocks, int64_t block, int strip)
 
 /* The items [0, n) are to be taken: called before cpu_parallel(). */
 void cpu_parts_init(struct cpu_state *s, int64_t n);
+/* The same without shares: whoever is free takes the next, so that the largest can come first. */
+void cpu_parts_init_in_order(struct cpu_state *s, int64_t n);
 /* The next items, up to `most` together, of the thread's own part, which is contiguous and the same
  * at every step; when that is empty, of the others', whose threads another process may have put
  * aside. 0: all are taken. */

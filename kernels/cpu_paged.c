@@ -30,9 +30,9 @@
 #define STEP_BF16 256
 #define STEP_MAX STEP_BF16
 #define RUNS_MAX (STEP_MAX / 16)
-#define GROUP 96 // rows that lie key by key: whole tiles, and whole vectors of their softmax
-#define KEYS 8   // of a product with them: even parts of the sixteen that lie in one page
-#define FETCH_ROWS 4
+#define GROUP 96     // rows that lie key by key: whole tiles, and whole vectors of their softmax
+#define KEYS 8       // of a product with them: even parts of the sixteen that lie in one page
+#define FETCH_ROWS 4 // of those that are fetched, at each such product
 #define ITEMS_A_THREAD 8
 #define ITEM_TILES_MAX 32
 
@@ -103,7 +103,7 @@ static void tile_reserve(const struct paged_job *job, struct paged_tile *t, int 
 {
     const int64_t rows = job->has_groups ? GROUP : TILE_ROWS_MAX, dim = job->dim16;
     const int64_t n_l = job->has_groups ? 16 * rows : 0;
-    const int64_t n_values = job->has_groups || dim != job->dim ? STEP_MAX * dim : 0;
+    const int64_t n_values = dim != job->dim ? STEP_MAX * dim : 0;
     const int64_t n_words =
         3 * rows * dim + (rows + 2 * TILE_ROWS_MAX + 1) * STEP_MAX + n_l + 2 * dim + n_values;
     char *at = cpu_scratch_reserve(&job->state->thread[thread], (size_t)n_words * 4);
@@ -157,8 +157,7 @@ static void cut_step(const struct paged_job *job, struct paged_tile *t, struct p
     }
 }
 
-/* Values of head_dim dimensions, which may be no multiple of 16, are padded to one, and lie one
- * after another whatever the pages: a product is begun once. */
+/* Values of head_dim dimensions, where that is no multiple of 16, are padded to one. */
 static void gather_values(const struct paged_job *job, struct paged_tile *t, struct paged_step *s)
 {
     const size_t to_bytes = job->step_bytes;
@@ -167,9 +166,7 @@ static void gather_values(const struct paged_job *job, struct paged_tile *t, str
         struct paged_run *run = &s->runs[i];
         const size_t n = (size_t)(run->n >> job->pairs);
         char *to = t->values + (size_t)(run->column >> job->pairs) * to_bytes;
-        if (bytes == to_bytes)
-            memcpy(to, run->v, n * bytes);
-        for (size_t j = 0; bytes < to_bytes && j < n; j++) {
+        for (size_t j = 0; j < n; j++) {
             memcpy(to + j * to_bytes, run->v + j * bytes, bytes);
             memset(to + j * to_bytes + bytes, 0, to_bytes - bytes);
         }
@@ -511,7 +508,7 @@ static void tile_take_step(const struct paged_job *job, struct paged_tile *t, st
         if (correction[r] != 1.0f && has_sums)
             vector->multiply(t->sums + r * job->dim16, correction[r], job->dim);
     }
-    if (t->n_rows > TILE_ROWS_MAX || job->dim != job->dim16)
+    if (job->dim != job->dim16)
         gather_values(job, t, s);
     take_values(job, t, s, lo, hi);
 }
@@ -631,7 +628,7 @@ static void paged_work(void *arg, int thread, int n_threads)
             t.sequence = 0;
         while (item >= job->item_start[t.sequence + 1])
             t.sequence++;
-        const int64_t place = item - job->item_start[t.sequence];
+        const int64_t place = job->item_start[t.sequence + 1] - 1 - item; // most keys first
         const int64_t from = place / n_kv_heads * job->item_rows;
         t.kv_head = (int32_t)(place % n_kv_heads);
         run_rows(job, &t, from, from + job->item_rows);
@@ -685,7 +682,11 @@ void cpu_paged_attention(struct backend *b, struct tensor *out, const struct ten
     const int n_threads = job.state->n_threads;
     job.tile_rows =
         (int)smaller((n_rows + n_threads - 1) / n_threads, job.has_groups ? GROUP : TILE_ROWS_MAX);
-    cpu_parts_init(job.state, cut_items(&job, n_rows, n_threads));
+    const int64_t n_items = cut_items(&job, n_rows, n_threads);
+    if (layout->n_tokens > layout->n_sequences)
+        cpu_parts_init_in_order(job.state, n_items);
+    else
+        cpu_parts_init(job.state, n_items);
     cpu_parallel(b,
                  cpu_product_cost(job.state, 2 * n_rows * kv->head_dim * layout->max_context_len),
                  paged_work, &job);
