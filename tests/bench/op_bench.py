@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 
 FORMATS = {"float32": "tab:blue", "bfloat16": "tab:orange", "int8": "tab:green", "int8-int8": "lime", "int4": "tab:red",
-           "int4-int8": "darkred", "fp8": "tab:pink", "nf4": "tab:purple", "uint8": "tab:brown"}
+           "int4-int8": "darkred", "fp8": "tab:pink", "nf4": "tab:purple", "fp4": "plum", "uint8": "tab:brown"}
 TITLES = {"1b": "InternVL3-1B", "8b": "InternVL3-8B", "78b": "InternVL3-78B, one shard of 8"}
 LARGEST = 1.5  # a share past this (a cache's speed) is drawn at the edge
 

@@ -38,6 +38,7 @@ static const struct format formats[] = {
     {"int4-int8", DTYPE_BF16, WEIGHT_INT4, 128, WEIGHT_INT8},
     {"fp8", DTYPE_BF16, WEIGHT_FP8, 0, WEIGHT_FLOAT},
     {"nf4", DTYPE_BF16, WEIGHT_NF4, 64, WEIGHT_FLOAT},
+    {"fp4", DTYPE_BF16, WEIGHT_FP4, 64, WEIGHT_FLOAT},
 };
 #define N_FORMATS ((int)(sizeof(formats) / sizeof(formats[0])))
 
