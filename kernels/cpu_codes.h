@@ -110,6 +110,11 @@ struct grid {
 #if VF_N == 16
     vu zeros; // INT4's, of each column twice, as words
 #endif
+#if defined(__AVX512VBMI__)
+    /* What a code of NF4 or FP4 is in each column as bfloat16, [16 columns][16 codes]: the lower
+     * bytes, the upper bytes. */
+    vu values[2][4];
+#endif
 };
 
 ALWAYS_INLINE void init_bias(struct grid *g, const struct expansion *e, int64_t group,
@@ -171,6 +176,9 @@ ALWAYS_INLINE void split_bytes(uint8_t bytes[4][16], const float table[16])
 #define FOUR_EIGHTS(first, step)                                                                   \
     EIGHT(first, step), EIGHT(first + 8 * step, step), EIGHT(first + 16 * step, step),             \
         EIGHT(first + 24 * step, step)
+/* The lower and the upper bytes of 64 words. */
+static const uint8_t bytes_of_words[2][64] = {{FOUR_EIGHTS(0, 2), FOUR_EIGHTS(64, 2)},
+                                              {FOUR_EIGHTS(1, 2), FOUR_EIGHTS(65, 2)}};
 /* The lower and the upper bytes of bfloat16: of 128, and of 1 … 127, by their powers of two. */
 static const uint8_t magnitude_bytes[2][128] = {
     {0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0, EIGHT(0, 16), EIGHT(0x80, 8), EIGHT(0xc0, 8),
@@ -299,6 +307,56 @@ ALWAYS_INLINE vu int8_pair(vu u, const int p, const struct decoder *f)
     const __m512i order = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)twice[p]));
     return (vu)(p == 0 ? _mm512_mask_shuffle_epi8(low, 0xaaaaaaaaaaaaaaaau, high, order)
                        : _mm512_mask_shuffle_epi8(high, 0x5555555555555555u, low, order));
+}
+#endif
+
+#if defined(__AVX512VBMI__)
+/* NF4 and FP4: of a column and group, sixteen values are multiplied and rounded, not each weight.
+ */
+ALWAYS_INLINE void init_values(struct grid *g, const struct expansion *e)
+{
+    const vf table = vf_load(e->table);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { // four columns each
+        const float *scales = e->scales + 4 * i;
+        __m512i words[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
+            words[j] = (__m512i)_mm512_cvtne2ps_pbh(table * vf_set(scales[2 * j + 1]),
+                                                    table * vf_set(scales[2 * j]));
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
+            g->values[j][i] = (vu)_mm512_permutex2var_epi8(
+                words[0], _mm512_loadu_si512(bytes_of_words[j]), words[1]);
+    }
+}
+
+/* The four pairs of a unit: the lower and the upper bytes of two pairs at a time are looked up by
+ * column and code, in the table of the first eight columns and then in that of the others. */
+ALWAYS_INLINE void values_pairs(vu pairs[4], vu u, const struct grid *g)
+{
+    static const uint8_t by_pair[16] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
+    const vu column = {0x10100000u, 0x30302020u, 0x10100000u, 0x30302020u, 0x50504040u, 0x70706060u,
+                       0x50504040u, 0x70706060u, 0x10100000u, 0x30302020u, 0x10100000u, 0x30302020u,
+                       0x50504040u, 0x70706060u, 0x50504040u, 0x70706060u};
+    u = (vu)_mm512_shuffle_epi8((__m512i)u,
+                                _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)by_pair)));
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; p++) {
+        const __m512i index = _mm512_ternarylogic_epi32(
+            (__m512i)(u >> (4 * p)), _mm512_set1_epi8(0x0f), (__m512i)column, 0xea); // & |
+        __m512i bytes[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            const __m512i *table = (const __m512i *)g->values[i];
+            bytes[i] =
+                _mm512_mask2_permutex2var_epi8(table[0], index, 0x00000000ffffffffu, table[1]);
+            bytes[i] =
+                _mm512_mask2_permutex2var_epi8(table[2], bytes[i], 0xffffffff00000000u, table[3]);
+        }
+        pairs[p] = (vu)_mm512_unpacklo_epi8(bytes[0], bytes[1]);
+        pairs[p + 2] = (vu)_mm512_unpackhi_epi8(bytes[0], bytes[1]);
+    }
 }
 #endif
 

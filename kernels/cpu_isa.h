@@ -154,6 +154,7 @@ struct expand_product {
 struct cpu_multiply_ops {
     int strip_blocks;                  // whose codes lie side by side, a unit of each
     int takes_bf16;                    // a, as the tile's
+    int table_panels;                  // of rows that are worth decoding NF4 and FP4 for, each
     int (*product_blocks)(int n_rows); // that multiply() takes at once
     void (*multiply)(const struct expand_product *m, const struct expansion *e,
                      enum weight_format format);

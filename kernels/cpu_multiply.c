@@ -118,11 +118,41 @@ ALWAYS_INLINE __m512i load_x(x_word word)
     return x;
 }
 
+/* NF4 and FP4: two blocks at once share x. */
+ALWAYS_INLINE void add_values(struct sums *s, const struct expand_product *m, const x_word *a,
+                              const uint8_t *codes, const struct grid *g, const int n_rows,
+                              const int n_blocks)
+{
+    const int n = n_blocks > 1 ? 2 : 1;
+#pragma GCC unroll 2
+    for (int b = 0; b < n_blocks; b += n) {
+        vu w[2][4];
+#pragma GCC unroll 2
+        for (int i = 0; i < n; i++)
+            values_pairs(w[i], load_codes(codes_of(m, codes, b + i)), &g[b + i]);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++) {
+#pragma GCC unroll 16
+            for (int r = 0; r < n_rows; r++) {
+                __m512i x = load_x(a[p * n_rows + r]);
+#pragma GCC unroll 2
+                for (int i = 0; i < n; i++)
+                    add_product(&s->of[r][b + i], x, w[i][p]);
+            }
+        }
+        __asm__("" : "+r"(a)); // x is loaded again, not spilled
+    }
+}
+
 ALWAYS_INLINE void add_unit(struct sums *s, const struct expand_product *m, const x_word *a,
                             const uint8_t *codes, const struct decoder *f, const struct grid *g,
                             const int n_rows, const int n_blocks, const enum decoding d,
                             const int has_zeros)
 {
+    if (d == DECODE_TABLE) {
+        add_values(s, m, a, codes, g, n_rows, n_blocks);
+        return;
+    }
     vu u[PRODUCT_BLOCKS_MAX], w[PRODUCT_BLOCKS_MAX];
 #pragma GCC unroll 8
     for (int b = 0; b < n_blocks; b++)
@@ -538,6 +568,10 @@ ALWAYS_INLINE void multiply_as(const struct expand_product *m, const struct expa
         for (int b = 0; b < n_blocks; b++) {
             const struct expansion at = block_of(m, e, group, b);
             grid_init(&g[b], &at, 0, d, has_zeros);
+#if DOTS
+            if (d == DECODE_TABLE)
+                init_values(&g[b], &at);
+#endif
             prefetch((const char *)at.scales + next, waits);
         }
         if (is_factored)
@@ -643,6 +677,7 @@ static void multiply(const struct expand_product *m, const struct expansion *e,
 const struct cpu_multiply_ops CPU_MULTIPLY_OPS = {
     .strip_blocks = STRIP,
     .takes_bf16 = DOTS,
+    .table_panels = DOTS ? 2 : 1,
     .product_blocks = product_blocks,
     .multiply = multiply,
 };

@@ -250,7 +250,7 @@ int cpu_quantized_multiplies(const struct cpu_state *s, const struct linear *l,
     switch (l->format) {
     case WEIGHT_NF4:
     case WEIGHT_FP4:
-        return n_panels == 1;
+        return n_panels <= s->multiply->table_panels;
     case WEIGHT_FP8:
         return n_panels <= 2;
     default:
