@@ -42,7 +42,8 @@ import results_file  # noqa: E402
 
 PROMPTS, TILES, ANSWER, STREAMS = (512, 1024), (1, 13), 32, 16
 MOVED_MAX, TRIES = 0.1, 4  # of a limit within a round, which is else taken again
-BITS = {"none": 16, "int8": 8, "int4": 4.25, "bitsandbytes-nf4": 4.5}  # of a weight, with its share of a scale
+# Of a weight, with its share of a scale.
+BITS = {"none": 16, "int8": 8, "int4": 4.25, "bitsandbytes-nf4": 4.5, "bitsandbytes-fp4": 4.5}
 
 
 class Work:
