@@ -426,6 +426,8 @@ static void set_ahead(struct cpu_ahead *a, const struct matmul_job *job, const s
     const int n_parts = (n + p->n_blocks - 1) / p->n_blocks * n_panels;
     const int lines = (n + n_parts - 1) / n_parts;
     a->own = n_parts == 1;
+    if (a->own)
+        return;
     a->part = (int)(p->block % strip) / p->n_blocks * n_panels + (int)p->panel;
     a->lines = a->part * lines < n ? lines : 0;
 }

@@ -14,8 +14,8 @@ once. What the tables call int8-int8 and int4-int8 are int8 and int4 with that o
 INTERNVLD_ISA chooses the instruction set of the daemon and of the measured peaks.
 Every round of a measure takes the daemon and the peers in turn, and the limits before and after each, of which the
 higher counts: what disturbs a limit lowers it. A round whose limits lie more than a tenth apart is taken again, up to
-three times, for a machine's memory may be half as fast from one second to the next. Medians are printed. --rounds-csv keeps each round, so that several
-short runs in quiet minutes make one table (--medians-of).
+three times, for a machine's memory may be half as fast from one second to the next. Medians are printed. --rounds-csv
+keeps each round, so that several short runs in quiet minutes make one table (--medians-of).
 
 Peers, where they are asked for: Transformers (with PyTorch, in bfloat16, by this Python), and llama.cpp, whose folder
 of programs has llama-bench, llama-batched-bench (the streams) and llama-mtmd-cli (the pictures, the encoder's own time
