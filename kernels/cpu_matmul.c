@@ -417,7 +417,7 @@ struct product {
 static void set_ahead(struct cpu_ahead *a, const struct matmul_job *job, const struct product *p)
 {
     const int n_panels = (int)smaller(job->n_panels, PANELS_TOGETHER), strip = strip_of(job);
-    a->own = n_panels == 1 && job->n_blocks_wide >= strip;
+    a->own = n_panels == 1 && job->n_blocks_wide >= strip; // a token's: no divisions for it
     a->part = 0;
     a->lines = 0;
     if (a->own || p->panel >= n_panels)

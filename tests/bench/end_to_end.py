@@ -23,7 +23,6 @@ as the program logs it); end_to_end_gguf.py makes its files. Its pictures have b
 with Q8_0 and Q4_0, its int8 and int4, it always rounds activations to 8 bits.
 """
 import argparse
-import csv
 import json
 import os
 import pathlib
@@ -105,7 +104,7 @@ def limits(build, folder):
     table = folder / "limits.csv"
     subprocess.run([build / "tests/bench/op_bench", "--op", "limits", "--model", "1b", "--csv", table], check=True,
                    stdout=subprocess.DEVNULL)
-    rows = read_rows(table)
+    rows = results_file.read(table)
     found = {row["format"]: float(row["limit_gflop_per_s"]) * 1e9 for row in rows}
     return {**found, "bytes": statistics.median(float(row["limit_gb_per_s"]) for row in rows) * 1e9}
 
@@ -335,7 +334,7 @@ def plot(table, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_rows(table)
+    rows = results_file.read(table)
     labels = list(dict.fromkeys((r["model"], r["quantization"], r["measure"]) for r in rows))
     figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.33 * len(labels)))
     for i, (engine, colour) in enumerate((("internvld", "tab:blue"), ("llama.cpp", "tab:orange"),
@@ -357,17 +356,12 @@ def plot(table, path):
     figure.savefig(path, dpi=90)
 
 
-def read_rows(path):
-    with path.open(newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def main():
     a = parse()
     if a.plot:
         return plot(a.csv, a.plot)
     if a.medians_of:
-        rounds = read_rows(a.medians_of)
+        rounds = results_file.read(a.medians_of)
     else:
         with tempfile.TemporaryDirectory() as name:
             rounds = measure(a, pathlib.Path(name))

@@ -6,20 +6,16 @@ BUILD holds tests/bench/op_bench; its head says what is measured and how. --befo
 hollow marks beside the new ones. The plot needs matplotlib.
 """
 import argparse
-import csv
 import pathlib
 import subprocess
 import tempfile
+
+import results_file
 
 FORMATS = {"float32": "tab:blue", "bfloat16": "tab:orange", "int8": "tab:green", "int8-int8": "lime", "int4": "tab:red",
            "int4-int8": "darkred", "fp8": "tab:pink", "nf4": "tab:purple", "fp4": "plum", "uint8": "tab:brown"}
 TITLES = {"1b": "InternVL3-1B", "8b": "InternVL3-8B", "78b": "InternVL3-78B, one shard of 8"}
 LARGEST = 1.5  # a share past this (a cache's speed) is drawn at the edge
-
-
-def read(path):
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def label(row):
@@ -74,11 +70,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         table = pathlib.Path(folder) / "op_bench.csv"
         subprocess.run([f"{a.build}/tests/bench/op_bench", "--csv", table, *options], check=True)
-        rows = read(table)
+        rows = results_file.read(table)
         if a.csv:
             pathlib.Path(a.csv).write_bytes(table.read_bytes())
     if a.plot:
-        plot(rows, read(a.before) if a.before else [], a.plot)
+        plot(rows, results_file.read(a.before) if a.before else [], a.plot)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,12 @@
 import csv
 
 
+def read(path):
+    """Its lines, each a dict."""
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def append(path, rows):
     """Lines for `rows`, dicts with the same keys; a new file gets a header first."""
     with path.open("a", newline="") as f:

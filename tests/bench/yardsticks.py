@@ -8,13 +8,11 @@ takes weights as they are. All have weights in copies that together outgrow the 
 processors. Each round takes one after the other; medians are printed, and times as fast as each library.
 """
 import argparse
-import csv
 import json
 import os
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -23,7 +21,6 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import results_file  # noqa: E402
 
 COPIES_BYTES, WINDOW_S = 192 << 20, 2e-3  # as op_bench has them
@@ -31,15 +28,15 @@ COPIES_BYTES, WINDOW_S = 192 << 20, 2e-3  # as op_bench has them
 
 def products(build, model, rows):
     """{(weight, format): line} of op_bench, one round."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        table = pathlib.Path(folder) / "table.csv"
         for name in ("bfloat16", "float32"):
+            table = pathlib.Path(folder) / name
             command = [build / "tests/bench/op_bench", "--model", model, "--op", "matmul", "--format", name, "--rows", rows,
-                       "--rounds", 1, "--csv", f"{table}.{name}"]
+                       "--rounds", 1, "--csv", table]
             subprocess.run([str(x) for x in command], check=True, stdout=subprocess.DEVNULL)
-        lines = [line for name in ("bfloat16", "float32")
-                 for line in csv.DictReader(pathlib.Path(f"{table}.{name}").read_text().splitlines())]
-    return {(line["what"], line["format"]): line for line in lines if line["op"] == "matmul"}
+            found.update({(line["what"], name): line for line in results_file.read(table)})
+    return found
 
 
 def microseconds(call, n_copies):
